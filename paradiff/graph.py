@@ -1,0 +1,628 @@
+"""The schedule graph: the one contract between strategies, simulator and executor.
+
+A graph says *what* every rank does, in which order, reading which version of what. It holds no time
+and no device. Time comes from ``simulator``, numbers from ``paradiff.executor``; both walk this graph.
+
+Vocabulary
+    **buffer**   storage on one rank; **version** of it: what one op wrote, named by a denoising step.
+    **ref**      one version of a buffer (or of one part of it).
+    **op**       one vertex for all its participants; it reads and writes refs.
+    **section**  ops that repeat: ``count`` iterations, each ``stride`` steps further on.
+
+Semantics
+    An op starts when its predecessors have finished: the producers of what it reads, the last
+    readers of what it overwrites (write after read), and the previous op of its stream on each of its
+    ranks. Ops are kept in one canonical total order, and every rank issues its own ops in that order,
+    so even a fully blocking back end cannot deadlock. Reading an older version *is* staleness.
+
+Text form (``ScheduleGraph.text`` and ``parse_graph`` round-trip)::
+
+    op 0 p1/stage2@r2 compute forward ranks=2 stream=compute reads=z.p1@r2#t writes=... work=...
+
+    ``#t`` is the iteration's step, ``#t-1`` the one before, ``#3`` step 3 whatever the iteration;
+    ``buffer[4]#t`` is part 4 of a buffer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, get_args
+
+OpKind = Literal["compute", "collective", "permute", "p2p", "host"]
+BufferKind = Literal["latent", "hidden", "kv", "halo", "moments", "slots", "noise", "text", "image"]
+COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "broadcast")
+
+
+class InvalidGraph(ValueError):
+    """A graph that cannot be executed; the message shows where."""
+
+
+class Shape(NamedTuple):
+    """Shape binding of a compute op; the symbols are those of ``paradiff.profiles``.
+
+    Two more: ``u`` divides attention heads (Ulysses degree) and ``j`` is how many text tokens are among
+    the visible keys of a joint attention (a ring sees them in one iteration only).
+    """
+
+    b: int
+    f: int
+    r: int
+    w: int
+    k: int
+    t: int
+    s: int
+    h: int
+    u: int
+    j: int
+
+
+class Work(NamedTuple):
+    """Segments ``[lo, hi)`` of a profile's stage at a shape. Work, never time."""
+
+    stage: str
+    ranges: tuple[tuple[int, int], ...]
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Storage of ``nbytes`` on one rank. Its id ends in ``@r<rank>``."""
+
+    id: str
+    rank: int
+    nbytes: int
+    kind: BufferKind
+
+
+class Ref(NamedTuple):
+    """One version of a buffer: ``step`` relative to the iteration, or absolute where ``fixed``."""
+
+    buffer: str
+    step: int
+    part: int | None = None
+    fixed: bool = False
+
+    def at(self, base: int) -> int:
+        """Absolute version number in the iteration that starts at step ``base``."""
+        return self.step if self.fixed else base + self.step
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One vertex. ``nbytes`` is the payload in the convention of its call (``traffic``)."""
+
+    name: str
+    kind: OpKind
+    call: str
+    ranks: tuple[int, ...]
+    stream: str
+    reads: tuple[Ref, ...] = ()
+    writes: tuple[Ref, ...] = ()
+    step: int | None = None
+    work: Work | None = None
+    nbytes: int = 0
+
+    def id_at(self, base: int) -> str:
+        """Unique id: ``t007/<name>`` inside the denoising loop, the bare name outside."""
+        return self.name if self.step is None else f"t{base + self.step:03d}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """``ops`` repeated ``count`` times; iteration i starts at step ``first + i * stride``."""
+
+    name: str
+    first: int
+    count: int
+    stride: int
+    ops: tuple[Op, ...]
+
+
+class Instance(NamedTuple):
+    """One occurrence of an op: the iteration's base step makes relative versions absolute."""
+
+    op: Op
+    base: int
+
+    @property
+    def id(self) -> str:
+        return self.op.id_at(self.base)
+
+
+def traffic(op: Op) -> dict[int, tuple[float, float]]:
+    """rank -> (bytes sent, bytes received) of a transfer, in the cost algebra of ring algorithms.
+
+    Payload ``nbytes``: all_gather, local bytes m; all_reduce and broadcast, tensor bytes S;
+    reduce_scatter and all_to_all, local input bytes S; permute and p2p, one message.
+    """
+    n, size = len(op.ranks), op.nbytes
+    if op.kind == "p2p":
+        source, destination = op.ranks
+        return {source: (size, 0), destination: (0, size)}
+    if op.kind == "permute":
+        return dict.fromkeys(op.ranks, (size, size))
+    if op.kind != "collective":
+        return {}
+    if op.call == "broadcast":
+        last = n - 1
+        return {r: (size * (i != last), size * (i != 0)) for i, r in enumerate(op.ranks)}
+    factor = {
+        "all_gather": n - 1,
+        "all_reduce": 2 * (n - 1) / n,
+        "reduce_scatter": (n - 1) / n,
+        "all_to_all": (n - 1) / n,
+    }[op.call]
+    return dict.fromkeys(op.ranks, (factor * size, factor * size))
+
+
+@dataclass(slots=True)
+class _BufferState:
+    """Who last wrote and who has read since, per part (None: the whole buffer)."""
+
+    versions: dict[int | None, tuple[int, int]] = field(default_factory=dict)
+    readers: dict[int | None, dict[tuple[str, tuple[int, ...]], int]] = field(default_factory=dict)
+
+
+class Dependencies:
+    """Predecessors of each op, from the canonical order alone.
+
+    This is the only place where edges come from. Feed instances in canonical order; ``add`` returns
+    the handles of the predecessors. ``blocking(op)`` says which ops hold the issuing host until they
+    end (gloo, CPU compute); what a rank issues later then waits for them too.
+    """
+
+    def __init__(self, blocking: Callable[[Op], bool] | None = None) -> None:
+        self._buffers: dict[str, _BufferState] = defaultdict(_BufferState)
+        self._last: dict[tuple[int, str], int] = {}
+        self._blocking = blocking
+        self._held: dict[int, int] = {}
+
+    def add(self, instance: Instance, handle: int) -> list[int]:
+        """Predecessor handles of ``instance``, each once, in a fixed order. Raises InvalidGraph."""
+        op = instance.op
+        found: dict[int, None] = {}
+        for rank in op.ranks:
+            key = (rank, op.stream)
+            if key in self._last:
+                found[self._last[key]] = None
+            self._last[key] = handle
+            if rank in self._held:
+                found[self._held[rank]] = None
+        reader = (op.stream, op.ranks)
+        for ref in op.reads:
+            state = self._buffers[ref.buffer]
+            found[self._producer(state, ref, instance)] = None
+            state.readers.setdefault(ref.part, {})[reader] = handle
+        for ref in op.writes:
+            self._overwrite(self._buffers[ref.buffer], ref, instance, handle, found)
+        if self._blocking is not None and self._blocking(op):
+            self._held.update(dict.fromkeys(op.ranks, handle))
+        found.pop(handle, None)
+        return list(found)
+
+    @staticmethod
+    def _producer(state: _BufferState, ref: Ref, instance: Instance) -> int:
+        version = state.versions.get(ref.part)
+        wanted = ref.at(instance.base)
+        if version is None or version[0] != wanted:
+            have = "nothing" if version is None else f"version {version[0]}"
+            part = "" if ref.part is None else f"[{ref.part}]"
+            raise InvalidGraph(
+                f"{instance.id} reads {ref.buffer}{part}#{wanted}, which is not there: "
+                f"the buffer holds {have} at that place of the order"
+            )
+        return version[1]
+
+    @staticmethod
+    def _overwrite(
+        state: _BufferState, ref: Ref, instance: Instance, handle: int, found: dict[int, None]
+    ) -> None:
+        step = ref.at(instance.base)
+        old = state.versions.get(ref.part)
+        if old is not None and old[0] == step:
+            raise InvalidGraph(f"{instance.id} writes {ref.buffer}#{step} a second time")
+        overlapping = list(state.versions) if ref.part is None else [None, ref.part]
+        for part in overlapping:
+            if part in state.versions:
+                found[state.versions[part][1]] = None
+        stale = (
+            state.readers
+            if ref.part is None
+            else {p: state.readers.get(p, {}) for p in (None, ref.part)}
+        )
+        for readers in stale.values():
+            found.update(dict.fromkeys(readers.values()))
+        if ref.part is None:
+            state.versions.clear()
+            state.readers.clear()
+        else:
+            state.versions.pop(None, None)
+            state.readers.pop(ref.part, None)
+        state.versions[ref.part] = (step, handle)
+
+    def advance(self, steps: int, is_loop: Callable[[int], bool]) -> None:
+        """Relabel versions written by the handles ``is_loop`` accepts as ``steps`` later.
+
+        The engine calls this when it skips whole iterations of a steady state.
+        """
+        for state in self._buffers.values():
+            for part, (step, handle) in state.versions.items():
+                if is_loop(handle):
+                    state.versions[part] = (step + steps, handle)
+
+
+@dataclass(frozen=True)
+class ScheduleGraph:
+    """A frozen schedule for ``world_size`` ranks. ``meta`` are the (key, value) facts of its making."""
+
+    world_size: int
+    buffers: tuple[Buffer, ...]
+    sections: tuple[Section, ...]
+    meta: tuple[tuple[str, str], ...] = ()
+
+    def instances(self) -> Iterator[Instance]:
+        """Every op occurrence in canonical order."""
+        for section in self.sections:
+            for i in range(section.count):
+                base = section.first + i * section.stride
+                for op in section.ops:
+                    yield Instance(op, base)
+
+    def unroll(self) -> ScheduleGraph:
+        """The executor's form: one section, one iteration, absolute versions."""
+        ops = tuple(absolute(instance) for instance in self.instances())
+        return replace(self, sections=(Section("all", 0, 1, 1, ops),))
+
+    def shortened(self, iterations: int) -> ScheduleGraph:
+        """The same schedule with at most ``iterations`` of each section, steps renumbered."""
+        sections, shift = [], 0
+        for section in self.sections:
+            count = min(section.count, iterations)
+            sections.append(replace(section, first=section.first - shift, count=count))
+            shift += (section.count - count) * section.stride
+        return replace(self, sections=tuple(sections))
+
+    # ------------------------------------------------------------------ derived from the graph alone
+
+    def op_count(self) -> int:
+        """How many ops all ranks together perform."""
+        return sum(section.count * len(section.ops) for section in self.sections)
+
+    def bytes_by_call(self) -> dict[int, dict[str, tuple[float, float]]]:
+        """rank -> call -> (bytes sent, bytes received) over the whole run."""
+        total: dict[int, dict[str, tuple[float, float]]] = {r: {} for r in range(self.world_size)}
+        for section in self.sections:
+            for op in section.ops:
+                for rank, (sent, received) in traffic(op).items():
+                    before = total[rank].get(op.call, (0.0, 0.0))
+                    total[rank][op.call] = (
+                        before[0] + section.count * sent,
+                        before[1] + section.count * received,
+                    )
+        return total
+
+    def received_bytes(self) -> dict[int, float]:
+        """rank -> bytes received over the whole run."""
+        calls = self.bytes_by_call()
+        return {rank: sum(r for _, r in calls[rank].values()) for rank in calls}
+
+    def staleness(self) -> int:
+        """The largest number of steps by which any op reads behind its own step."""
+        return max((age for _, _, age in self.stale_reads()), default=0)
+
+    def stale_reads(self) -> Iterator[tuple[Op, Ref, int]]:
+        """(op, ref, age in steps) of every read of an older version, once per section."""
+        for section in self.sections:
+            for op in section.ops:
+                if op.step is None:
+                    continue
+                for ref in op.reads:
+                    if not ref.fixed and ref.step < op.step:
+                        yield op, ref, op.step - ref.step
+
+    def peak_bytes(self, kinds: Iterable[str] = get_args(BufferKind)) -> dict[int, int]:
+        """rank -> most bytes of buffers alive at once, counting buffers (not versions) of ``kinds``.
+
+        A buffer is alive from the op that writes a version to the last op that reads it, in
+        canonical order. Three iterations of a section are as good as all: reads reach no further back.
+        """
+        wanted = {b.id: b for b in self.buffers if b.kind in set(kinds)}
+        spans = _lifetimes(self.shortened(4), wanted)
+        peak = dict.fromkeys(range(self.world_size), 0)
+        events: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for buffer_id, intervals in spans.items():
+            buffer = wanted[buffer_id]
+            for start, end in _merged(intervals):
+                events[buffer.rank] += [(start, buffer.nbytes), (end + 1, -buffer.nbytes)]
+        for rank, changes in events.items():
+            alive = 0
+            for _, change in sorted(changes):
+                alive += change
+                peak[rank] = max(peak[rank], alive)
+        return peak
+
+    # ------------------------------------------------------------------ validation
+
+    def validate(self) -> None:
+        """Raise InvalidGraph, with a picture, unless every rule of the module docstring holds."""
+        known = {b.id: b for b in self.buffers}
+        if len(known) != len(self.buffers):
+            counts = Counter(b.id for b in self.buffers)
+            twice = next(name for name, count in counts.items() if count > 1)
+            raise InvalidGraph(f"buffer {twice} is declared twice")
+        dependencies, ids = Dependencies(), set()
+        for handle, instance in enumerate(self.instances()):
+            op = instance.op
+            try:
+                self._check_op(op, instance.id, known)
+                if instance.id in ids:
+                    raise InvalidGraph(f"op id {instance.id} occurs twice")
+                ids.add(instance.id)
+                dependencies.add(instance, handle)
+            except InvalidGraph as error:
+                picture = _cycle_picture(self, instance) or self.grid(focus=instance.id)
+                raise InvalidGraph(f"{error}\n{picture}") from None
+
+    def _check_op(self, op: Op, op_id: str, known: dict[str, Buffer]) -> None:
+        outside = [r for r in op.ranks if not 0 <= r < self.world_size]
+        if outside or not op.ranks or len(set(op.ranks)) != len(op.ranks):
+            raise InvalidGraph(f"{op_id}: ranks {op.ranks} in a world of {self.world_size}")
+        if op.kind == "compute" and len(op.ranks) != 1:
+            raise InvalidGraph(f"{op_id}: a compute op runs on one rank, not {op.ranks}")
+        if op.kind == "p2p" and len(op.ranks) != 2:
+            raise InvalidGraph(f"{op_id}: p2p has a source and a destination, not {op.ranks}")
+        if op.kind == "collective" and op.call not in COLLECTIVES:
+            raise InvalidGraph(f"{op_id}: collective {op.call!r}, one of {', '.join(COLLECTIVES)}")
+        for ref in (*op.reads, *op.writes):
+            buffer = known.get(ref.buffer)
+            if buffer is None:
+                raise InvalidGraph(f"{op_id}: buffer {ref.buffer} is not declared")
+            if buffer.rank not in op.ranks:
+                raise InvalidGraph(f"{op_id} on ranks {op.ranks} touches {ref.buffer}")
+
+    def grid(self, focus: str | None = None, width: int = 12) -> str:
+        """Rank-by-order picture: one row a rank, its ops in canonical order, around ``focus``."""
+        rows: dict[int, list[str]] = {rank: [] for rank in range(self.world_size)}
+        mark: dict[int, int] = {}
+        for instance in self.instances():
+            for rank in instance.op.ranks:
+                if rank in rows:
+                    rows[rank].append(instance.id)
+                    if instance.id == focus:
+                        mark[rank] = len(rows[rank])
+            if focus is not None and instance.id == focus:
+                break
+        lines = []
+        for rank, names in rows.items():
+            end = mark.get(rank, len(names))
+            shown = names[max(0, end - width) : end]
+            dots = "... " if end > width else ""
+            arrow = "  <-- here" if rank in mark else ""
+            lines.append(f"r{rank}: {dots}{' | '.join(shown)}{arrow}")
+        return "\n".join(lines)
+
+    # ------------------------------------------------------------------ text
+
+    def lines(self) -> Iterator[str]:
+        """The text form, line by line."""
+        yield "paradiff-graph/1"
+        yield f"world {self.world_size}"
+        yield f"meta {json.dumps(dict(self.meta), sort_keys=True)}"
+        for b in self.buffers:
+            yield f"buffer {b.id} {b.nbytes} {b.kind}"
+        for s in self.sections:
+            yield f"section {s.name} first={s.first} count={s.count} stride={s.stride}"
+            yield from map(_op_text, s.ops)
+
+    def text(self) -> str:
+        """The text form; ``parse_graph`` reads it back to an equal graph."""
+        return "\n".join(self.lines()) + "\n"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the unrolled text without ``meta``: what all ranks compare before they start."""
+        digest = hashlib.sha256(f"world {self.world_size}\n".encode())
+        for b in sorted(self.buffers, key=lambda b: b.id):
+            digest.update(f"buffer {b.id} {b.nbytes} {b.kind}\n".encode())
+        for instance in self.instances():
+            digest.update(_op_text(absolute(instance)).encode() + b"\n")
+        return digest.hexdigest()
+
+
+def absolute(instance: Instance) -> Op:
+    """The op of an instance with its versions and its step made absolute."""
+    op, base = instance
+
+    def fix(refs: tuple[Ref, ...]) -> tuple[Ref, ...]:
+        return tuple(Ref(r.buffer, r.at(base), r.part, True) for r in refs)
+
+    step = None if op.step is None else op.step + base
+    return replace(op, step=step, reads=fix(op.reads), writes=fix(op.writes))
+
+
+def _lifetimes(graph: ScheduleGraph, wanted: dict[str, Buffer]) -> dict[str, list[tuple[int, int]]]:
+    """buffer id -> (first position, last position) of each of its versions, in canonical order."""
+    live: dict[tuple[str, int | None, int], list[int]] = {}
+    for position, (op, base) in enumerate(graph.instances()):
+        for ref in op.writes:
+            if ref.buffer in wanted:
+                live[ref.buffer, ref.part, ref.at(base)] = [position, position]
+        for ref in op.reads:
+            if ref.buffer in wanted:
+                live[ref.buffer, ref.part, ref.at(base)][1] = position
+    spans: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for (buffer_id, _, _), (start, end) in live.items():
+        spans[buffer_id].append((start, end))
+    return spans
+
+
+def _merged(intervals: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Union of closed intervals, in order."""
+    start, end = None, -1
+    for lo, hi in sorted(intervals):
+        if start is None:
+            start, end = lo, hi
+        elif lo <= end:
+            end = max(end, hi)
+        else:
+            yield start, end
+            start, end = lo, hi
+    if start is not None:
+        yield start, end
+
+
+def _cycle_picture(graph: ScheduleGraph, culprit: Instance) -> str | None:
+    """The cycle through ``culprit``, if it reads what only a later op that needs it would write."""
+    ops = list(graph.instances())
+    writer = {
+        (ref.buffer, ref.part, ref.at(i.base)): n for n, i in enumerate(ops) for ref in i.op.writes
+    }
+    before: dict[int, list[tuple[int, str]]] = defaultdict(list)
+    last: dict[tuple[int, str], int] = {}
+    for n, (op, base) in enumerate(ops):
+        for rank in op.ranks:
+            if (rank, op.stream) in last:
+                before[n].append((last[rank, op.stream], f"follows on r{rank}:{op.stream}"))
+            last[rank, op.stream] = n
+        for ref in op.reads:
+            source = writer.get((ref.buffer, ref.part, ref.at(base)))
+            if source is not None and source != n:
+                before[n].append((source, f"reads {ref.buffer}#{ref.at(base)} of"))
+    start = next(n for n, i in enumerate(ops) if i.id == culprit.id)
+    parent: dict[int, tuple[int, str]] = {}
+    queue = [start]
+    while queue:
+        n = queue.pop(0)
+        for m, why in before[n]:
+            if m == start:
+                return _draw_cycle(ops, parent, start, n, why)
+            if m not in parent:
+                parent[m] = (n, why)
+                queue.append(m)
+    return None
+
+
+def _draw_cycle(
+    ops: list[Instance], parent: dict[int, tuple[int, str]], start: int, end: int, why: str
+) -> str:
+    """``end`` closes the cycle back to ``start``; walk the parents to name each edge."""
+    chain = [f"{ops[end].id} {why} {ops[start].id}"]
+    while end != start:
+        child, reason = parent[end]
+        chain.append(f"{ops[child].id} {reason} {ops[end].id}")
+        end = child
+    return "cycle:\n  " + "\n  ".join(reversed(chain))
+
+
+# ---------------------------------------------------------------------------------------- text form
+
+_REF = re.compile(
+    r"(?P<buffer>[^\[#,]+@r\d+)(?:\[(?P<part>\d+)\])?#(?P<version>t(?:[+-]\d+)?|-?\d+)"
+)
+_WORK = re.compile(r"(?P<stage>\w+)\[(?P<ranges>[\d:,]*)\]\{(?P<shape>[\d,]+)\}")
+
+
+def _ref_text(ref: Ref) -> str:
+    part = "" if ref.part is None else f"[{ref.part}]"
+    version = str(ref.step) if ref.fixed else f"t{ref.step:+d}" if ref.step else "t"
+    return f"{ref.buffer}{part}#{version}"
+
+
+def _op_text(op: Op) -> str:
+    fields = [
+        "op",
+        "-" if op.step is None else str(op.step),
+        op.name,
+        op.kind,
+        op.call,
+        f"ranks={','.join(map(str, op.ranks))}",
+        f"stream={op.stream}",
+        f"reads={','.join(map(_ref_text, op.reads))}",
+        f"writes={','.join(map(_ref_text, op.writes))}",
+        f"bytes={op.nbytes}",
+    ]
+    if op.work is not None:
+        ranges = ",".join(f"{lo}:{hi}" for lo, hi in op.work.ranges)
+        fields.append(f"work={op.work.stage}[{ranges}]{{{','.join(map(str, op.work.shape))}}}")
+    return " ".join(fields)
+
+
+def _parse_ref(text: str) -> Ref:
+    found = _REF.fullmatch(text)
+    if not found:
+        raise ValueError(f"ref {text!r}")
+    part = None if found["part"] is None else int(found["part"])
+    version = found["version"]
+    if version.startswith("t"):
+        return Ref(found["buffer"], int(version[1:] or 0), part)
+    return Ref(found["buffer"], int(version), part, True)
+
+
+def _parse_op(fields: list[str]) -> Op:
+    step, name, kind, call, *rest = fields
+    values = dict(item.split("=", 1) for item in rest)
+    if kind not in get_args(OpKind):
+        raise ValueError(f"kind {kind!r}, one of {', '.join(get_args(OpKind))}")
+    work = None
+    if "work" in values:
+        found = _WORK.fullmatch(values["work"])
+        if not found:
+            raise ValueError(f"work {values['work']!r}")
+        pairs = [p.split(":") for p in found["ranges"].split(",") if p]
+        shape = Shape(*map(int, found["shape"].split(",")))
+        work = Work(found["stage"], tuple((int(lo), int(hi)) for lo, hi in pairs), shape)
+    return Op(
+        name=name,
+        kind=kind,  # type: ignore[arg-type]
+        call=call,
+        ranks=tuple(int(r) for r in values["ranks"].split(",")),
+        stream=values["stream"],
+        reads=tuple(map(_parse_ref, filter(None, values["reads"].split(",")))),
+        writes=tuple(map(_parse_ref, filter(None, values["writes"].split(",")))),
+        step=None if step == "-" else int(step),
+        work=work,
+        nbytes=int(values["bytes"]),
+    )
+
+
+def parse_graph(text: str) -> ScheduleGraph:
+    """Read ``ScheduleGraph.text``. Raises InvalidGraph with the line number and the line."""
+    world, meta = 0, {}
+    buffers: list[Buffer] = []
+    sections: list[tuple[str, int, int, int, list[Op]]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        word, _, rest = line.partition(" ")
+        try:
+            if number == 1:
+                if line != "paradiff-graph/1":
+                    raise ValueError("the first line must be paradiff-graph/1")
+            elif word == "world":
+                world = int(rest)
+            elif word == "meta":
+                meta = json.loads(rest)
+            elif word == "buffer":
+                name, nbytes, kind = rest.split(" ")
+                if kind not in get_args(BufferKind):
+                    raise ValueError(f"kind {kind!r}, one of {', '.join(get_args(BufferKind))}")
+                rank = int(name.rpartition("@r")[2])
+                buffers.append(Buffer(name, rank, int(nbytes), kind))  # type: ignore[arg-type]
+            elif word == "section":
+                name, *numbers = rest.split(" ")
+                first, count, stride = (int(n.partition("=")[2]) for n in numbers)
+                sections.append((name, first, count, stride, []))
+            elif word == "op":
+                sections[-1][4].append(_parse_op(rest.split(" ")))
+            else:
+                raise ValueError(f"unknown word {word!r}")
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise InvalidGraph(f"line {number}: {error}: {line[:120]}") from error
+    return ScheduleGraph(
+        world_size=world,
+        buffers=tuple(buffers),
+        sections=tuple(Section(n, f, c, s, tuple(ops)) for n, f, c, s, ops in sections),
+        meta=tuple(sorted(meta.items())),
+    )

@@ -1,0 +1,416 @@
+"""Model profiles: what one forward of a real diffusers model costs, as functions of its shape.
+
+A profile is traced once from the unmodified diffusers class (``paradiff.models``) and shipped as
+JSON. It lists **segments**, the stretches of the forward between **exchange points** (places where a
+strategy may need another rank's data), and in each segment its **kernels** with dimensions that are
+exact functions of the shape. This file knows no torch, no time and no hardware.
+
+Symbols of every expression (all non-negative integers):
+
+========= =============================================================================
+``b``     batch of one network call: requests x guidance branches
+``f``     latent frames (1 for images)
+``r``     latent rows that this rank computes (its strip)
+``w``     latent columns
+``k``     latent rows whose keys are visible (``k == r`` when the latent is whole)
+``t s``   tokens of the first and of the second text stream
+``h``     how many neighbours lend halo rows: 0, 1 or 2
+========= =============================================================================
+
+An atom is a symbol with an optional level: ``r4`` is ``ceil(r / 4)``. An expression is a sum of
+products, for example ``320*b*r2*w2 + 64*b*t``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+SYMBOLS = "bfrwktsh"
+KERNEL_DIMS: Mapping[str, tuple[str, ...]] = {
+    "gemm": ("batch", "m", "n", "k"),
+    "conv": ("m", "n", "k", "input_elements"),
+    "attention": ("batch", "heads", "q", "keys", "head_dim", "value_dim"),
+    "norm": ("elements",),
+    "elementwise": ("elements",),
+}
+"""Dimensions of each kernel kind. ``elements`` counts those read plus those written. A convolution
+is its implicit GEMM: m output positions (batch included), n output channels, k = input channels per
+group x kernel volume."""
+
+PointKind = Literal["kv", "halo", "moments"]
+
+
+class InvalidProfile(ValueError):
+    """A profile file that does not say what a profile must say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expr:
+    """A sum of products over levelled symbols: ``((coefficient, ((symbol, level), ...)), ...)``."""
+
+    terms: tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
+
+    def __call__(self, shape: Mapping[str, int]) -> int:
+        """Value at ``shape`` (symbol -> integer). Raises KeyError for a symbol it lacks."""
+        total = 0
+        for coefficient, atoms in self.terms:
+            product = coefficient
+            for symbol, level in atoms:
+                product *= -(-shape[symbol] // level)
+            total += product
+        return total
+
+    def __str__(self) -> str:
+        def term(coefficient: int, atoms: tuple[tuple[str, int], ...]) -> str:
+            names = [f"{symbol}{level if level > 1 else ''}" for symbol, level in atoms]
+            return "*".join([str(coefficient)] * (coefficient != 1 or not names) + names)
+
+        return " + ".join(term(*each) for each in self.terms) or "0"
+
+
+@cache
+def parse_expr(text: str) -> Expr:
+    """Read an expression such as ``2*b*r2*w2 + 77*b``. Raises InvalidProfile."""
+    terms = []
+    for part in text.replace(" ", "").split("+"):
+        coefficient, atoms = 1, []
+        for factor in part.split("*"):
+            if factor.isdigit():
+                coefficient *= int(factor)
+            elif factor and factor[0] in SYMBOLS and (factor[1:].isdigit() or not factor[1:]):
+                atoms.append((factor[0], int(factor[1:] or 1)))
+            else:
+                raise InvalidProfile(f"expression {text!r}: cannot read {factor!r}")
+        if coefficient:
+            terms.append((coefficient, tuple(atoms)))
+    return Expr(tuple(terms))
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kind of kernel launch, ``count`` times, with dimensions as KERNEL_DIMS names them."""
+
+    kind: str
+    count: int
+    dims: tuple[Expr, ...]
+
+    def sizes(self, shape: Mapping[str, int]) -> list[int]:
+        """The dimensions at ``shape``.
+
+        Two optional symbols concern attention alone: ``u`` divides the heads (Ulysses), and ``j`` is
+        how many text tokens are among the keys (default ``t``; a ring sees them in one iteration).
+        """
+        d = [dim(shape) for dim in self.dims]
+        if self.kind == "attention":
+            d[1] //= shape.get("u", 1)
+            if shape.get("j", shape["t"]) != shape["t"]:
+                d[3] = self.dims[3]({**shape, "t": shape["j"]})
+        return d
+
+    def flops(self, shape: Mapping[str, int]) -> int:
+        """Floating-point operations (2 per multiply-add) of all ``count`` launches."""
+        d = self.sizes(shape)
+        if self.kind == "gemm":
+            return 2 * self.count * d[0] * d[1] * d[2] * d[3]
+        if self.kind == "conv":
+            return 2 * self.count * d[0] * d[1] * d[2]
+        if self.kind == "attention":
+            return 2 * self.count * d[0] * d[1] * d[2] * d[3] * (d[4] + d[5])
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """An exchange point: what lies just before the segment that carries it.
+
+    ``elements`` is what this rank publishes there: K and V of its image rows (``kv``), its first and
+    last ``pad`` input rows (``halo``, both sides together), its mean and mean of squares (``moments``,
+    always 4 bytes each). ``heads`` and ``head_dim`` are those of a ``kv`` point; ``joint_text`` says
+    that text tokens are part of the same attention.
+    """
+
+    kind: PointKind
+    elements: Expr
+    heads: int = 0
+    head_dim: int = 0
+    joint_text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Kernels between two exchange points.
+
+    A segment whose point is ``kv`` holds the attention kernel alone, so that sequence parallelism can
+    exchange before and after it. ``weights`` counts parameters first used here; ``live`` the elements
+    alive at the segment's peak, its inputs included.
+    """
+
+    name: str
+    kernels: tuple[Kernel, ...]
+    weights: int
+    live: Expr
+    point: Point | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A module whose output may cross ranks (a transformer block, a U-Net sub-block).
+
+    It covers segments ``lo`` to ``hi`` (exclusive). ``out`` counts the elements of its whole output
+    tuple, ``text_out`` the part of them that is the text stream. ``parent`` names the enclosing
+    U-Net block (itself where there is none).
+    """
+
+    name: str
+    parent: str
+    lo: int
+    hi: int
+    out: Expr
+    text_out: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One module of the pipeline: ``denoiser``, ``text_encoder``, ``vae``, ``scheduler``, ...
+
+    ``repeat`` is how often the segments run for one request (VAE chunks, say). ``params`` counts all
+    parameters of the module, used or not. ``shape`` overrides symbols (a chunk's frame count).
+    """
+
+    name: str
+    segments: tuple[Segment, ...]
+    params: int
+    repeat: Expr
+    cuts: tuple[Cut, ...] = ()
+    parents: tuple[tuple[str, Expr], ...] = ()
+    shape: tuple[tuple[str, Expr], ...] = ()
+
+    def bind(self, shape: Mapping[str, int]) -> dict[str, int]:
+        """``shape`` with this stage's own symbols put in."""
+        return {**shape, **{symbol: expr(shape) for symbol, expr in self.shape}}
+
+    def flops(self, shape: Mapping[str, int]) -> int:
+        """Floating-point operations of one request's worth of this stage."""
+        bound = self.bind(shape)
+        once = sum(k.flops(bound) for segment in self.segments for k in segment.kernels)
+        return once * self.repeat(shape)
+
+    def points(self, *kinds: str) -> Iterator[tuple[int, Point]]:
+        """(segment index, point) of every exchange point, of the given kinds if any are given."""
+        for index, segment in enumerate(self.segments):
+            if segment.point is not None and (not kinds or segment.point.kind in kinds):
+                yield index, segment.point
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """From pixels (or mel bins, or frames) to the latent, and what a network call takes."""
+
+    channels: int
+    scale: int
+    temporal_scale: int
+    row_multiple: int
+    """A strip's rows must be a multiple of this: the patch size, or 2^(levels-1) of a U-Net."""
+    text_tokens: tuple[int, ...]
+    guidance: Literal["cfg", "embedded", "none"]
+    """``cfg``: two evaluations a step; ``embedded``: distilled, one evaluation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Everything the planner knows of a model. ``kind`` is ``unet`` or ``transformer``.
+
+    ``stages`` run in this order: text encoders, denoiser (once a step), VAE and after; ``scheduler``
+    and ``guidance`` are the elementwise work of a step. ``text_mode`` of a joint-text transformer
+    says how PipeFusion treats its text (``patch0_frozen`` or ``per_patch``), else None.
+    ``asyncdiff`` holds published component tables: degree -> the owner of each cut, in order.
+    """
+
+    name: str
+    kind: Literal["unet", "transformer"]
+    source: Mapping[str, Any]
+    geometry: Geometry
+    defaults: Mapping[str, int]
+    stages: Mapping[str, Stage]
+    text_mode: str | None
+    asyncdiff: Mapping[int, tuple[int, ...]]
+
+    @property
+    def denoiser(self) -> Stage:
+        return self.stages["denoiser"]
+
+    def latent_shape(self, height: int, width: int, frames: int, batch: int) -> dict[str, int]:
+        """Symbols of one whole network call without guidance: the latent of ``batch`` requests.
+
+        Raises ValueError where the size does not divide into latent rows and columns.
+        """
+        g = self.geometry
+        for axis, size in (("height", height), ("width", width)):
+            step = g.scale * (g.row_multiple if self.kind == "transformer" else 1)
+            if size <= 0 or size % step:
+                lower = max(step, size // step * step)
+                raise ValueError(
+                    f"{axis} {size}: {self.name} takes multiples of {step}; "
+                    f"nearest {lower} or {lower + step}"
+                )
+        if g.temporal_scale > 1 and (frames - 1) % g.temporal_scale:
+            raise ValueError(
+                f"frames {frames}: {self.name} takes {g.temporal_scale} n + 1; "
+                f"nearest {(frames - 1) // g.temporal_scale * g.temporal_scale + 1}"
+            )
+        rows = height // g.scale
+        text = (*g.text_tokens, 0, 0)
+        return {
+            "b": batch,
+            "f": (frames - 1) // g.temporal_scale + 1,
+            "r": rows,
+            "w": width // g.scale,
+            "k": rows,
+            "t": text[0],
+            "s": text[1],
+            "h": 0,
+        }
+
+
+# ------------------------------------------------------------------------------------------ JSON
+
+SCHEMA = "paradiff.profile/1"
+
+
+def profile_to_json(profile: Profile) -> dict[str, Any]:
+    """The JSON form. Kernel lists that recur (identical blocks) are stored once."""
+    table: dict[tuple[Kernel, ...], int] = {}
+
+    def segment(each: Segment) -> dict[str, Any]:
+        index = table.setdefault(each.kernels, len(table))
+        out: dict[str, Any] = {"name": each.name, "kernels": index, "weights": each.weights}
+        out["live"] = str(each.live)
+        if each.point is not None:
+            p = each.point
+            out["point"] = {"kind": p.kind, "elements": str(p.elements)}
+            if p.kind == "kv":
+                out["point"] |= {"heads": p.heads, "head_dim": p.head_dim}
+                out["point"]["joint_text"] = p.joint_text
+        return out
+
+    def stage(each: Stage) -> dict[str, Any]:
+        return {
+            "params": each.params,
+            "repeat": str(each.repeat),
+            "shape": {symbol: str(expr) for symbol, expr in each.shape},
+            "segments": [segment(s) for s in each.segments],
+            "cuts": [
+                [c.name, c.parent, c.lo, c.hi, str(c.out), str(c.text_out)] for c in each.cuts
+            ],
+            "parents": {name: str(expr) for name, expr in each.parents},
+        }
+
+    g = profile.geometry
+    stages = {name: stage(each) for name, each in profile.stages.items()}
+    return {
+        "schema": SCHEMA,
+        "name": profile.name,
+        "kind": profile.kind,
+        "source": dict(profile.source),
+        "geometry": {
+            "channels": g.channels,
+            "scale": g.scale,
+            "temporal_scale": g.temporal_scale,
+            "row_multiple": g.row_multiple,
+            "text_tokens": list(g.text_tokens),
+            "guidance": g.guidance,
+        },
+        "defaults": dict(profile.defaults),
+        "text_mode": profile.text_mode,
+        "asyncdiff": {str(n): list(owners) for n, owners in profile.asyncdiff.items()},
+        "kernels": [[[k.kind, k.count, *map(str, k.dims)] for k in kernels] for kernels in table],
+        "stages": stages,
+    }
+
+
+def profile_from_json(data: Mapping[str, Any]) -> Profile:
+    """Read the JSON form. Raises InvalidProfile with what is missing or wrong."""
+    if data.get("schema") != SCHEMA:
+        raise InvalidProfile(f"schema {data.get('schema')!r}: this version reads {SCHEMA!r}")
+    try:
+        return _read_profile(data)
+    except InvalidProfile:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise InvalidProfile(f"missing or malformed entry: {error!r}") from error
+
+
+def _read_profile(data: Mapping[str, Any]) -> Profile:
+    kernels = [tuple(_read_kernel(row) for row in rows) for rows in data["kernels"]]
+
+    def point(row: Mapping[str, Any] | None) -> Point | None:
+        if row is None:
+            return None
+        if row["kind"] not in ("kv", "halo", "moments"):
+            raise InvalidProfile(f"point kind {row['kind']!r}: one of kv, halo, moments")
+        rest = {key: row[key] for key in ("heads", "head_dim", "joint_text") if key in row}
+        return Point(kind=row["kind"], elements=parse_expr(row["elements"]), **rest)
+
+    def stage(name: str, row: Mapping[str, Any]) -> Stage:
+        return Stage(
+            name=name,
+            params=row["params"],
+            repeat=parse_expr(row["repeat"]),
+            shape=tuple((symbol, parse_expr(e)) for symbol, e in row["shape"].items()),
+            segments=tuple(
+                Segment(
+                    name=s["name"],
+                    kernels=kernels[s["kernels"]],
+                    weights=s["weights"],
+                    live=parse_expr(s["live"]),
+                    point=point(s.get("point")),
+                )
+                for s in row["segments"]
+            ),
+            cuts=tuple(
+                Cut(n, parent, lo, hi, parse_expr(out), parse_expr(text))
+                for n, parent, lo, hi, out, text in row["cuts"]
+            ),
+            parents=tuple((n, parse_expr(e)) for n, e in row["parents"].items()),
+        )
+
+    g = data["geometry"]
+    return Profile(
+        name=data["name"],
+        kind=data["kind"],
+        source=data["source"],
+        geometry=Geometry(
+            g["channels"],
+            g["scale"],
+            g["temporal_scale"],
+            g["row_multiple"],
+            tuple(g["text_tokens"]),
+            g["guidance"],
+        ),
+        defaults=data["defaults"],
+        stages={name: stage(name, row) for name, row in data["stages"].items()},
+        text_mode=data["text_mode"],
+        asyncdiff={int(n): tuple(owners) for n, owners in data["asyncdiff"].items()},
+    )
+
+
+def _read_kernel(row: list[Any]) -> Kernel:
+    kind, count, *dims = row
+    if kind not in KERNEL_DIMS or len(dims) != len(KERNEL_DIMS[kind]):
+        raise InvalidProfile(f"kernel {row!r}: kinds and dimensions are {dict(KERNEL_DIMS)}")
+    return Kernel(kind, count, tuple(parse_expr(d) for d in dims))
+
+
+def load_profile(path: Path) -> Profile:
+    """Read a profile file. Raises InvalidProfile (with the path) or OSError."""
+    try:
+        return profile_from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InvalidProfile(f"{path}: not JSON: {error}") from error
+    except InvalidProfile as error:
+        raise InvalidProfile(f"{path}: {error}") from error
