@@ -20,7 +20,7 @@ Text form (``ScheduleGraph.text`` and ``parse_graph`` round-trip)::
     op 0 p1/stage2@r2 compute forward ranks=2 stream=compute reads=z.p1@r2#t writes=... work=...
 
     ``#t`` is the iteration's step, ``#t-1`` the one before, ``#3`` step 3 whatever the iteration;
-    ``buffer[4]#t`` is part 4 of a buffer.
+    ``#t.2`` is the version numbered 2 within that step; ``buffer[4]#t`` is part 4 of a buffer.
 """
 
 from __future__ import annotations
@@ -80,16 +80,25 @@ class Buffer:
 
 
 class Ref(NamedTuple):
-    """One version of a buffer: ``step`` relative to the iteration, or absolute where ``fixed``."""
+    """One version of a buffer: ``step`` relative to the iteration, or absolute where ``fixed``.
+
+    ``sub`` tells versions of one step apart where a step writes the buffer several times (a ring's
+    rotating block, a work buffer that every layer uses again).
+    """
 
     buffer: str
     step: int
     part: int | None = None
     fixed: bool = False
+    sub: int = 0
 
     def at(self, base: int) -> int:
-        """Absolute version number in the iteration that starts at step ``base``."""
+        """Absolute step of the version in the iteration that starts at step ``base``."""
         return self.step if self.fixed else base + self.step
+
+    def show(self, base: int) -> str:
+        """Text of the absolute version, for messages."""
+        return _ref_text(Ref(self.buffer, self.at(base), self.part, True, self.sub))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +173,7 @@ def traffic(op: Op) -> dict[int, tuple[float, float]]:
 class _BufferState:
     """Who last wrote and who has read since, per part (None: the whole buffer)."""
 
-    versions: dict[int | None, tuple[int, int]] = field(default_factory=dict)
+    versions: dict[int | None, tuple[int, int, int]] = field(default_factory=dict)
     readers: dict[int | None, dict[tuple[str, tuple[int, ...]], int]] = field(default_factory=dict)
 
 
@@ -208,15 +217,13 @@ class Dependencies:
     @staticmethod
     def _producer(state: _BufferState, ref: Ref, instance: Instance) -> int:
         version = state.versions.get(ref.part)
-        wanted = ref.at(instance.base)
-        if version is None or version[0] != wanted:
-            have = "nothing" if version is None else f"version {version[0]}"
-            part = "" if ref.part is None else f"[{ref.part}]"
+        if version is None or version[0] != ref.at(instance.base) or version[1] != ref.sub:
+            have = "nothing" if version is None else f"version {version[0]}.{version[1]}"
             raise InvalidGraph(
-                f"{instance.id} reads {ref.buffer}{part}#{wanted}, which is not there: "
+                f"{instance.id} reads {ref.show(instance.base)}, which is not there: "
                 f"the buffer holds {have} at that place of the order"
             )
-        return version[1]
+        return version[2]
 
     @staticmethod
     def _overwrite(
@@ -224,12 +231,12 @@ class Dependencies:
     ) -> None:
         step = ref.at(instance.base)
         old = state.versions.get(ref.part)
-        if old is not None and old[0] == step:
-            raise InvalidGraph(f"{instance.id} writes {ref.buffer}#{step} a second time")
+        if old is not None and old[:2] == (step, ref.sub):
+            raise InvalidGraph(f"{instance.id} writes {ref.show(instance.base)} a second time")
         overlapping = list(state.versions) if ref.part is None else [None, ref.part]
         for part in overlapping:
             if part in state.versions:
-                found[state.versions[part][1]] = None
+                found[state.versions[part][2]] = None
         stale = (
             state.readers
             if ref.part is None
@@ -243,7 +250,7 @@ class Dependencies:
         else:
             state.versions.pop(None, None)
             state.readers.pop(ref.part, None)
-        state.versions[ref.part] = (step, handle)
+        state.versions[ref.part] = (step, ref.sub, handle)
 
     def advance(self, steps: int, is_loop: Callable[[int], bool]) -> None:
         """Relabel versions written by the handles ``is_loop`` accepts as ``steps`` later.
@@ -251,9 +258,9 @@ class Dependencies:
         The engine calls this when it skips whole iterations of a steady state.
         """
         for state in self._buffers.values():
-            for part, (step, handle) in state.versions.items():
+            for part, (step, sub, handle) in state.versions.items():
                 if is_loop(handle):
-                    state.versions[part] = (step + steps, handle)
+                    state.versions[part] = (step + steps, sub, handle)
 
 
 @dataclass(frozen=True)
@@ -316,14 +323,21 @@ class ScheduleGraph:
         return max((age for _, _, age in self.stale_reads()), default=0)
 
     def stale_reads(self) -> Iterator[tuple[Op, Ref, int]]:
-        """(op, ref, age in steps) of every read of an older version, once per section."""
+        """(op, ref, age in steps) of every read of an older version, once per section.
+
+        The age is the reader's step minus the version's; a version named absolutely ages through the
+        section, and its greatest age is given. Text never ages.
+        """
+        text = {b.id for b in self.buffers if b.kind == "text"}
         for section in self.sections:
+            last = section.first + (section.count - 1) * section.stride
             for op in section.ops:
                 if op.step is None:
                     continue
                 for ref in op.reads:
-                    if not ref.fixed and ref.step < op.step:
-                        yield op, ref, op.step - ref.step
+                    age = op.step + last - ref.at(last)
+                    if age > 0 and ref.buffer not in text:
+                        yield op, ref, age
 
     def peak_bytes(self, kinds: Iterable[str] = get_args(BufferKind)) -> dict[int, int]:
         """rank -> most bytes of buffers alive at once, counting buffers (not versions) of ``kinds``.
@@ -438,7 +452,7 @@ def absolute(instance: Instance) -> Op:
     op, base = instance
 
     def fix(refs: tuple[Ref, ...]) -> tuple[Ref, ...]:
-        return tuple(Ref(r.buffer, r.at(base), r.part, True) for r in refs)
+        return tuple(Ref(r.buffer, r.at(base), r.part, True, r.sub) for r in refs)
 
     step = None if op.step is None else op.step + base
     return replace(op, step=step, reads=fix(op.reads), writes=fix(op.writes))
@@ -446,16 +460,16 @@ def absolute(instance: Instance) -> Op:
 
 def _lifetimes(graph: ScheduleGraph, wanted: dict[str, Buffer]) -> dict[str, list[tuple[int, int]]]:
     """buffer id -> (first position, last position) of each of its versions, in canonical order."""
-    live: dict[tuple[str, int | None, int], list[int]] = {}
+    live: dict[tuple[str, int | None, int, int], list[int]] = {}
     for position, (op, base) in enumerate(graph.instances()):
         for ref in op.writes:
             if ref.buffer in wanted:
-                live[ref.buffer, ref.part, ref.at(base)] = [position, position]
+                live[ref.buffer, ref.part, ref.at(base), ref.sub] = [position, position]
         for ref in op.reads:
             if ref.buffer in wanted:
-                live[ref.buffer, ref.part, ref.at(base)][1] = position
+                live[ref.buffer, ref.part, ref.at(base), ref.sub][1] = position
     spans: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for (buffer_id, _, _), (start, end) in live.items():
+    for (buffer_id, *_), (start, end) in live.items():
         spans[buffer_id].append((start, end))
     return spans
 
@@ -478,9 +492,7 @@ def _merged(intervals: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 def _cycle_picture(graph: ScheduleGraph, culprit: Instance) -> str | None:
     """The cycle through ``culprit``, if it reads what only a later op that needs it would write."""
     ops = list(graph.instances())
-    writer = {
-        (ref.buffer, ref.part, ref.at(i.base)): n for n, i in enumerate(ops) for ref in i.op.writes
-    }
+    writer = {ref.show(i.base): n for n, i in enumerate(ops) for ref in i.op.writes}
     before: dict[int, list[tuple[int, str]]] = defaultdict(list)
     last: dict[tuple[int, str], int] = {}
     for n, (op, base) in enumerate(ops):
@@ -489,9 +501,9 @@ def _cycle_picture(graph: ScheduleGraph, culprit: Instance) -> str | None:
                 before[n].append((last[rank, op.stream], f"follows on r{rank}:{op.stream}"))
             last[rank, op.stream] = n
         for ref in op.reads:
-            source = writer.get((ref.buffer, ref.part, ref.at(base)))
+            source = writer.get(ref.show(base))
             if source is not None and source != n:
-                before[n].append((source, f"reads {ref.buffer}#{ref.at(base)} of"))
+                before[n].append((source, f"reads {ref.show(base)} of"))
     start = next(n for n, i in enumerate(ops) if i.id == culprit.id)
     parent: dict[int, tuple[int, str]] = {}
     queue = [start]
@@ -522,6 +534,7 @@ def _draw_cycle(
 
 _REF = re.compile(
     r"(?P<buffer>[^\[#,]+@r\d+)(?:\[(?P<part>\d+)\])?#(?P<version>t(?:[+-]\d+)?|-?\d+)"
+    r"(?:\.(?P<sub>\d+))?"
 )
 _WORK = re.compile(r"(?P<stage>\w+)\[(?P<ranges>[\d:,]*)\]\{(?P<shape>[\d,]+)\}")
 
@@ -529,7 +542,7 @@ _WORK = re.compile(r"(?P<stage>\w+)\[(?P<ranges>[\d:,]*)\]\{(?P<shape>[\d,]+)\}"
 def _ref_text(ref: Ref) -> str:
     part = "" if ref.part is None else f"[{ref.part}]"
     version = str(ref.step) if ref.fixed else f"t{ref.step:+d}" if ref.step else "t"
-    return f"{ref.buffer}{part}#{version}"
+    return f"{ref.buffer}{part}#{version}{f'.{ref.sub}' if ref.sub else ''}"
 
 
 def _op_text(op: Op) -> str:
@@ -556,10 +569,10 @@ def _parse_ref(text: str) -> Ref:
     if not found:
         raise ValueError(f"ref {text!r}")
     part = None if found["part"] is None else int(found["part"])
-    version = found["version"]
+    version, sub = found["version"], int(found["sub"] or 0)
     if version.startswith("t"):
-        return Ref(found["buffer"], int(version[1:] or 0), part)
-    return Ref(found["buffer"], int(version), part, True)
+        return Ref(found["buffer"], int(version[1:] or 0), part, False, sub)
+    return Ref(found["buffer"], int(version), part, True, sub)
 
 
 def _parse_op(fields: list[str]) -> Op:
