@@ -1,0 +1,41 @@
+# make plan   the ranked table of sdxl on eight L40s; never installs torch
+# make test   everything: lint, types, all tests (installs torch and diffusers)
+#
+# One virtual environment, two stamps. `plan` asks only for the first stamp (the core dependencies);
+# `test` adds the [run,dev] extras on top. That planning needs no torch is not left to an environment
+# that happens to lack it: tests/test_layers.py blocks the import.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: plan test lint bench clean
+
+plan: $(VENV)/core.stamp
+	$(BIN)/paradiff-plan --topology pcie8.yaml
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/all.stamp
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/all.stamp
+	$(BIN)/python benchmarks/bench_plan.py
+
+$(VENV)/core.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "paradiff needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	         "Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/all.stamp: $(VENV)/core.stamp
+	$(PIP) -e '.[run,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV)
