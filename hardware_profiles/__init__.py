@@ -1,0 +1,1 @@
+"""Shipped hardware and model data; see README.md. Found by ``paradiff.config.find``."""

@@ -1,0 +1,1 @@
+"""Time, memory and planning from a schedule graph; knows no torch."""

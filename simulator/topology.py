@@ -1,0 +1,419 @@
+"""Hardware of a box or a cluster: GPUs, switches, links, measured collectives. No behaviour.
+
+:class:`Topology` is plain data and can be built in code (``uniform``); ``load_topology`` reads the
+YAML form, whose schema is :class:`TopologyFile` (described in ``hardware_profiles/README.md``).
+A device index is the position of a GPU in ``Topology.gpus``. How transfers use this hardware is
+decided in ``simulator.network``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import networkx as nx
+from pydantic import BeforeValidator, Field, model_validator
+
+from paradiff.config import ConfigError, Path_, Strict, available, find, load_yaml, problem
+from paradiff.units import Bytes, BytesPerSecond, Dollars, PositiveSeconds, Seconds
+
+Duplex = Literal["full", "half"]
+CollectiveKind = Literal["all_gather", "all_reduce", "all_to_all", "broadcast", "reduce_scatter"]
+
+UNKNOWN_GPU = "unit"
+"""Profile of GPUs built in code without naming one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A cable between two vertices. ``bandwidth`` holds for each direction if ``duplex`` is full,
+    for both together if it is half. Infinite bandwidth is allowed in code."""
+
+    a: str
+    b: str
+    bandwidth_bytes_per_s: float
+    latency_s: float = 0.0
+    kind: str = "link"
+    duplex: Duplex = "full"
+
+    def __post_init__(self) -> None:
+        if not self.bandwidth_bytes_per_s > 0 or not self.latency_s >= 0:
+            raise ValueError(f"{self.a}--{self.b}: needs bandwidth > 0 and latency >= 0")
+
+    @property
+    def is_nvlink(self) -> bool:
+        """Whether transfers cross this link without involving the host."""
+        return self.kind.startswith("nv")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One machine: its GPUs and the bandwidth of its memory as DMA engines see it (loads plus
+    stores)."""
+
+    name: str
+    gpus: tuple[str, ...]
+    host_memory_bytes_per_s: float = math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveTable:
+    """Measured times of one collective at one group size, ``sizes`` ascending.
+
+    Sizes are those of nccl-tests: the gathered buffer for all_gather and reduce_scatter, the buffer
+    of one rank otherwise.
+
+    ``scope`` says which groups it holds for: all that sit in one node, any, or the named GPUs.
+    """
+
+    kind: CollectiveKind
+    ranks: int
+    sizes: tuple[float, ...]
+    seconds: tuple[float, ...]
+    scope: Literal["node", "any"] | tuple[str, ...] = "node"
+    source: str = ""
+
+    def time_s(self, nbytes: float) -> float:
+        """Time of one call, interpolated in log(size), log(time).
+
+        Below the table: the time of its smallest size (latency). Above: its last bandwidth. Kinks
+        are kept: NCCL changes protocol and algorithm with size, so times need not be monotone.
+        """
+        sizes, seconds = self.sizes, self.seconds
+        if nbytes <= sizes[0]:
+            return seconds[0]
+        if nbytes >= sizes[-1]:
+            return seconds[-1] * nbytes / sizes[-1]
+        i = bisect_right(sizes, nbytes)
+        share = math.log(nbytes / sizes[i - 1]) / math.log(sizes[i] / sizes[i - 1])
+        return float(seconds[i - 1] * (seconds[i] / seconds[i - 1]) ** share)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """A set of GPUs and what connects them. Vertices are GPUs and switches, by name."""
+
+    name: str
+    gpus: tuple[str, ...]
+    profiles: tuple[str, ...]
+    """GPU profile name of each GPU."""
+    nodes: tuple[Node, ...]
+    links: tuple[Link, ...]
+    switches: tuple[str, ...] = ()
+    peer_to_peer: bool = True
+    """False: transfers that are not NVLink all the way are staged in host memory."""
+    collectives: tuple[CollectiveTable, ...] = ()
+    price_per_hour: float | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.profiles) != len(self.gpus):
+            raise ValueError(f"{len(self.gpus)} GPUs but {len(self.profiles)} profiles")
+        placed = tuple(gpu for node in self.nodes for gpu in node.gpus)
+        if sorted(placed) != sorted(self.gpus):
+            raise ValueError(f"each GPU belongs to one node: {self.gpus} against {placed}")
+        known = {*self.gpus, *self.switches}
+        if stray := [end for link in self.links for end in (link.a, link.b) if end not in known]:
+            raise ValueError(f"link to {stray[0]!r}, which is neither GPU nor switch")
+
+    def graph(self) -> nx.Graph:
+        """Vertices with ``kind`` ("gpu", "switch"), edges with their ``link``."""
+        graph = nx.Graph(name=self.name)
+        graph.add_nodes_from(self.gpus, kind="gpu")
+        graph.add_nodes_from(self.switches, kind="switch")
+        graph.add_edges_from((link.a, link.b, {"link": link}) for link in self.links)
+        return graph
+
+    def node_of(self, device: int) -> Node:
+        """The machine that GPU number ``device`` sits in."""
+        return next(node for node in self.nodes if self.gpus[device] in node.gpus)
+
+    def measured_collective(
+        self, kind: str, devices: Sequence[int], nbytes: float
+    ) -> tuple[float, str] | None:
+        """Measured time of a collective over ``devices`` and its source; None where no table holds.
+
+        A table of these very GPUs wins over one of the node, that over one for any group.
+        """
+        names = tuple(sorted(self.gpus[device] for device in devices))
+        local = len({self.node_of(device).name for device in devices}) == 1
+        scopes = (names, "node", "any") if local else (names, "any")
+        tables = [t for t in self.collectives if t.kind == kind and t.ranks == len(names)]
+        for scope in scopes:
+            for table in tables:
+                if table.scope == scope:
+                    return table.time_s(nbytes), table.source
+        return None
+
+    @classmethod
+    def uniform(
+        cls,
+        num_gpus: int,
+        *,
+        bandwidth_bytes_per_s: float = 1.0,
+        latency_s: float = 0.0,
+        profile: str = UNKNOWN_GPU,
+        kind: str = "nvlink",
+    ) -> Topology:
+        """``num_gpus`` GPUs on one ideal switch: unit hardware for tests and closed forms."""
+        gpus = tuple(f"gpu{i}" for i in range(num_gpus))
+        return cls(
+            name=f"uniform{num_gpus}",
+            gpus=gpus,
+            profiles=(profile,) * num_gpus,
+            nodes=(Node(name="host0", gpus=gpus),),
+            switches=("switch",),
+            links=tuple(
+                Link(
+                    a=gpu, b="switch", bandwidth_bytes_per_s=bandwidth_bytes_per_s,
+                    latency_s=latency_s / 2, kind=kind,
+                )
+                for gpu in gpus
+            ),
+        )  # fmt: skip
+
+
+# The YAML form.
+
+_RANGE = re.compile(r"([A-Za-z_][\w-]*?)(\d+)\.\.\1(\d+)", re.ASCII)
+_NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
+MAX_GPUS = 1024
+
+
+def expand(text: str) -> tuple[str, ...]:
+    """``gpu0..gpu3`` as its names in order; any other name as itself. ValueError if malformed."""
+    found = _RANGE.fullmatch(text)
+    if found is None:
+        if ".." in text or not _NAME.fullmatch(text):
+            raise ValueError(f"not a name ({text!r}), allowed: gpu0, or a range gpu0..gpu7")
+        return (text,)
+    first, last = int(found[2]), int(found[3])
+    if not 0 <= last - first < MAX_GPUS:
+        raise ValueError(f"not a range ({text!r}), allowed: ascending, {MAX_GPUS} names at most")
+    return tuple(f"{found[1]}{i}" for i in range(first, last + 1))
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, str):
+        raise ValueError(f"not a name ({value!r}), allowed: gpu0, or a range gpu0..gpu7")
+    return expand(value)
+
+
+def _gpu_entry(value: Any) -> tuple[tuple[str, str | None], ...]:
+    """``gpu0..gpu3`` or ``{gpu7: l40s}`` as (name, profile) pairs."""
+    if isinstance(value, dict):
+        if not all(isinstance(profile, str) for profile in value.values()):
+            raise ValueError(f"not a GPU profile name ({value!r}), allowed: {{gpu7: l40s}}")
+        return tuple((n, profile) for names, profile in value.items() for n in _names(names))
+    return tuple((name, None) for name in _names(value))
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+GpuEntry = Annotated[tuple[tuple[str, str | None], ...], BeforeValidator(_gpu_entry)]
+
+
+class NodeFile(Strict):
+    """One machine."""
+
+    name: str
+    gpus: tuple[GpuEntry, ...] = Field(min_length=1)
+    host_memory: BytesPerSecond | None = None
+
+
+class LinkFile(Strict):
+    """Cables: one where both ends are single, one from each name of a range otherwise."""
+
+    ends: tuple[Names, Names]
+    kind: str
+    bandwidth: BytesPerSecond
+    latency: Seconds
+    duplex: Duplex = "full"
+    source: str = ""
+
+    @model_validator(mode="after")
+    def _one_range(self) -> LinkFile:
+        if min(len(self.ends[0]), len(self.ends[1])) > 1:
+            raise problem("two ranges", allowed="a range at one end only", at=("ends",))
+        return self
+
+
+class CollectiveFile(Strict):
+    """A measured table, ``[[size, time], ...]``."""
+
+    kind: CollectiveKind
+    ranks: int = Field(ge=2)
+    scope: Literal["node", "any"] | tuple[Names, ...] = "node"
+    source: str = Field(min_length=1)
+    table: tuple[tuple[Bytes, PositiveSeconds], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> CollectiveFile:
+        for i, ((smaller, _), (larger, _)) in enumerate(pairwise(self.table)):
+            if not smaller < larger:
+                raise problem("sizes out of order", larger, "ascending sizes", ("table", i + 1, 0))
+        return self
+
+
+class TopologyFile(Strict):
+    """The YAML form of a topology."""
+
+    name: str
+    gpu: str
+    nodes: tuple[NodeFile, ...] = Field(min_length=1)
+    peer_to_peer: bool
+    switches: tuple[Names, ...] = ()
+    links: tuple[LinkFile, ...] = ()
+    collectives: tuple[CollectiveFile, ...] = ()
+    price_per_hour: Dollars | None = None
+    source: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TopologyFile:
+        _check_names(self)
+        _check_links(self)
+        _check_connected(self)
+        _check_profiles(self)
+        _check_scopes(self)
+        return self
+
+    def gpu_entries(self) -> Iterator[tuple[str, str, Path_]]:
+        """Name, profile and place of every GPU, in device order."""
+        for i, node in enumerate(self.nodes):
+            for j, entry in enumerate(node.gpus):
+                for name, profile in entry:
+                    yield name, profile or self.gpu, ("nodes", i, "gpus", j)
+
+    def vertices(self) -> tuple[str, ...]:
+        """Names that a link may end at."""
+        gpus = tuple(name for name, _, _ in self.gpu_entries())
+        return gpus + tuple(name for names in self.switches for name in names)
+
+    def cables(self) -> Iterator[tuple[str, str, int]]:
+        """Both ends of every cable and the index of its entry in ``links``."""
+        for i, link in enumerate(self.links):
+            for a in link.ends[0]:
+                for b in link.ends[1]:
+                    yield a, b, i
+
+    def topology(self) -> Topology:
+        """As the program uses it."""
+        entries = tuple(self.gpu_entries())
+        nodes = tuple(
+            Node(
+                name=node.name,
+                gpus=tuple(name for entry in node.gpus for name, _ in entry),
+                host_memory_bytes_per_s=node.host_memory or math.inf,
+            )
+            for node in self.nodes
+        )
+        return Topology(
+            name=self.name,
+            gpus=tuple(name for name, _, _ in entries),
+            profiles=tuple(profile for _, profile, _ in entries),
+            nodes=nodes,
+            switches=tuple(name for names in self.switches for name in names),
+            links=tuple(self._link(a, b, self.links[i]) for a, b, i in self.cables()),
+            peer_to_peer=self.peer_to_peer,
+            collectives=tuple(_table(entry) for entry in self.collectives),
+            price_per_hour=self.price_per_hour,
+            source=self.source,
+        )
+
+    @staticmethod
+    def _link(a: str, b: str, entry: LinkFile) -> Link:
+        return Link(
+            a=a,
+            b=b,
+            bandwidth_bytes_per_s=entry.bandwidth,
+            latency_s=entry.latency,
+            kind=entry.kind,
+            duplex=entry.duplex,
+        )
+
+
+def _table(entry: CollectiveFile) -> CollectiveTable:
+    scope = entry.scope
+    return CollectiveTable(
+        kind=entry.kind,
+        ranks=entry.ranks,
+        sizes=tuple(size for size, _ in entry.table),
+        seconds=tuple(time for _, time in entry.table),
+        scope=scope if isinstance(scope, str) else tuple(sorted(n for ns in scope for n in ns)),
+        source=entry.source,
+    )
+
+
+def _check_names(file: TopologyFile) -> None:
+    seen: set[str] = set()
+    named: list[tuple[str, Path_]] = []
+    named += [(node.name, ("nodes", i, "name")) for i, node in enumerate(file.nodes)]
+    named += [(name, place) for name, _, place in file.gpu_entries()]
+    named += [(n, ("switches", i)) for i, names in enumerate(file.switches) for n in names]
+    if len(named) > 2 * MAX_GPUS:
+        raise problem("too many GPUs", len(named), f"{MAX_GPUS} at most", ("nodes",))
+    for name, place in named:
+        if name in seen:
+            raise problem("duplicate name", name, "each name once", place)
+        seen.add(name)
+
+
+def _check_links(file: TopologyFile) -> None:
+    vertices, seen = file.vertices(), set[frozenset[str]]()
+    for a, b, i in file.cables():
+        for side, end in enumerate((a, b)):
+            if end not in vertices:
+                raise problem("link to nowhere", end, vertices, ("links", i, "ends", side))
+        if a == b or frozenset((a, b)) in seen:
+            what = "link from a vertex to itself" if a == b else "duplicate link"
+            raise problem(what, f"{a}, {b}", "one link between two vertices", ("links", i, "ends"))
+        seen.add(frozenset((a, b)))
+
+
+def _check_connected(file: TopologyFile) -> None:
+    graph = nx.Graph()
+    graph.add_nodes_from(file.vertices())
+    graph.add_edges_from((a, b) for a, b, _ in file.cables())
+    parts = sorted(sorted(part) for part in nx.connected_components(graph))
+    if len(parts) > 1:
+        shown = "; ".join(", ".join(part) for part in parts)
+        raise problem(f"not connected, separate parts: {shown}", allowed="links that join them")
+
+
+def _check_profiles(file: TopologyFile) -> None:
+    used = [(file.gpu, ("gpu",)), *((profile, place) for _, profile, place in file.gpu_entries())]
+    checked: set[str] = set()
+    for profile, place in used:
+        try:
+            if profile not in checked:
+                find("gpus", profile)
+        except ConfigError:
+            raise problem("unknown GPU", profile, available("gpus"), place) from None
+        checked.add(profile)
+
+
+def _check_scopes(file: TopologyFile) -> None:
+    gpus = [name for name, _, _ in file.gpu_entries()]
+    for i, entry in enumerate(file.collectives):
+        if isinstance(entry.scope, str):
+            continue
+        members = [name for names in entry.scope for name in names]
+        at: Path_ = ("collectives", i, "scope")
+        for name in members:
+            if name not in gpus:
+                raise problem("unknown GPU", name, gpus, at)
+        if len(set(members)) != entry.ranks:
+            raise problem("wrong number of GPUs", len(set(members)), f"{entry.ranks} names", at)
+
+
+def load_topology(name: str | Path, overrides: Sequence[str] = ()) -> Topology:
+    """The topology called ``name`` (a path, or a shipped name such as ``pcie8``).
+
+    ``overrides`` are what-ifs on the file, ``links.0.bandwidth=52 GB/s``. Raises ConfigError.
+    """
+    return load_yaml(find("topologies", str(name)), TopologyFile, overrides).topology()
