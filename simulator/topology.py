@@ -224,6 +224,7 @@ class NodeFile(Strict):
     name: str
     gpus: tuple[GpuEntry, ...] = Field(min_length=1)
     host_memory: BytesPerSecond | None = None
+    source: str = ""
 
 
 class LinkFile(Strict):

@@ -1,0 +1,136 @@
+"""One GPU model as numbers with their sources: what it could do, what it was seen to do.
+
+:class:`Gpu` is the schema of ``hardware_profiles/gpus/*.yaml``. Every number is a :class:`Figure`, so
+that a prediction can say what it rests on: ``measured`` on this GPU, ``spec`` from a data sheet,
+``transferred`` from a sibling by a ratio that the source states, or ``assumed``. How long a kernel
+takes is decided in ``simulator.costs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Generic, Literal, TypeVar
+
+from pydantic import Field, model_validator
+
+from paradiff.config import Strict, find, load_yaml, problem
+from paradiff.units import Bytes, BytesPerSecond, Dollars, FlopPerSecond, Seconds, Watts
+
+Value = TypeVar("Value")
+FigureKind = Literal["measured", "spec", "transferred", "assumed"]
+Runtime = Literal["eager", "compiled", "cuda-graph"]
+Dtype = Literal["fp16", "bf16", "fp32"]
+AttentionKernel = Literal["flash2", "flash3", "cudnn"]
+Count = Annotated[int, Field(gt=0)]
+
+
+class Figure(Strict, Generic[Value]):
+    """A number in base units, what kind of knowledge it is, and where it comes from."""
+
+    value: Value
+    kind: FigureKind
+    source: str = Field(min_length=1)
+
+
+class AttentionFigure(Figure[FlopPerSecond]):
+    """Best forward attention at one head width, FLOP/s of 4*q*k*d per head (half of it if causal)."""
+
+    head_dim: Count
+    kernel: AttentionKernel
+
+
+class Rates(Strict):
+    """FLOP/s per data type. fp32 means CUDA cores, not TF32."""
+
+    fp16: Figure[FlopPerSecond]
+    bf16: Figure[FlopPerSecond]
+    fp32: Figure[FlopPerSecond]
+
+    def of(self, dtype: str) -> Figure[FlopPerSecond]:
+        """The figure for ``dtype``; ValueError naming the allowed ones."""
+        known = {"fp16": self.fp16, "bf16": self.bf16, "fp32": self.fp32}
+        if dtype not in known:
+            raise ValueError(f"no rate for dtype {dtype!r}, allowed: {', '.join(known)}")
+        return known[dtype]
+
+
+class Launch(Strict):
+    """Host seconds per kernel launch: the floor below which a rank cannot issue work."""
+
+    eager: Figure[Seconds]
+    compiled: Figure[Seconds]
+    cuda_graph: Figure[Seconds] = Field(alias="cuda-graph")
+
+    def of(self, runtime: str) -> Figure[Seconds]:
+        """The figure for ``runtime``; ValueError naming the allowed ones."""
+        known = {"eager": self.eager, "compiled": self.compiled, "cuda-graph": self.cuda_graph}
+        if runtime not in known:
+            raise ValueError(f"no launch cost for {runtime!r}, allowed: {', '.join(known)}")
+        return known[runtime]
+
+
+class Gpu(Strict):
+    """A GPU profile."""
+
+    name: str
+    full_name: str
+    peak: Rates
+    """Dense tensor-core peak without sparsity; the roof of every other rate."""
+    matmul: Rates
+    """Best matrix product seen, FLOP/s: the roof that a cost model should use."""
+    attention: tuple[AttentionFigure, ...] = Field(min_length=1)
+    memory_bandwidth_peak: Figure[BytesPerSecond]
+    memory_bandwidth: Figure[BytesPerSecond]
+    """Achievable, bytes read plus bytes written."""
+    memory: Figure[Bytes]
+    l2: Figure[Bytes]
+    sms: Figure[Count]
+    kernel_floor: Figure[Seconds]
+    """Shortest time of any kernel on the device."""
+    launch: Launch
+    collective_sms: Figure[Count]
+    """SMs that a collective's kernels take from overlapped compute."""
+    tdp: Figure[Watts]
+    price_per_hour: Figure[Dollars] | None = None
+
+    @model_validator(mode="after")
+    def _below_peak(self) -> Gpu:
+        for dtype in ("fp16", "bf16", "fp32"):
+            roof, seen = self.peak.of(dtype), self.matmul.of(dtype)
+            # Cards that boost above the clock of their data sheet exceed it by a few percent.
+            if seen.value > 1.05 * roof.value:
+                raise problem(
+                    "more FLOP/s than the peak", seen.value, f"{roof.value:g} at most",
+                    ("matmul", dtype, "value"),
+                )  # fmt: skip
+        for i, figure in enumerate(self.attention):
+            if figure.value > 1.05 * self.peak.bf16.value:
+                raise problem(
+                    "more FLOP/s than the peak", figure.value, f"{self.peak.bf16.value:g} at most",
+                    ("attention", i, "value"),
+                )  # fmt: skip
+        if self.memory_bandwidth.value > self.memory_bandwidth_peak.value:
+            raise problem(
+                "more than the peak", self.memory_bandwidth.value,
+                f"{self.memory_bandwidth_peak.value:g} at most", ("memory_bandwidth", "value"),
+            )  # fmt: skip
+        return self
+
+    def attention_figure(self, head_dim: int, kernel: str = "flash2") -> AttentionFigure:
+        """The figure nearest to ``head_dim``, of ``kernel`` where this GPU has one.
+
+        Equally near: the narrower head (the slower one).
+        """
+        return min(
+            self.attention,
+            key=lambda f: (f.kernel != kernel, abs(f.head_dim - head_dim), f.head_dim),
+        )
+
+
+def load_gpu(name: str | Path, overrides: Sequence[str] = ()) -> Gpu:
+    """The GPU profile called ``name`` (a path, or a shipped name such as ``l40``).
+
+    Raises ConfigError.
+    """
+    return load_yaml(find("gpus", str(name)), Gpu, overrides)
