@@ -1,0 +1,291 @@
+"""Strategies: pure functions from (model profile, workload, spec) to a schedule graph.
+
+A spec is a comma-separated list, for example ``cfg=2,pipefusion=4,patches=8``: degrees of axes first,
+then parameters. ``STRATEGIES`` says which parameters each knows. A strategy is one function
+``(Builder, options) -> None`` and one line here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from paradiff.graph import ScheduleGraph
+from paradiff.profiles import Profile
+from paradiff.strategies.builder import Builder, Infeasible, Mesh, Workload
+from paradiff.strategies.displaced import MODES, distrifusion, pcpp, synchronous_steps
+from paradiff.strategies.passes import Options, patch, whole
+from paradiff.strategies.pipefusion import pipefusion
+from paradiff.strategies.steps import asyncdiff, parastep
+
+__all__ = [
+    "AXES",
+    "STRATEGIES",
+    "Facts",
+    "Infeasible",
+    "Spec",
+    "SpecError",
+    "Workload",
+    "build",
+    "candidate_specs",
+    "facts",
+    "parse_spec",
+]
+
+INTEGER, FRACTION, COUNTS = r"\d{1,6}", r"0?\.\d{1,6}|1(\.0*)?", r"\d{1,4}(:\d{1,4})*"
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """One pass or step strategy: its emitter, its parameters (name -> pattern), what it promises."""
+
+    emit: Callable[[Builder, Options], None]
+    parameters: Mapping[str, str]
+    exact: Callable[[Options, int], bool]
+    synchronous: Callable[[Options, int], int]
+    ranks: Callable[[Options, int], int] = lambda _, degree: degree
+    axes: frozenset[str] = frozenset({"cfg", "data"})
+
+
+def _warmup(default: int) -> Callable[[Options, int], int]:
+    return lambda options, steps: min(steps, int(options.get("warmup", default)))
+
+
+def _all(_: Options, steps: int) -> int:
+    return steps
+
+
+SEQUENCE = frozenset({"cfg", "data", "ulysses", "ring"})
+STRATEGIES: Mapping[str, Strategy] = {
+    "serial": Strategy(whole, {}, lambda o, t: True, _all, axes=SEQUENCE),
+    "patch": Strategy(patch, {"mode": "sync|naive"}, lambda o, t: o.get("mode") != "naive", _all),
+    "distrifusion": Strategy(
+        distrifusion,
+        {"warmup": INTEGER, "mode": "|".join(MODES), "bucket": INTEGER},
+        lambda o, t: synchronous_steps(o, t) == t,
+        synchronous_steps,
+    ),
+    "pcpp": Strategy(
+        pcpp,
+        {
+            "warmup": INTEGER,
+            "mode": "|".join(MODES),
+            "bucket": INTEGER,
+            "portion": FRACTION,
+            "slice": "sender|receiver",
+        },
+        lambda o, t: synchronous_steps(o, t) == t,
+        synchronous_steps,
+    ),
+    "pipefusion": Strategy(
+        pipefusion,
+        {
+            "warmup": INTEGER,
+            "patches": INTEGER,
+            "stages": COUNTS,
+            "text": "patch0_frozen|per_patch",
+            "prepost": "true|false",
+        },
+        lambda o, t: int(o.get("patches", o["pipefusion"])) == 1 or _warmup(1)(o, t) == t,
+        _warmup(1),
+        axes=SEQUENCE,
+    ),
+    "asyncdiff": Strategy(
+        asyncdiff,
+        {"warmup": INTEGER, "stride": "1|2", "cuts": f"published|balanced|{COUNTS}"},
+        lambda o, t: _warmup(9)(o, t) == t,
+        _warmup(9),
+        lambda o, degree: degree + int(o.get("stride", "1")) - 1,
+        frozenset(),
+    ),
+    "parastep": Strategy(
+        parastep,
+        {"warmup": INTEGER},
+        lambda o, t: int(o.get("warmup", "5")) >= t - 1,
+        _warmup(5),
+        axes=frozenset(),
+    ),
+}
+AXES = ("cfg", "data", "ulysses", "ring")
+AXIS_PARAMETERS = {"ring": {"rotate": "p2p|allgather"}}
+
+
+class SpecError(ValueError):
+    """A spec that cannot be read; the message names the part and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A parsed spec: the text as given, the strategy's name, and every key with its value."""
+
+    text: str
+    name: str
+    options: Mapping[str, str]
+
+    def degree(self, axis: str) -> int:
+        return int(self.options.get(axis, "1"))
+
+    @property
+    def strategy(self) -> Strategy:
+        return STRATEGIES[self.name]
+
+    @property
+    def mesh(self) -> Mesh:
+        """Degrees in xDiT's order; a step strategy has no mesh of its own."""
+        passes = self.name in ("patch", "distrifusion", "pcpp", "pipefusion")
+        return Mesh(
+            ulysses=self.degree("ulysses"),
+            ring=self.degree("ring"),
+            pp=self.degree(self.name) if passes else 1,
+            cfg=self.degree("cfg"),
+            dp=self.degree("data"),
+        )
+
+    @property
+    def n_gpus(self) -> int:
+        """Ranks that the spec takes."""
+        own = self.strategy.ranks(self.options, self.degree(self.name))
+        others = self.mesh.cfg * self.mesh.dp * self.mesh.sp
+        return own * others
+
+
+def parse_spec(text: str) -> Spec:
+    """Read a spec such as ``cfg=2,distrifusion=4,warmup=4``. Raises SpecError."""
+    options: dict[str, str] = {}
+    named: list[str] = []
+    for item in text.split(","):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if key == "serial" and not equals:
+            value = "1"
+        if key in options:
+            raise SpecError(f"spec {text!r}: {key} occurs twice")
+        if key in STRATEGIES:
+            named.append(key)
+        if not value:
+            raise SpecError(f"spec {text!r}: {item.strip()!r} is not name=value")
+        options[key] = value
+    if len(named) > 1:
+        raise SpecError(f"spec {text!r}: {' and '.join(named)} both decide the pass; give one")
+    spec = Spec(text.strip(), named[0] if named else "serial", options)
+    _check_options(spec)
+    return spec
+
+
+def _check_options(spec: Spec) -> None:
+    allowed = dict.fromkeys((*AXES, spec.name), INTEGER) | dict(spec.strategy.parameters)
+    for axis, parameters in AXIS_PARAMETERS.items():
+        if axis in spec.options:
+            allowed |= parameters
+    for key, value in spec.options.items():
+        if key not in allowed:
+            raise SpecError(
+                f"spec {spec.text!r}: unknown {key!r}; a strategy is one of"
+                f" {', '.join(STRATEGIES)}, and with {spec.name} go {', '.join(sorted(allowed))}"
+            )
+        if not re.fullmatch(allowed[key], value):
+            wanted = {INTEGER: "a whole number", FRACTION: "a number in (0, 1]"}
+            wanted[COUNTS] = "counts such as 7:7:7:7"
+            expected = wanted.get(allowed[key], allowed[key].replace(COUNTS, "i:j"))
+            raise SpecError(f"spec {spec.text!r}: {key}={value}; expected {expected}")
+        if key in (*AXES, spec.name, "bucket") and int(value) < 1:
+            raise SpecError(f"spec {spec.text!r}: {key}={value}; expected at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a spec means, whatever the conventions of its parameters."""
+
+    n_gpus: int
+    synchronous_steps: int
+    exact: bool
+
+
+def facts(spec: Spec, workload: Workload) -> Facts:
+    """GPUs taken, synchronous steps really run, and whether the result equals the serial one.
+
+    Exact up to floating-point association (STRATEGIES section 21).
+    """
+    s, o = spec.strategy, spec.options
+    return Facts(spec.n_gpus, s.synchronous(o, workload.steps), s.exact(o, workload.steps))
+
+
+def build(spec: Spec, profile: Profile, workload: Workload) -> ScheduleGraph:
+    """The schedule of ``spec``. Raises Infeasible with the reason and the nearest legal choice."""
+    _check_axes(spec, profile)
+    try:
+        builder = Builder(profile, workload, spec.mesh)
+    except ValueError as error:
+        raise Infeasible(str(error)) from error
+    spec.strategy.emit(builder, spec.options)
+    meta = {"model": profile.name, "spec": spec.text}
+    meta |= {k: str(getattr(workload, k)) for k in workload.__dataclass_fields__}
+    return builder.graph(meta)
+
+
+def _check_axes(spec: Spec, profile: Profile) -> None:
+    for axis in AXES:
+        if spec.degree(axis) > 1 and axis not in spec.strategy.axes:
+            raise Infeasible(
+                f"{axis} inside {spec.name} is not defined by its authors; {spec.name} runs alone",
+                f"{spec.name}={spec.degree(spec.name)}",
+            )
+    if spec.degree("cfg") > 1:
+        if profile.geometry.guidance != "cfg":
+            raise Infeasible(
+                f"cfg={spec.degree('cfg')}: {profile.name} evaluates the denoiser once a step"
+                f" (guidance is {profile.geometry.guidance})",
+                "cfg=1",
+            )
+        if spec.degree("cfg") != 2:
+            raise Infeasible(f"cfg={spec.degree('cfg')}: guidance has two branches", "cfg=2")
+
+
+def candidate_specs(profile: Profile, workload: Workload, max_gpus: int) -> Iterator[str]:
+    """Specs worth comparing on up to ``max_gpus``: every power-of-two mesh and published parameter.
+
+    Illegal ones are yielded too: that they are illegal, and why, is part of the answer.
+    """
+    yield "serial"
+    widths = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= max_gpus]
+    branches = (1, 2) if profile.geometry.guidance == "cfg" else (1,)
+    for cfg in branches:
+        prefix = "cfg=2," if cfg == 2 else ""
+        if cfg == 2 and max_gpus >= 2:
+            yield "cfg=2"
+        inner = [n for n in widths if 2 <= n <= max_gpus // cfg]
+        for n in inner:
+            yield from (prefix + each for each in _pass_specs(profile, workload, n))
+    for n in [n for n in widths if n >= 2]:
+        yield from _step_specs(workload, n)
+    if max_gpus > 1:
+        yield f"data={max_gpus}"
+
+
+def _pass_specs(profile: Profile, workload: Workload, n: int) -> Iterator[str]:
+    warmup = min(4, workload.steps - 1)
+    if profile.kind == "unet":
+        yield f"patch={n}"
+        yield f"distrifusion={n},warmup={warmup}"
+        yield f"pcpp={n},portion=0.3,slice=sender,warmup={warmup}"
+        return
+    yield f"distrifusion={n},warmup={warmup}"
+    for ulysses in [u for u in (1, 2, 4, 8, 16, 32, 64) if u <= n]:
+        ring = n // ulysses
+        axes = [f"ulysses={ulysses}"] * (ulysses > 1) + [f"ring={ring}"] * (ring > 1)
+        yield ",".join(axes)
+    for stages in [s for s in (2, 4, 8, 16) if s <= n]:
+        for sp in [f",ulysses={n // stages}"] if stages < n else [""]:
+            for patches in sorted({stages, 2 * stages}):
+                yield f"pipefusion={stages}{sp},patches={patches},warmup=1"
+
+
+def _step_specs(workload: Workload, n: int) -> Iterator[str]:
+    room = workload.steps // 5
+    warmup = max(1, min(9, room))
+    if n in (2, 3, 4):
+        yield f"asyncdiff={n},stride=1,warmup={warmup}"
+    if n in (3, 4):
+        yield f"asyncdiff={n - 1},stride=2,warmup={warmup}"
+    if workload.steps - min(5, room) >= n:
+        yield f"parastep={n},warmup={max(1, min(5, room))}"

@@ -1,0 +1,450 @@
+"""What every strategy builds with: the workload, the mesh, and an emitter of ops.
+
+A strategy decides which rank runs which segments and which versions it reads. This file only keeps
+the books: buffers, sections, shapes, byte counts, and the one-forward walk (``Forward``) that turns
+"run up to this exchange point" into ops on a group of ranks in lock step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from paradiff.graph import Buffer, BufferKind, Op, OpKind, Ref, ScheduleGraph, Section, Shape, Work
+from paradiff.profiles import Expr, Profile, Stage
+
+DTYPE_BYTES: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+MOMENT_BYTES = 4
+"""GroupNorm moments travel in float32: E[x^2] overflows fp16 (STRATEGIES 10.2)."""
+
+
+class Infeasible(ValueError):
+    """A well-formed strategy that this model or mesh cannot run.
+
+    ``reason`` says why, ``nearest`` the closest legal choice (None where there is none).
+    """
+
+    def __init__(self, reason: str, nearest: str | None = None) -> None:
+        super().__init__(f"{reason}; nearest: {nearest}" if nearest else reason)
+        self.reason = reason
+        self.nearest = nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One request: pixels (or mel bins) and frames, ``steps`` denoising steps, ``batch`` images."""
+
+    height: int
+    width: int
+    frames: int
+    steps: int
+    batch: int = 1
+    dtype: str = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype {self.dtype!r}: one of {', '.join(DTYPE_BYTES)}")
+        for name in ("height", "width", "frames", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Degrees of a mesh in xDiT's order, fastest to slowest: ulysses, ring, pp, cfg, dp.
+
+    ``pp`` is the axis of the pass (strips of a patch strategy, stages of a pipeline).
+    """
+
+    ulysses: int = 1
+    ring: int = 1
+    pp: int = 1
+    cfg: int = 1
+    dp: int = 1
+
+    @property
+    def sp(self) -> int:
+        return self.ulysses * self.ring
+
+    @property
+    def size(self) -> int:
+        return self.sp * self.pp * self.cfg * self.dp
+
+    def rank(self, dp: int, cfg: int, pp: int, sp: int) -> int:
+        """Rank at the coordinates; inside ``sp`` the ulysses index is the fastest."""
+        return sp + self.sp * (pp + self.pp * (cfg + self.cfg * dp))
+
+    def replicas(self) -> Iterator[tuple[Lane, ...]]:
+        """For each data-parallel replica, its guidance branches."""
+        for dp in range(self.dp):
+            yield tuple(
+                Lane(
+                    branch=("both", "uncond" if cfg == 0 else "cond")[self.cfg > 1],
+                    groups=tuple(
+                        tuple(self.rank(dp, cfg, pp, sp) for sp in range(self.sp))
+                        for pp in range(self.pp)
+                    ),
+                )
+                for cfg in range(self.cfg)
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """The ranks that evaluate one guidance branch: ``groups[pp][sp]``."""
+
+    branch: str
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(rank for group in self.groups for rank in group)
+
+
+@dataclass
+class Builder:
+    """Collects buffers and ops. All ``step`` arguments are relative to the section's iteration."""
+
+    profile: Profile
+    workload: Workload
+    mesh: Mesh
+    _buffers: dict[str, Buffer] = field(default_factory=dict)
+    _sections: list[Section] = field(default_factory=list)
+    _ops: list[Op] | None = None
+
+    def __post_init__(self) -> None:
+        w = self.workload
+        self.element_bytes = DTYPE_BYTES[w.dtype]
+        self.latent = self.profile.latent_shape(w.height, w.width, w.frames, w.batch)
+        self.rows = self.latent["r"]
+        self.branches = 2 if self.profile.geometry.guidance == "cfg" else 1
+        self.call_batch = w.batch * self.branches // self.mesh.cfg
+        points = [p for _, p in self.denoiser.points("kv")]
+        self.joint_text = any(p.joint_text for p in points)
+        self.attention_points = points
+
+    @property
+    def denoiser(self) -> Stage:
+        return self.profile.denoiser
+
+    # ------------------------------------------------------------------------------ shapes and bytes
+
+    def shape(
+        self,
+        rows: int,
+        *,
+        batch: int | None = None,
+        keys: int | None = None,
+        halo: int = 0,
+        text: int | None = None,
+        key_text: int | None = None,
+        heads: int = 1,
+    ) -> Shape:
+        """Binding for ``rows`` latent rows with ``keys`` visible rows (default: all rows).
+
+        ``text`` counts the text tokens computed here (default: all), ``key_text`` those among the
+        keys, ``heads`` divides the attention heads, ``halo`` counts neighbours.
+        """
+        t = self.latent["t"] if text is None else text
+        return Shape(
+            b=self.call_batch if batch is None else batch,
+            f=self.latent["f"],
+            r=rows,
+            w=self.latent["w"],
+            k=self.rows if keys is None else keys,
+            t=t,
+            s=self.latent["s"],
+            h=halo,
+            u=heads,
+            j=t if key_text is None else key_text,
+        )
+
+    def nbytes(self, expr: Expr, shape: Shape) -> int:
+        """Bytes of ``expr`` elements in the network's dtype."""
+        return expr(shape._asdict()) * self.element_bytes
+
+    def latent_bytes(self, rows: int, batch: int) -> int:
+        """Bytes of ``rows`` latent rows of ``batch`` latents (X of STRATEGIES 0.1, or a part of it)."""
+        x = self.latent
+        channels = self.profile.geometry.channels
+        return batch * channels * x["f"] * rows * x["w"] * self.element_bytes
+
+    # ------------------------------------------------------------------------------ emission
+
+    @contextmanager
+    def section(self, name: str, first: int, count: int = 1, stride: int = 1) -> Iterator[None]:
+        """Ops emitted inside repeat ``count`` times (nothing is kept where that is 0)."""
+        self._ops = []
+        yield
+        if count > 0 and self._ops:
+            self._sections.append(Section(name, first, count, stride, tuple(self._ops)))
+        self._ops = None
+
+    def buffer(self, name: str, rank: int, nbytes: int, kind: BufferKind) -> str:
+        """Id of buffer ``name`` on ``rank``, declared at first use, as large as its largest use."""
+        key = f"{name}@r{rank}"
+        known = self._buffers.get(key)
+        if known is None or known.nbytes < nbytes:
+            self._buffers[key] = Buffer(key, rank, nbytes, kind)
+        return key
+
+    def emit(
+        self,
+        name: str,
+        kind: OpKind,
+        call: str,
+        ranks: Sequence[int],
+        stream: str,
+        *,
+        reads: Iterable[Ref] = (),
+        writes: Iterable[Ref] = (),
+        step: int | None = 0,
+        work: Work | None = None,
+        nbytes: int = 0,
+    ) -> None:
+        """Append an op to the section in hand."""
+        assert self._ops is not None, "emit inside a section"
+        self._ops.append(
+            Op(
+                name=name,
+                kind=kind,
+                call=call,
+                ranks=tuple(ranks),
+                stream=stream,
+                reads=tuple(reads),
+                writes=tuple(writes),
+                step=step,
+                work=work,
+                nbytes=nbytes,
+            )
+        )
+
+    def compute(
+        self,
+        name: str,
+        rank: int,
+        stage: str,
+        shape: Shape,
+        *,
+        ranges: tuple[tuple[int, int], ...] | None = None,
+        reads: Iterable[Ref] = (),
+        writes: Iterable[Ref] = (),
+        step: int | None = 0,
+        call: str | None = None,
+    ) -> None:
+        """A compute op on ``rank``: the whole stage, or the given segment ranges of it."""
+        whole = ((0, len(self.profile.stages[stage].segments)),)
+        self.emit(
+            f"{name}@r{rank}",
+            "compute",
+            call or stage,
+            (rank,),
+            "compute",
+            reads=reads,
+            writes=writes,
+            step=step,
+            work=Work(stage, ranges or whole, shape),
+        )
+
+    def collective(
+        self,
+        call: str,
+        name: str,
+        ranks: Sequence[int],
+        nbytes: int,
+        reads: Iterable[Ref],
+        writes: Iterable[Ref],
+        *,
+        step: int = 0,
+        channel: str = "comm",
+    ) -> None:
+        """A collective of ``ranks`` on the stream of their group."""
+        group = "-".join(map(str, ranks))
+        self.emit(
+            f"{name}@g{group}",
+            "collective",
+            call,
+            ranks,
+            f"{channel}.{group}",
+            reads=reads,
+            writes=writes,
+            step=step,
+            nbytes=nbytes,
+        )
+
+    def send(
+        self,
+        name: str,
+        source: int,
+        destination: int,
+        nbytes: int,
+        read: Ref,
+        writes: Iterable[Ref],
+        *,
+        step: int = 0,
+    ) -> None:
+        """One message on the directed channel between two ranks."""
+        self.emit(
+            f"{name}@r{source}>r{destination}",
+            "p2p",
+            "send",
+            (source, destination),
+            f"p2p.{source}-{destination}",
+            reads=(read,),
+            writes=writes,
+            step=step,
+            nbytes=nbytes,
+        )
+
+    # ------------------------------------------------------------------------------ around the loop
+
+    def x(self, rank: int, step: int = 0, sub: int = 0, part: int | None = None) -> Ref:
+        """The latent that enters ``step``, on ``rank``."""
+        size = self.latent_bytes(self.rows, self.workload.batch)
+        return Ref(self.buffer("x", rank, size, "latent"), step, part, False, sub)
+
+    def text(self, rank: int) -> Ref:
+        """Text embeddings on ``rank``, written once. Their bytes are among the forward's live inputs."""
+        return Ref(self.buffer("text", rank, 0, "text"), 0, None, True)
+
+    def stages(self, before: bool) -> list[str]:
+        """Stages that run once a request: before the denoising loop (encoders) or after it (VAE)."""
+        names = list(self.profile.stages)
+        at = names.index("denoiser")
+        per_step = ("scheduler", "guidance")
+        return [n for n in (names[:at] if before else names[at + 1 :]) if n not in per_step]
+
+    def encode(self, ranks: Sequence[int], parts: int | None = None) -> None:
+        """Text encoders and the initial noise, on every rank (each rank owns a whole pipeline).
+
+        ``parts`` splits the latent buffer, where later steps read it patch by patch.
+        """
+        shape = self.shape(self.rows, batch=self.workload.batch * self.branches)
+        splits = [None] if parts is None else range(parts)
+        with self.section("encode", 0):
+            for rank in ranks:
+                for stage in self.stages(before=True):
+                    self.compute(stage, rank, stage, shape, step=None)
+                for name, writes in (
+                    ("text", [self.text(rank)]),
+                    ("noise", [self.x(rank, part=p) for p in splits]),
+                ):
+                    self.emit(
+                        f"{name}@r{rank}",
+                        "host",
+                        name,
+                        (rank,),
+                        "compute",
+                        writes=writes,
+                        step=None,
+                    )
+
+    def decode(self, rank: int, reads: Sequence[Ref]) -> None:
+        """VAE (and what follows it) on ``rank``, from the final latent."""
+        shape = self.shape(self.rows, batch=self.workload.batch)
+        for index, stage in enumerate(self.stages(before=False)):
+            self.compute(stage, rank, stage, shape, reads=() if index else reads, step=None)
+
+    def update(
+        self,
+        rank: int,
+        reads: Sequence[Ref],
+        writes: Sequence[Ref],
+        *,
+        rows: int | None = None,
+        tag: str = "",
+        step: int = 0,
+        x: Sequence[Ref] = (),
+    ) -> None:
+        """Guidance, then the scheduler, on ``rank``: network output and latent (``x``) to the next."""
+        shape = self.shape(self.rows if rows is None else rows, batch=self.workload.batch)
+        current = x or [self.x(rank, step)]
+        if self.branches == 2 and "guidance" in self.profile.stages:
+            self.compute(f"guidance{tag}", rank, "guidance", shape, reads=reads, step=step)
+        self.compute(
+            f"scheduler{tag}",
+            rank,
+            "scheduler",
+            shape,
+            reads=[*reads, *current],
+            writes=writes,
+            step=step,
+        )
+
+    def graph(self, meta: Mapping[str, str]) -> ScheduleGraph:
+        """The finished schedule."""
+        return ScheduleGraph(
+            world_size=1 + max(r for s in self._sections for op in s.ops for r in op.ranks),
+            buffers=tuple(self._buffers.values()),
+            sections=tuple(self._sections),
+            meta=tuple(sorted(meta.items())),
+        )
+
+
+@dataclass
+class Forward:
+    """Segments ``[lo, hi)`` of one denoiser call on a group of ranks, emitted in lock step.
+
+    ``run(hi)`` emits what lies between the last stop and segment ``hi`` as one compute op a rank.
+    ``need`` and ``give`` add refs to the next op of a rank.
+    """
+
+    build: Builder
+    ranks: Sequence[int]
+    shapes: Sequence[Shape]
+    lo: int
+    hi: int
+    tag: str = ""
+    step: int = 0
+    _reads: dict[int, list[Ref]] = field(default_factory=dict)
+    _then: list[Callable[[], None]] = field(default_factory=list)
+    _at: int = -1
+
+    def __post_init__(self) -> None:
+        self._at = self.lo
+
+    def need(self, rank: int, *refs: Ref) -> None:
+        """Refs that the next op on ``rank`` reads."""
+        self._reads.setdefault(rank, []).extend(refs)
+
+    def then(self, emit: Callable[[], None], *, now: bool) -> None:
+        """Call ``emit`` now, or right after the next op: what it emits must follow that op's reads."""
+        if now:
+            emit()
+        else:
+            self._then.append(emit)
+
+    def take(self, rank: int) -> list[Ref]:
+        """The refs that the next op on ``rank`` was to read, for an op emitted elsewhere."""
+        return self._reads.pop(rank, [])
+
+    def skip(self, stop: int) -> None:
+        """Segments up to ``stop`` were emitted elsewhere."""
+        self._at = stop
+
+    def run(self, stop: int, writes: Mapping[int, Sequence[Ref]] | None = None) -> None:
+        """Compute up to segment ``stop`` (exclusive) on all ranks; the ops write ``writes``."""
+        if stop == self._at:
+            assert not writes, "nothing to compute that could write"
+            return
+        name = self.build.denoiser.segments[self._at].name
+        for rank, shape in zip(self.ranks, self.shapes, strict=True):
+            self.build.compute(
+                f"{name}{self.tag}",
+                rank,
+                "denoiser",
+                shape,
+                ranges=((self._at, stop),),
+                reads=self.take(rank),
+                writes=(writes or {}).get(rank, ()),
+                step=self.step,
+                call="forward",
+            )
+        self._at = stop
+        while self._then:
+            self._then.pop(0)()
+
+    def points(self, *kinds: str) -> list[int]:
+        """Segment indices of the exchange points inside, in order."""
+        return [i for i, _ in self.build.denoiser.points(*kinds) if self.lo <= i < self.hi]

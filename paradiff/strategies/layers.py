@@ -1,0 +1,289 @@
+"""Layer level: what sequence parallelism does inside one attention (Ulysses, Ring, USP).
+
+Exact: every version read is of the step at hand. STRATEGIES sections 5 to 7 and 15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paradiff.graph import Ref, Shape
+from paradiff.profiles import Point
+from paradiff.strategies.builder import Builder, Forward, Infeasible
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceParallel:
+    """Degrees and layout of the sequence axis.
+
+    ``split_text``: the text tokens of a joint attention are sharded like image tokens; otherwise they
+    are replicated, enter a ring in one iteration only, and their heads are gathered after Ulysses.
+    """
+
+    ulysses: int
+    ring: int
+    rotate: str
+    split_text: bool
+
+    @property
+    def degree(self) -> int:
+        return self.ulysses * self.ring
+
+
+def plan_sequence(build: Builder, rotate: str, patches: int) -> SequenceParallel:
+    """The sequence layout of this mesh. Raises Infeasible with the nearest legal degree."""
+    mesh, profile = build.mesh, build.profile
+    if mesh.sp > 1:
+        if profile.kind != "transformer":
+            raise Infeasible(
+                f"{profile.name} is a U-Net: its convolutions need halos, which sequence parallelism"
+                " does not exchange",
+                f"patch={mesh.sp}",
+            )
+        heads = build.attention_points[0].heads
+        legal = [n for n in range(1, heads + 1) if heads % n == 0]
+        if mesh.ulysses not in legal:
+            below = max(n for n in legal if n < mesh.ulysses)
+            above = [f"ulysses={n}" for n in legal if n > mesh.ulysses][:1]
+            raise Infeasible(
+                f"ulysses={mesh.ulysses}: the {heads} heads of {profile.name} do not divide by"
+                f" {mesh.ulysses}",
+                " or ".join([f"ulysses={below}", *above]),
+            )
+        unit = profile.geometry.row_multiple
+        blocks = build.rows // unit
+        if patches == 1 and blocks % mesh.sp:
+            below = max(n for n in range(1, mesh.sp) if blocks % n == 0)
+            raise Infeasible(
+                f"sequence degree {mesh.sp}: the {blocks} token rows of {profile.name} at this size do"
+                f" not divide by {mesh.sp}",
+                f"a sequence degree of {below}",
+            )
+    text = build.latent["t"]
+    divides = build.joint_text and mesh.sp > 1 and patches == 1 and mesh.pp == 1
+    return SequenceParallel(mesh.ulysses, mesh.ring, rotate, divides and text % mesh.sp == 0)
+
+
+def local_shape(build: Builder, sp: SequenceParallel, rows: int) -> Shape:
+    """Shape of one rank's share of ``rows`` rows."""
+    text = build.latent["t"] // (sp.degree if sp.split_text else 1)
+    return build.shape(rows // sp.degree, text=text)
+
+
+def attend(
+    forward: Forward,
+    at: int,
+    sp: SequenceParallel,
+    rows: int,
+    keys: int,
+    cache: dict[int, list[Ref]] | None = None,
+) -> None:
+    """Run ``forward`` through the attention at segment ``at`` under sequence parallelism.
+
+    ``rows`` are the query rows of the whole group, ``keys`` the visible key rows; ``cache`` holds, per
+    rank, the older K/V that attention reads besides its own (PipeFusion).
+    """
+    build = forward.build
+    point = build.denoiser.segments[at].point
+    assert point is not None
+    local = forward.shapes[0]
+    qkv = _Exchange(build, forward, at, point, sp, local)
+    if sp.ulysses > 1:
+        qkv.to_heads()
+    else:
+        forward.run(at, {r: qkv.own(r) for r in forward.ranks})
+        for rank in forward.ranks:
+            forward.need(rank, *qkv.own(rank))
+    for rank in forward.ranks:
+        forward.need(rank, *(cache or {}).get(rank, ()))
+    if sp.ring > 1 and sp.rotate == "p2p":
+        qkv.rotate(rows, keys, cached=cache is not None)
+    else:
+        if sp.ring > 1:
+            qkv.gather_ring(keys)
+        share = build.shape(
+            rows // sp.ring,
+            keys=keys,
+            text=local.t * (sp.ulysses if sp.split_text else 1),
+            key_text=build.latent["t"],
+            heads=sp.ulysses,
+        )
+        qkv.compute([share] * len(forward.ranks))
+    if sp.ulysses > 1:
+        qkv.to_tokens()
+
+
+@dataclass
+class _Exchange:
+    """The transfers around one attention; versions of a work buffer are numbered by segment."""
+
+    build: Builder
+    forward: Forward
+    at: int
+    point: Point
+    sp: SequenceParallel
+    local: Shape
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one of Q, K, V, O on this rank: b (s/n + text/n) h e (STRATEGIES 5.3)."""
+        image = self.build.nbytes(self.point.elements, self.local) // 2
+        return image + (self.text_bytes if self.sp.split_text else 0)
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of this rank's text tokens in one of Q, K, V, O."""
+        if not self.point.joint_text:
+            return 0
+        width = self.point.heads * self.point.head_dim
+        return self.local.b * self.local.t * width * self.build.element_bytes
+
+    def ref(self, name: str, rank: int, sub: int = 0, size: int | None = None) -> Ref:
+        """Version of work buffer ``name`` that this attention writes (``sub``: ring iteration)."""
+        size = 2 * self.token_bytes if size is None else size
+        buffer = self.build.buffer(name, rank, size, "hidden")
+        return Ref(buffer, self.forward.step, None, False, self.at * self.sp.ring + sub)
+
+    def own(self, rank: int) -> list[Ref]:
+        """K and V that this rank starts with: after the all-to-all where there is one."""
+        if self.sp.ulysses > 1:
+            return [self.ref(n, rank, size=self.token_bytes) for n in ("kh", "vh")]
+        return [self.ref("kv0", rank)]
+
+    def groups(self, axis: str) -> list[tuple[int, ...]]:
+        """Ulysses groups are contiguous; ring groups take every ulysses-th rank."""
+        ranks, u = tuple(self.forward.ranks), self.sp.ulysses
+        if axis == "ulysses":
+            return [ranks[i : i + u] for i in range(0, len(ranks), u)]
+        return [ranks[i::u] for i in range(u)]
+
+    def exchange(self, call: str, label: str, nbytes: int, source: str, target: str) -> None:
+        name = f"{self.build.denoiser.segments[self.at].name}/{label}{self.forward.tag}"
+        for group in self.groups("ulysses"):
+            self.build.collective(
+                call,
+                name,
+                group,
+                nbytes,
+                [self.ref(source, r, size=nbytes) for r in group],
+                [self.ref(target, r, size=nbytes) for r in group],
+                step=self.forward.step,
+                channel="ulysses",
+            )
+
+    def to_heads(self) -> None:
+        """Tokens to heads: one all-to-all each for Q, K and V."""
+        size = self.token_bytes
+        ranks = self.forward.ranks
+        self.forward.run(self.at, {r: [self.ref(n, r, size=size) for n in "qkv"] for r in ranks})
+        for n in "qkv":
+            self.exchange("all_to_all", n, size, n, f"{n}h")
+        for rank in ranks:
+            self.forward.need(rank, *(self.ref(f"{n}h", rank, size=size) for n in "qkv"))
+
+    def to_tokens(self) -> None:
+        """Heads back to tokens; replicated text heads are gathered."""
+        size, ranks = self.token_bytes, self.forward.ranks
+        self.exchange("all_to_all", "o", size, "o", "ot")
+        text = 0 if self.sp.split_text else self.text_bytes // self.sp.ulysses
+        if text:
+            self.exchange("all_gather", "text", text, "otext", "texth")
+        for rank in ranks:
+            self.forward.need(rank, self.ref("ot", rank, size=size))
+            if text:
+                self.forward.need(rank, self.ref("texth", rank, size=text))
+
+    def outputs(self, rank: int) -> list[Ref]:
+        """What the attention op writes for ``to_tokens``."""
+        if self.sp.ulysses == 1:
+            return []
+        refs = [self.ref("o", rank, size=self.token_bytes)]
+        text = 0 if self.sp.split_text else self.text_bytes // self.sp.ulysses
+        return refs + ([self.ref("otext", rank, size=text)] if text else [])
+
+    def compute(self, shapes: Sequence[Shape]) -> None:
+        """The attention segment itself, in one op a rank."""
+        dense = self.forward.shapes
+        self.forward.shapes = shapes
+        self.forward.run(self.at + 1, {r: self.outputs(r) for r in self.forward.ranks})
+        self.forward.shapes = dense
+
+    def block_bytes(self, keys: int) -> int:
+        """K and V of one ring block: ``keys`` rows over the ring, heads over Ulysses."""
+        share = self.build.shape(keys // self.sp.ring, text=self.local.t)
+        image = self.build.nbytes(self.point.elements, share) // self.sp.ulysses
+        return image + (2 * self.text_bytes if self.sp.split_text else 0)
+
+    def gather_ring(self, keys: int) -> None:
+        """diffusers' ring: one all-gather of K and V, then a local loop over the blocks."""
+        size = self.block_bytes(keys)
+        name = f"{self.build.denoiser.segments[self.at].name}/kv{self.forward.tag}"
+        for group in self.groups("ring"):
+            self.build.collective(
+                "all_gather",
+                name,
+                group,
+                size,
+                [ref for r in group for ref in self.own(r)],
+                [self.ref("kvall", r, size=(self.sp.ring - 1) * size) for r in group],
+                step=self.forward.step,
+                channel="ring",
+            )
+        for rank in self.forward.ranks:
+            self.forward.need(rank, self.ref("kvall", rank, size=(self.sp.ring - 1) * size))
+
+    def rotate(self, rows: int, keys: int, cached: bool) -> None:
+        """A true ring: while block j is attended to, it travels on to the next rank.
+
+        Two buffers alternate, so block j + 2 waits until block j has been read. A PipeFusion cache
+        must survive, so there both rotating buffers are extra (``cached``).
+        """
+        sp, size = self.sp, self.block_bytes(keys)
+        names = ("kva", "kvb") if cached or sp.ulysses > 1 else ("kv0", "kv1")
+        name = self.build.denoiser.segments[self.at].name
+        text = self.local.t * (sp.ulysses if sp.split_text else 1)
+
+        def block(j: int, rank: int) -> list[Ref]:
+            if j == 0:
+                return self.own(rank)
+            return [self.ref(names[j % 2], rank, sub=j, size=size)]
+
+        for j in range(sp.ring):
+            for group in self.groups("ring") if j < sp.ring - 1 else ():
+                self.build.emit(
+                    f"{name}/ring{j}{self.forward.tag}@g{'-'.join(map(str, group))}",
+                    "permute",
+                    "ring",
+                    group,
+                    f"ring.{'-'.join(map(str, group))}",
+                    reads=[ref for r in group for ref in block(j, r)],
+                    writes=[ref for r in group for ref in block(j + 1, r)],
+                    step=self.forward.step,
+                    nbytes=size,
+                )
+            share = self.build.shape(
+                rows // sp.ring,
+                keys=keys // sp.ring,
+                text=text,
+                key_text=text if sp.split_text or j == 0 else 0,
+                heads=sp.ulysses,
+            )
+            for rank in self.forward.ranks:
+                self._block(name, j, rank, share, block(j, rank) if j else [])
+        self.forward.skip(self.at + 1)
+
+    def _block(self, name: str, j: int, rank: int, share: Shape, block: list[Ref]) -> None:
+        """Attention of one rank's queries over block ``j``."""
+        last = j == self.sp.ring - 1
+        self.build.compute(
+            f"{name}/block{j}{self.forward.tag}",
+            rank,
+            "denoiser",
+            share,
+            ranges=((self.at, self.at + 1),),
+            reads=[*self.forward.take(rank), *block],
+            writes=self.outputs(rank) if last else (),
+            step=self.forward.step,
+            call="forward",
+        )

@@ -1,0 +1,225 @@
+"""Pass level, exact: the whole forward on each rank, and strips that exchange nothing or all.
+
+Each pass is a function ``(build, options)`` that emits the denoising loop. ``Strips`` is shared with the
+displaced passes, which differ only in the versions that a layer reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from paradiff.graph import Ref, Shape
+from paradiff.profiles import Point
+from paradiff.strategies.builder import MOMENT_BYTES, Builder, Forward, Infeasible, Lane
+from paradiff.strategies.layers import attend, local_shape, plan_sequence
+
+Options = Mapping[str, str]
+
+
+# ---------------------------------------------------------------------------------- output of a step
+
+
+def noise(build: Builder, rank: int, nbytes: int, step: int = 0, name: str = "eps") -> Ref:
+    """The network output of ``step`` on ``rank`` (or the gathered whole of it)."""
+    return Ref(build.buffer(name, rank, nbytes, "noise"), step)
+
+
+def gather_output(
+    build: Builder, ranks: Sequence[int], nbytes: int, source: str, target: str
+) -> None:
+    """All-gather the pieces of the network output, ``nbytes`` each, over ``ranks``."""
+    whole = nbytes * len(ranks)
+    build.collective(
+        "all_gather",
+        target,
+        ranks,
+        nbytes,
+        [noise(build, r, nbytes, name=source) for r in ranks],
+        [noise(build, r, whole, name=target) for r in ranks],
+    )
+
+
+def finish_step(build: Builder, lanes: Sequence[Lane], pieces: int, *, world: bool) -> None:
+    """From the ``eps`` piece on every rank to the next latent on every rank.
+
+    ``world``: one gather over patches and branches together (DistriFusion); otherwise over the
+    sequence group, then between the ranks of the two branches (xDiT).
+    """
+    rows = build.rows // pieces
+    size = build.latent_bytes(rows, build.call_batch)
+    ranks = [r for lane in lanes for r in lane.ranks]
+    have = "eps"
+    if world and len(ranks) > 1:
+        gather_output(build, ranks, size, have, "eps_all")
+        have = "eps_all"
+    elif not world:
+        if pieces > 1:
+            for lane in lanes:
+                gather_output(build, lane.ranks, size, have, "eps_seq")
+            have, size = "eps_seq", size * pieces
+        if len(lanes) > 1:
+            for pair in zip(*(lane.ranks for lane in lanes), strict=True):
+                gather_output(build, pair, size, have, "eps_all")
+            have = "eps_all"
+    for rank in ranks:
+        build.update(rank, [noise(build, rank, size, name=have)], [build.x(rank, 1)])
+
+
+def finish_run(build: Builder, steps: int) -> None:
+    """Decode on the first rank of each replica."""
+    with build.section("decode", steps):
+        for lanes in build.mesh.replicas():
+            rank = lanes[0].ranks[0]
+            build.decode(rank, [build.x(rank)])
+
+
+# ---------------------------------------------------------------------------------- whole
+
+
+def whole(build: Builder, options: Options) -> None:
+    """Serial, CFG, data, Ulysses, Ring and USP: every rank sees the whole latent."""
+    sp = plan_sequence(build, options.get("rotate", "p2p"), 1)
+    steps, end = build.workload.steps, len(build.denoiser.segments)
+    build.encode(range(build.mesh.size))
+    shape = local_shape(build, sp, build.rows)
+    size = build.latent_bytes(build.rows // sp.degree, build.call_batch)
+    with build.section("steps", 0, steps):
+        for lanes in build.mesh.replicas():
+            for lane in lanes:
+                forward = Forward(build, lane.ranks, [shape] * sp.degree, 0, end)
+                for rank in lane.ranks:
+                    forward.need(rank, build.x(rank), build.text(rank))
+                for at in forward.points("kv") if sp.degree > 1 else ():
+                    attend(forward, at, sp, build.rows, build.rows)
+                forward.run(end, {r: [noise(build, r, size)] for r in lane.ranks})
+            finish_step(build, lanes, sp.degree, world=False)
+    finish_run(build, steps)
+
+
+# ---------------------------------------------------------------------------------- strips
+
+
+def strip_shapes(
+    build: Builder, keys: Sequence[int] | None = None, *, halo: bool = True
+) -> list[Shape]:
+    """Shape of each strip of the pass axis; ``keys`` are its visible rows (default all)."""
+    n = build.mesh.pp
+    rows = build.rows // n
+    return [
+        build.shape(
+            rows,
+            keys=build.rows if keys is None else keys[i],
+            halo=((i > 0) + (i < n - 1)) if halo else 0,
+        )
+        for i in range(n)
+    ]
+
+
+def check_strips(build: Builder, name: str) -> None:
+    """Raise Infeasible unless the latent rows divide into equal legal strips."""
+    n, unit = build.mesh.pp, build.profile.geometry.row_multiple
+    if build.mesh.sp > 1:
+        raise Infeasible(
+            f"{name} already cuts the rows; sequence parallelism inside a strip is not defined",
+            f"{name}={n * build.mesh.sp}",
+        )
+    if build.rows % (n * unit):
+        below = max(k for k in range(1, n) if k == 1 or build.rows % (k * unit) == 0)
+        raise Infeasible(
+            f"{name}={n}: {build.rows} latent rows do not divide into {n} strips of a multiple of"
+            f" {unit} rows",
+            f"{name}={below}",
+        )
+
+
+def point_bytes(build: Builder, point: Point, shape: Shape) -> int:
+    """What one strip publishes at ``point``."""
+    if point.kind == "moments":
+        return point.elements(shape._asdict()) * MOMENT_BYTES
+    return build.nbytes(point.elements, shape)
+
+
+@dataclass
+class Strips:
+    """One forward on equal strips, exchanging at points; shared by all strip passes of a lane."""
+
+    build: Builder
+    lane: Lane
+    shapes: Sequence[Shape]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.lane.ranks
+
+    def start(self) -> Forward:
+        """A forward over all segments that has read the whole latent and the text."""
+        forward = Forward(self.build, self.ranks, self.shapes, 0, len(self.build.denoiser.segments))
+        for rank in self.ranks:
+            forward.need(rank, self.build.x(rank), self.build.text(rank))
+        return forward
+
+    def end(self, forward: Forward) -> None:
+        """Run to the end of the network; each rank holds its strip of the output."""
+        build = self.build
+        size = build.latent_bytes(build.rows // build.mesh.pp, build.call_batch)
+        forward.run(forward.hi, {r: [noise(build, r, size)] for r in self.ranks})
+
+    def exchange(
+        self, forward: Forward, at: int, own: Sequence[Ref], others: Sequence[Ref]
+    ) -> None:
+        """Blocking, fresh exchange of what is published at segment ``at``.
+
+        GroupNorm moments whose result is not kept are all-reduced, the rest is all-gathered.
+        """
+        build, point = self.build, self.build.denoiser.segments[at].point
+        assert point is not None
+        forward.run(at, {r: [ref] for r, ref in zip(self.ranks, own, strict=True)})
+        reduce = point.kind == "moments" and others[0].part is None
+        build.collective(
+            "all_reduce" if reduce else "all_gather",
+            f"{build.denoiser.segments[at].name}/{point.kind}",
+            self.ranks,
+            point_bytes(build, point, self.shapes[0]),
+            own,
+            others,
+        )
+        for rank, ref in zip(self.ranks, others, strict=True):
+            forward.need(rank, ref)
+
+    def blocking(self, forward: Forward, at: int) -> None:
+        """``exchange`` through work buffers that the next layer uses again."""
+        point = self.build.denoiser.segments[at].point
+        assert point is not None
+        size = point_bytes(self.build, point, self.shapes[0])
+        copies = 1 if point.kind == "moments" else len(self.ranks) - 1
+
+        def refs(name: str, nbytes: int) -> list[Ref]:
+            return [
+                Ref(self.build.buffer(name, r, nbytes, point.kind), 0, None, False, at)
+                for r in self.ranks
+            ]
+
+        self.exchange(
+            forward, at, refs(f"own_{point.kind}", size), refs(f"all_{point.kind}", copies * size)
+        )
+
+
+def patch(build: Builder, options: Options) -> None:
+    """Naive strips (no exchange) or synchronous ones (every exchange fresh and blocking)."""
+    check_strips(build, "patch")
+    naive = options.get("mode", "sync") == "naive"
+    rows = build.rows // build.mesh.pp
+    keys = [rows] * build.mesh.pp if naive else None
+    shapes = strip_shapes(build, keys, halo=not naive)
+    build.encode(range(build.mesh.size))
+    with build.section("steps", 0, build.workload.steps):
+        for lanes in build.mesh.replicas():
+            for lane in lanes:
+                strips = Strips(build, lane, shapes)
+                forward = strips.start()
+                for at in [] if naive or build.mesh.pp == 1 else forward.points():
+                    strips.blocking(forward, at)
+                strips.end(forward)
+            finish_step(build, lanes, build.mesh.pp, world=True)
+    finish_run(build, build.workload.steps)

@@ -1,0 +1,348 @@
+"""Pass level, displaced patch pipeline: PipeFusion (arXiv 2405.14430, section 4.1).
+
+Stages hold consecutive blocks and a K/V cache of full length; patches flow through the stages, and a
+patch attends to patches before it of this step and to patches after it of the step before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paradiff.graph import Ref, Shape
+from paradiff.strategies.builder import Builder, Forward, Infeasible, Lane
+from paradiff.strategies.layers import SequenceParallel, attend, local_shape, plan_sequence
+from paradiff.strategies.passes import Options, noise
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """Resolved parameters: segment range of each stage, rows of each patch, and the switches."""
+
+    stages: tuple[tuple[int, int], ...]
+    patches: tuple[int, ...]
+    sp: SequenceParallel
+    text_mode: str | None
+    prepost: bool
+    warmup: int
+
+
+def stage_ranges(build: Builder, counts: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Segments of each stage; the first also has what precedes the blocks, the last what follows."""
+    cuts, ends, at = build.denoiser.cuts, [], 0
+    for count in counts[:-1]:
+        at += count
+        ends.append(cuts[at - 1].hi)
+    return tuple(zip([0, *ends], [*ends, len(build.denoiser.segments)], strict=True))
+
+
+def patch_rows(build: Builder, patches: int) -> tuple[int, ...]:
+    """Rows of each patch: ceil(rows / M) rounded up to the legal multiple; the last takes the rest.
+
+    Rounding may leave fewer than M patches, as in the reference.
+    """
+    unit = build.profile.geometry.row_multiple * build.mesh.sp
+    height = -(-build.rows // (patches * unit)) * unit
+    rows = [height] * (build.rows // height)
+    rest = build.rows - sum(rows)
+    return (*rows, rest) if rest else tuple(rows)
+
+
+def plan_pipeline(build: Builder, options: Options) -> Pipeline:
+    """Read and check the options. Raises Infeasible with the nearest legal choice."""
+    profile, n, steps = build.profile, build.mesh.pp, build.workload.steps
+    blocks = len(build.denoiser.cuts)
+    if profile.kind != "transformer":
+        raise Infeasible(
+            f"pipefusion needs a plain stack of blocks; {profile.name} is a U-Net with skips",
+            f"distrifusion={n}",
+        )
+    if not 2 <= n <= blocks:
+        raise Infeasible(
+            f"pipefusion={n}: {profile.name} has {blocks} blocks and a pipeline at least 2 stages",
+            f"pipefusion={min(max(n, 2), blocks)}",
+        )
+    even = -(-blocks // n)
+    counts = [int(c) for c in options["stages"].split(":")] if "stages" in options else None
+    if counts is None:
+        counts = [even] * (n - 1) + [blocks - even * (n - 1)]
+        if counts[-1] < 1:
+            counts = [blocks * (d + 1) // n - blocks * d // n for d in range(n)]
+    if len(counts) != n or sum(counts) != blocks or min(counts) < 1:
+        nearest = ":".join(str(blocks * (d + 1) // n - blocks * d // n) for d in range(n))
+        raise Infeasible(
+            f"stages={options.get('stages')}: {n} positive counts that sum to {blocks} are needed",
+            f"stages={nearest}",
+        )
+    patches = int(options.get("patches", n))
+    unit = profile.geometry.row_multiple * build.mesh.sp
+    if not 1 <= patches <= build.rows // unit or build.rows % unit:
+        raise Infeasible(
+            f"patches={patches}: {build.rows} latent rows in multiples of {unit}",
+            f"patches={max(1, min(patches, build.rows // unit))}",
+        )
+    warmup = int(options.get("warmup", "1"))
+    if not 1 <= warmup <= steps:
+        raise Infeasible(
+            f"warmup={warmup}: the cache is filled by at least one of the {steps} steps",
+            f"warmup={min(max(1, warmup), steps)}",
+        )
+    return Pipeline(
+        stages=stage_ranges(build, counts),
+        patches=patch_rows(build, patches),
+        sp=plan_sequence(build, options.get("rotate", "p2p"), patches),
+        text_mode=options.get("text", profile.text_mode),
+        prepost=options.get("prepost", "true") == "true",
+        warmup=warmup,
+    )
+
+
+def pipefusion(build: Builder, options: Options) -> None:
+    """Emit the whole run: warm-up on the whole image, the steady pipeline, a last step without loop."""
+    pipe = plan_pipeline(build, options)
+    steps, last = build.workload.steps, build.workload.steps - 1
+    build.encode(range(build.mesh.size), parts=len(pipe.patches))
+    middle = min(pipe.warmup, last)
+    for name, first, count, emit in (
+        ("warmup", 0, middle, warmup_step),
+        ("warmup_last", middle, pipe.warmup - middle, warmup_step),
+        ("steady", pipe.warmup, last - pipe.warmup, patch_step),
+        ("last", max(pipe.warmup, last), steps - max(pipe.warmup, last), patch_step),
+    ):
+        with build.section(name, first, count):
+            for lanes in build.mesh.replicas():
+                emit(Stages(build, pipe, lanes), loop=name in ("warmup", "steady"))
+    with build.section("decode", steps):
+        for lanes in build.mesh.replicas():
+            collect(Stages(build, pipe, lanes))
+
+
+def warmup_step(stages: Stages, *, loop: bool) -> None:
+    """The whole image through the stages, one after another; nothing overlaps."""
+    stages.advance(None)
+    stages.finish(None, loop=loop)
+
+
+def patch_step(stages: Stages, *, loop: bool) -> None:
+    """Patch by patch through the stages; canonical order is (patch, stage)."""
+    for p in range(len(stages.pipe.patches)):
+        stages.advance(p)
+        stages.finish(p, loop=loop)
+
+
+def collect(stages: Stages) -> None:
+    """Gather the latent rows over the sequence group of the last stage, then decode there."""
+    build, pipe = stages.build, stages.pipe
+    group = stages.lanes[0].groups[-1]
+    parts = range(len(pipe.patches))
+    reads = [build.x(group[0], 0, 0, p) for p in parts]
+    if len(group) > 1:
+        size = build.latent_bytes(build.rows // len(group), build.workload.batch)
+        whole = [Ref(build.buffer("x_all", r, size * len(group), "latent"), 0) for r in group]
+        local = [build.x(r, 0, 0, p) for r in group for p in parts]
+        build.collective("all_gather", "latents", group, size, local, whole)
+        reads = whole[:1]
+    build.decode(group[0], reads)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """One replica's pipeline at one step: what stage d of each branch does with patch p.
+
+    ``p`` is None in the warm-up, where the whole image is one message.
+    """
+
+    build: Builder
+    pipe: Pipeline
+    lanes: tuple[Lane, ...]
+
+    # ------------------------------------------------------------------ refs and sizes
+
+    def rows(self, p: int | None) -> int:
+        return self.build.rows if p is None else self.pipe.patches[p]
+
+    def parts(self, p: int | None) -> list[int]:
+        return list(range(len(self.pipe.patches))) if p is None else [p]
+
+    def cache(self, d: int, rank: int, parts: Sequence[int], step: int) -> list[Ref]:
+        """Rows of the K/V cache of stage d: 2 (L/N) g B s h e bytes in all (section 12.4).
+
+        Under Ulysses a rank keeps its heads of every row, under a ring its part of every patch.
+        """
+        shape = self.build.shape(self.build.rows)
+        lo, hi = self.pipe.stages[d]
+        points = [p for i, p in self.build.denoiser.points("kv") if lo <= i < hi]
+        size = sum(self.build.nbytes(p.elements, shape) for p in points) // self.pipe.sp.degree
+        buffer = self.build.buffer("cache", rank, size, "kv")
+        return [Ref(buffer, step, part) for part in parts]
+
+    def hidden_bytes(self, d: int, p: int | None, *, text: bool) -> int:
+        """Bytes of the activation that stage d sends for patch p: its image or its text stream."""
+        block = [c for c in self.build.denoiser.cuts if c.hi <= self.pipe.stages[d][1]][-1]
+        shape = local_shape(self.build, self.pipe.sp, self.rows(p))
+        words = self.build.nbytes(block.text_out, shape)
+        return words if text else self.build.nbytes(block.out, shape) - words
+
+    def label(self, p: int | None) -> str:
+        return "/all" if p is None else f"/p{p}"
+
+    def work_buffer(self, name: str, rank: int, p: int | None, size: int) -> Ref:
+        """A message buffer. One a patch; a single shared one where receives are posted late.
+
+        With one buffer the next receive waits for the computation that reads the last one, which is
+        what an irecv enqueued behind that computation does (section 12.2).
+        """
+        whole = p is None
+        shared = name.endswith("_in") and not self.pipe.prepost
+        suffix = "" if shared else ".all" if whole else f".{p}"
+        buffer = self.build.buffer(f"{name}{suffix}", rank, size, "hidden")
+        return Ref(buffer, 0, None, False, (p or 0) if shared else 0)
+
+    # ------------------------------------------------------------------ ops
+
+    def advance(self, p: int | None) -> None:
+        """Patch p through all stages of all branches."""
+        for d in range(len(self.pipe.stages)):
+            for lane in self.lanes:
+                if d:
+                    self.transfer(lane, d - 1, p)
+                self.stage(lane, d, p)
+
+    def transfer(self, lane: Lane, d: int, p: int | None) -> None:
+        """Hidden state of patch p from stage d to d + 1; the text stream goes ahead of patch 0."""
+        for source, target in zip(lane.groups[d], lane.groups[d + 1], strict=True):
+            for name, text in (("text", True), ("z", False)):
+                size = self.hidden_bytes(d, p, text=text)
+                if not size or (text and p):
+                    continue
+                self.build.send(
+                    f"{name}{self.label(p)}",
+                    source,
+                    target,
+                    size,
+                    self.work_buffer(f"{name}_out", source, p, size),
+                    [self.arrival(target, d, p, text=text)],
+                )
+
+    def arrival(self, rank: int, d: int, p: int | None, *, text: bool) -> Ref:
+        """Where stage d + 1 receives: the text of a step once, a patch each time."""
+        size = self.hidden_bytes(d, p, text=text)
+        if text:
+            return Ref(self.build.buffer("text_in", rank, size, "hidden"), 0)
+        return self.work_buffer("z_in", rank, p, size)
+
+    def inputs(self, lane: Lane, d: int, j: int, p: int | None) -> list[Ref]:
+        """What stage d reads for patch p on sequence rank j, the K/V cache apart."""
+        rank = lane.groups[d][j]
+        if d == 0:
+            latent = [self.build.x(rank, 0, 0, part) for part in self.parts(p)]
+            return [*latent, self.build.text(rank)]
+        refs = [self.arrival(rank, d - 1, p, text=False), self.build.text(rank)]
+        if self.hidden_bytes(d - 1, p, text=True) and self.reads_text(p):
+            refs.append(self.arrival(rank, d - 1, p, text=True))
+        return refs
+
+    def reads_text(self, p: int | None) -> bool:
+        """Later patches read the received text again, unless patch 0's inputs were kept per block."""
+        return not p or self.pipe.text_mode == "per_patch"
+
+    def outputs(self, lane: Lane, d: int, j: int, p: int | None) -> list[Ref]:
+        """What stage d writes for patch p, the K/V cache apart."""
+        rank = lane.groups[d][j]
+        if d == len(self.pipe.stages) - 1:
+            return [self.eps(rank, p)]
+        refs = [self.work_buffer("z_out", rank, p, self.hidden_bytes(d, p, text=False))]
+        words = self.hidden_bytes(d, p, text=True)
+        if words and not p:
+            refs.append(self.work_buffer("text_out", rank, p, words))
+        return refs
+
+    def eps(self, rank: int, p: int | None, name: str = "eps", copies: int = 1) -> Ref:
+        """Network output of patch p on one rank of the last stage."""
+        rows = self.rows(p) // self.pipe.sp.degree
+        size = copies * self.build.latent_bytes(rows, self.build.call_batch)
+        suffix = "" if p is None else f".{p}"
+        return noise(self.build, rank, size, name=f"{name}{suffix}")
+
+    def stage(self, lane: Lane, d: int, p: int | None) -> None:
+        """Stage d on patch p: own rows enter the cache first, attention reads all of it."""
+        build, pipe, ranks = self.build, self.pipe, lane.groups[d]
+        lo, hi = pipe.stages[d]
+        shape = self.dense_shape(p)
+        forward = Forward(build, ranks, [shape] * len(ranks), lo, hi, f"{self.label(p)}/s{d}")
+        older: dict[int, list[Ref]] = {}
+        for j, rank in enumerate(ranks):
+            forward.need(rank, *self.inputs(lane, d, j, p))
+            older[rank] = (
+                []
+                if p is None
+                else [
+                    *self.cache(d, rank, range(p), 0),
+                    *self.cache(d, rank, range(p + 1, len(pipe.patches)), -1),
+                ]
+            )
+        if pipe.sp.degree == 1:
+            for rank in ranks:
+                forward.need(rank, *older[rank])
+        else:
+            for at in forward.points("kv"):
+                attend(forward, at, pipe.sp, self.rows(p), build.rows, older)
+                older = {}
+        forward.run(
+            hi,
+            {
+                rank: [*self.outputs(lane, d, j, p), *self.cache(d, rank, self.parts(p), 0)]
+                for j, rank in enumerate(ranks)
+            },
+        )
+
+    def dense_shape(self, p: int | None) -> Shape:
+        """Rows of patch p on one sequence rank; the text is computed again with every patch."""
+        return local_shape(self.build, self.pipe.sp, self.rows(p))
+
+    def finish(self, p: int | None, *, loop: bool) -> None:
+        """On the last stage: guidance (exchanged between twin stages), scheduler, rows to stage 0."""
+        build, lanes = self.build, self.lanes
+        reads = {r: self.eps(r, p) for lane in lanes for r in lane.groups[-1]}
+        if len(lanes) > 1:
+            for pair in zip(*(lane.groups[-1] for lane in lanes), strict=True):
+                own = [self.eps(r, p) for r in pair]
+                both = [self.eps(r, p, "eps_all", 2) for r in pair]
+                size = build._buffers[own[0].buffer].nbytes
+                build.collective("all_gather", f"eps{self.label(p)}", pair, size, own, both)
+                reads.update(zip(pair, both, strict=True))
+        rows = self.rows(p) // self.pipe.sp.degree
+        for lane in lanes:
+            for j, rank in enumerate(lane.groups[-1]):
+                self.step(rank, [reads[rank]], rows, p)
+                if loop:
+                    first = lane.groups[0][j]
+                    size = build.latent_bytes(rows, build.workload.batch)
+                    self.loop_edge(rank, first, size, p)
+
+    def step(self, rank: int, reads: list[Ref], rows: int, p: int | None) -> None:
+        """Guidance and scheduler on the rows of patch p."""
+        parts = self.parts(p)
+        current = [self.build.x(rank, 0, 0, part) for part in parts]
+        self.build.update(
+            rank,
+            reads,
+            [self.build.x(rank, 1, 0, part) for part in parts],
+            rows=rows,
+            tag=self.label(p),
+            x=current,
+        )
+
+    def loop_edge(self, last: int, first: int, size: int, p: int | None) -> None:
+        """The new latent rows go back to stage 0, where the next step begins."""
+        parts = self.parts(p)
+        self.build.emit(
+            f"x{self.label(p)}@r{last}>r{first}",
+            "p2p",
+            "send",
+            (last, first),
+            f"p2p.{last}-{first}",
+            reads=[self.build.x(last, 1, 0, part) for part in parts],
+            writes=[self.build.x(first, 1, 0, part) for part in parts],
+            nbytes=size,
+        )

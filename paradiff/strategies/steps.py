@@ -1,0 +1,422 @@
+"""Step level: AsyncDiff (arXiv 2406.06911) and ParaStep (arXiv 2505.14741).
+
+These decide which rank evaluates which step, or which part of the network for which step; a forward
+itself is whole. Rules as in the reference code (STRATEGIES sections 13 and 14).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paradiff.graph import Ref
+from paradiff.profiles import Cut
+from paradiff.strategies.builder import Builder, Infeasible
+from paradiff.strategies.passes import Options, noise
+
+# ---------------------------------------------------------------------------------- AsyncDiff
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A part of the network: its segment ranges, and (name, bytes) of what it broadcasts."""
+
+    ranges: tuple[tuple[int, int], ...]
+    modules: tuple[tuple[str, int], ...]
+
+
+def balanced_owners(build: Builder, components: int) -> tuple[int, ...]:
+    """Owner of each cut, contiguous, with the smallest largest FLOP count (exact, by bisection)."""
+    shape = build.shape(build.rows)._asdict()
+    segments = build.denoiser.segments
+    cost = [
+        sum(k.flops(shape) for s in segments[c.lo : c.hi] for k in s.kernels)
+        for c in build.denoiser.cuts
+    ]
+
+    def assign(limit: int) -> list[int]:
+        owners, load, owner = [], 0, 0
+        for i, each in enumerate(cost):
+            must = len(cost) - i == components - 1 - owner and load
+            if load and (load + each > limit or must):
+                owner, load = owner + 1, 0
+            owners.append(owner)
+            load += each
+        return owners
+
+    low, high = max(cost), sum(cost)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if assign(middle)[-1] < components else (middle + 1, high)
+    return tuple(assign(low))
+
+
+def owners_of(build: Builder, components: int, cuts: str) -> tuple[int, ...]:
+    """Owner of each cut: the published table, balanced, or starts ``i:j`` of components 1, 2, ..."""
+    count = len(build.denoiser.cuts)
+    if not 2 <= components <= count:
+        raise Infeasible(
+            f"asyncdiff={components}: between 2 and {count} components",
+            f"asyncdiff={min(max(2, components), count)}",
+        )
+    if cuts == "published" and components in build.profile.asyncdiff:
+        return build.profile.asyncdiff[components]
+    if cuts in ("published", "balanced"):
+        return balanced_owners(build, components)
+    starts = [int(s) for s in cuts.split(":")]
+    if len(starts) != components - 1 or sorted({*starts, 0, count}) != [0, *starts, count]:
+        balanced = balanced_owners(build, components)
+        nearest = ":".join(str(balanced.index(c)) for c in range(1, components))
+        raise Infeasible(
+            f"cuts={cuts}: {components - 1} rising block numbers between 1 and {count - 1}",
+            f"cuts={nearest}",
+        )
+    return tuple(sum(i >= s for s in starts) for i in range(count))
+
+
+def components_of(build: Builder, owners: Sequence[int]) -> list[Component]:
+    """Ranges and broadcast modules of each component.
+
+    What precedes the first cut belongs to its component, what follows a cut to that cut's. In a U-Net
+    a block inside one component is one module (its whole output tuple, skips included), a block that
+    is cut inside is broadcast by its parts; a transformer sends the hidden state at each boundary.
+    """
+    cuts, end = build.denoiser.cuts, len(build.denoiser.segments)
+    starts = [0, *(c.lo for c in cuts[1:]), end]
+    ranges: list[list[tuple[int, int]]] = [[] for _ in range(max(owners) + 1)]
+    for i, owner in enumerate(owners):
+        mine = ranges[owner]
+        if mine and mine[-1][1] == starts[i]:
+            mine[-1] = (mine[-1][0], starts[i + 1])
+        else:
+            mine.append((starts[i], starts[i + 1]))
+    modules = _unet_modules if build.profile.kind == "unet" else _boundaries
+    sent = modules(build, cuts, owners)
+    return [Component(tuple(r), tuple(sent[c])) for c, r in enumerate(ranges)]
+
+
+def _boundaries(
+    build: Builder, cuts: Sequence[Cut], owners: Sequence[int]
+) -> list[list[tuple[str, int]]]:
+    shape = build.shape(build.rows)
+    sent: list[list[tuple[str, int]]] = [[] for _ in range(max(owners) + 1)]
+    for cut, owner, following in zip(cuts, owners, owners[1:], strict=False):
+        if owner != following:
+            sent[owner].append((cut.name, build.nbytes(cut.out, shape)))
+    return sent
+
+
+def _unet_modules(
+    build: Builder, cuts: Sequence[Cut], owners: Sequence[int]
+) -> list[list[tuple[str, int]]]:
+    shape = build.shape(build.rows)
+    parents = dict(build.denoiser.parents)
+    sent: list[list[tuple[str, int]]] = [[] for _ in range(max(owners) + 1)]
+    for cut, owner in zip(cuts, owners, strict=True):
+        whole = {o for c, o in zip(cuts, owners, strict=True) if c.parent == cut.parent} == {owner}
+        name, out = (cut.parent, parents.get(cut.parent)) if whole else (cut.name, cut.out)
+        module = (name, build.nbytes(out or cut.out, shape))
+        if module not in sent[owner]:
+            sent[owner].append(module)
+    return sent
+
+
+@dataclass(frozen=True)
+class AsyncDiff:
+    """One request on ``components + stride - 1`` ranks; ``cache`` holds every module's last output."""
+
+    build: Builder
+    components: tuple[Component, ...]
+    stride: int
+
+    @property
+    def ranks(self) -> range:
+        return range(len(self.components) + self.stride - 1)
+
+    @property
+    def last(self) -> int:
+        """Rank of the last component; the extra rank of stride 2 evaluates it once more."""
+        return len(self.components) - 1
+
+    def output(self, rank: int, step: int, name: str = "eps") -> Ref:
+        """Network output of ``step`` on ``rank``."""
+        size = self.build.latent_bytes(self.build.rows, self.build.call_batch)
+        return noise(self.build, rank, size, step, name)
+
+    def cached(self, rank: int, step: int, component: int | None = None) -> list[Ref]:
+        """Outputs of all modules (of one component) as computed in ``step``, held on ``rank``."""
+        chosen = self.components if component is None else [self.components[component]]
+        return [
+            Ref(self.build.buffer(f"cache.{name}", rank, size, "hidden"), step)
+            for each in chosen
+            for name, size in each.modules
+        ]
+
+    def warmup(self, *, keep: bool) -> None:
+        """Every rank runs the whole network; the last warm-up step keeps the module outputs.
+
+        With stride 1 the first round broadcasts them although all ranks hold the same (the reference
+        does), so there only their owner writes them.
+        """
+        build = self.build
+        for rank in self.ranks:
+            held: list[Ref] = []
+            if keep and self.stride == 2:
+                held = self.cached(rank, 0)
+            elif keep:
+                held = self.cached(rank, 0, rank)
+            build.compute(
+                "full",
+                rank,
+                "denoiser",
+                build.shape(build.rows),
+                call="forward",
+                reads=[build.x(rank), build.text(rank)],
+                writes=[self.output(rank, 0), *held],
+            )
+            build.update(rank, [self.output(rank, 0)], [build.x(rank, 1)])
+
+    def broadcast(self, step: int, version: int) -> None:
+        """Every module's output of ``version``, owner by owner, blocking, on one channel."""
+        for c in range(len(self.components)):
+            receivers = [r for r in self.ranks if r != c]
+            for i, (name, size) in enumerate(self.components[c].modules):
+                self.build.collective(
+                    "broadcast",
+                    f"bcast.{name}",
+                    [c, *receivers],
+                    size,
+                    [self.cached(c, version, c)[i]],
+                    [self.cached(r, version, c)[i] for r in receivers],
+                    step=step,
+                    channel="world",
+                )
+
+    def run_component(self, c: int, rank: int, step: int, read: int, *, keep: bool) -> None:
+        """Component c on ``rank`` with all other modules' outputs of step ``read``."""
+        build = self.build
+        writes = self.cached(rank, step, c) if keep else []
+        if c == self.last:
+            writes = [*writes, self.output(rank, step, "eps_own")]
+        build.compute(
+            f"component{c}",
+            rank,
+            "denoiser",
+            build.shape(build.rows),
+            ranges=self.components[c].ranges,
+            call="forward",
+            step=step,
+            reads=[build.x(rank, step), build.text(rank), *self.cached(rank, read)],
+            writes=writes,
+        )
+
+    def share_output(self, source: int, step: int) -> None:
+        """The prediction goes to all ranks, and all step the scheduler."""
+        others = [r for r in self.ranks if r != source]
+        size = self.build.latent_bytes(self.build.rows, self.build.call_batch)
+        self.build.collective(
+            "broadcast",
+            "bcast.eps",
+            [source, *others],
+            size,
+            [self.output(source, step, "eps_own")],
+            [self.output(r, step) for r in others],
+            step=step,
+            channel="world",
+        )
+        for rank in self.ranks:
+            name = "eps_own" if rank == source else "eps"
+            self.build.update(
+                rank, [self.output(rank, step, name)], [self.build.x(rank, step + 1)], step=step
+            )
+
+    def round(self) -> None:
+        """Stride 1: broadcast the outputs of the step before, compute, share the prediction."""
+        self.broadcast(0, -1)
+        for c in range(len(self.components)):
+            self.run_component(c, c, 0, -1, keep=True)
+        self.share_output(self.last, 0)
+
+    def double_round(self, read: int, *, replay: bool) -> None:
+        """Stride 2: one computation serves two scheduler steps; the second replays the caches."""
+        for c in range(len(self.components)):
+            self.run_component(c, c, 0, read, keep=True)
+        self.run_component(self.last, self.last + 1, 0, read, keep=False)
+        self.share_output(self.last + 1, 0)
+        if replay:
+            self.broadcast(1, 0)
+            self.replay()
+
+    def replay(self) -> None:
+        """All ranks step the scheduler with the last component's cached output."""
+        size = self.build.latent_bytes(self.build.rows, self.build.call_batch)
+        source, others = self.last, [r for r in self.ranks if r != self.last]
+        self.build.collective(
+            "broadcast",
+            "bcast.eps_replay",
+            [source, *others],
+            size,
+            [self.output(source, 0, "eps_own")],
+            [self.output(r, 0, "eps_replay") for r in others],
+            step=1,
+            channel="world",
+        )
+        for rank in self.ranks:
+            name = "eps_own" if rank == source else "eps_replay"
+            self.build.update(rank, [self.output(rank, 0, name)], [self.build.x(rank, 2)], step=1)
+
+
+def asyncdiff(build: Builder, options: Options) -> None:
+    """Asynchronous denoising by model parallelism, strides 1 and 2."""
+    steps, stride = build.workload.steps, int(options.get("stride", "1"))
+    warmup = int(options.get("warmup", "9"))
+    if not 1 <= warmup <= steps:
+        raise Infeasible(
+            f"warmup={warmup}: the caches are filled by at least one of the {steps} steps",
+            f"warmup={min(max(1, warmup), steps)}",
+        )
+    owners = owners_of(build, int(options["asyncdiff"]), options.get("cuts", "published"))
+    run = AsyncDiff(build, tuple(components_of(build, owners)), stride)
+    build.encode(run.ranks)
+    with build.section("warmup", 0, warmup - 1):
+        run.warmup(keep=False)
+    with build.section("warmup_last", warmup - 1):
+        run.warmup(keep=warmup < steps)
+    if stride == 1:
+        with build.section("rounds", warmup, steps - warmup):
+            run.round()
+    else:
+        _double_rounds(build, run, warmup, steps)
+    with build.section("decode", steps):
+        build.decode(0, [build.x(0)])
+
+
+def _double_rounds(build: Builder, run: AsyncDiff, warmup: int, steps: int) -> None:
+    """The first round reads the warm-up's caches, the others those of two steps before."""
+    rest = steps - warmup
+    pairs = rest // 2
+    with build.section("first", warmup, min(1, pairs)):
+        run.double_round(-1, replay=True)
+    with build.section("rounds", warmup + 2, pairs - 1, stride=2):
+        run.double_round(-2, replay=True)
+    with build.section("tail", warmup + 2 * pairs, rest % 2):
+        run.double_round(-2 if pairs else -1, replay=False)
+
+
+# ---------------------------------------------------------------------------------- ParaStep
+
+
+@dataclass(frozen=True)
+class ParaStep:
+    """``degree`` ranks take consecutive steps; rank 0 holds the authoritative latent."""
+
+    build: Builder
+    degree: int
+
+    def own(self, rank: int, step: int) -> Ref:
+        """The last noise that ``rank`` predicted itself, in ``step``."""
+        return noise(self.build, rank, self.nbytes, step, "own")
+
+    @property
+    def nbytes(self) -> int:
+        return self.build.latent_bytes(self.build.rows, self.build.call_batch)
+
+    def latent(self, rank: int, step: int, *, corrected: bool) -> Ref:
+        """Latent of ``rank`` entering ``step``: as it stepped itself, or as rank 0 broadcast it."""
+        return self.build.x(rank, step, int(corrected and rank > 0))
+
+    def forward(self, rank: int, step: int, x: Ref) -> None:
+        build = self.build
+        build.compute(
+            "full",
+            rank,
+            "denoiser",
+            build.shape(build.rows),
+            call="forward",
+            step=step,
+            reads=[x, build.text(rank)],
+            writes=[self.own(rank, step)],
+        )
+
+    def warmup(self) -> None:
+        """Every rank evaluates and steps; all latents stay equal."""
+        for rank in range(self.degree):
+            self.forward(rank, 0, self.build.x(rank))
+            self.build.update(rank, [self.own(rank, 0)], [self.build.x(rank, 1)])
+
+    def cycle(self, length: int, *, first: bool) -> None:
+        """``length`` steps: rank r evaluates step r at its own approximate latent.
+
+        Until its turn a rank steps with the noise of its last turn (age p - k + r; in the first cycle
+        that of the last warm-up step), afterwards with its new one, which only keeps its latent warm.
+        """
+        for r in range(length):
+            started = r > 0 or first
+            self.forward(r, r, self.latent(r, r, corrected=not started))
+            if r:
+                self.build.send(
+                    "eps", r, 0, self.nbytes, self.own(r, r), [self.received(r)], step=r
+                )
+            for rank in range(self.degree):
+                self.reuse(rank, r, first=first, corrected=not started)
+        if length == self.degree:
+            self.share_latent(length)
+
+    def received(self, r: int) -> Ref:
+        """Rank r's noise on rank 0; its receive is posted early, so each r has a buffer."""
+        return noise(self.build, 0, self.nbytes, r, f"eps.{r}")
+
+    def reuse(self, rank: int, r: int, *, first: bool, corrected: bool) -> None:
+        """The scheduler step r of the cycle on ``rank``."""
+        if rank == 0:
+            read = self.own(0, 0) if r == 0 else self.received(r)
+        elif rank <= r:
+            read = self.own(rank, rank)
+        else:
+            read = self.own(rank, -1 if first else rank - self.degree)
+        x = self.latent(rank, r, corrected=corrected)
+        self.build.update(rank, [read], [self.build.x(rank, r + 1)], step=r, x=[x])
+
+    def share_latent(self, length: int) -> None:
+        """Rank 0's latent replaces every other at the end of a full cycle."""
+        x = [self.latent(r, length, corrected=True) for r in range(self.degree)]
+        size = self.build.latent_bytes(self.build.rows, self.build.workload.batch)
+        self.build.collective(
+            "broadcast",
+            "bcast.x",
+            range(self.degree),
+            size,
+            x[:1],
+            x[1:],
+            step=length - 1,
+            channel="world",
+        )
+
+
+def parastep(build: Builder, options: Options) -> None:
+    """Reuse-then-predict step parallelism."""
+    steps, degree = build.workload.steps, int(options["parastep"])
+    warmup = int(options.get("warmup", "5"))
+    if degree < 2:
+        raise Infeasible("parastep=1: one rank takes every step itself", "parastep=2")
+    if warmup < 1 or steps - warmup < degree:
+        room = steps - max(1, warmup)
+        nearest = f"parastep={room},warmup={max(1, warmup)}" if room >= 2 else None
+        raise Infeasible(
+            f"parastep={degree},warmup={warmup}: {steps} steps leave no full cycle after at least one"
+            " warm-up step",
+            nearest,
+        )
+    run = ParaStep(build, degree)
+    cycles, tail = divmod(steps - warmup, degree)
+    build.encode(range(degree))
+    with build.section("warmup", 0, warmup):
+        run.warmup()
+    with build.section("first", warmup):
+        run.cycle(degree, first=True)
+    with build.section("cycles", warmup + degree, cycles - 1, stride=degree):
+        run.cycle(degree, first=False)
+    with build.section("tail", warmup + cycles * degree, int(tail > 0)):
+        run.cycle(tail, first=False)
+    with build.section("decode", steps):
+        build.decode(0, [build.x(0)])
