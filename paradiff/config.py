@@ -11,7 +11,6 @@ expanded under a budget. Every value keeps the position it was written at.
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,19 @@ MAX_FILE_BYTES = 2**20
 MAX_NODES = 50_000
 MAX_DEPTH = 32
 _UNKNOWN_KEY = "unknown key"
+_ALLOWED = {
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "string_type": "text (in quotes where it looks like a number)",
+    "model_type": "a mapping (key: value)",
+    "tuple_type": "a list",
+    "too_short": "a longer list",
+    "too_long": "a shorter list",
+}
+"""What to write instead, for pydantic's complaints that do not say."""
 
 Path_ = tuple[str | int, ...]
 """Where a value sits in a document: keys and list indices from the root."""
@@ -106,9 +118,10 @@ class Document:
         try:
             return model.model_validate(self.data)
         except ValidationError as error:
-            found = [self._explain(model, detail) for detail in error.errors(include_url=False)]
-            found.sort(key=lambda item: self.places.get(item[0], (math.inf, 0)))
-            path, text = found[0]
+            details = _worth_telling(error.errors(include_url=False))
+            found = [self._explain(model, detail) for detail in details]
+            order = [(d["type"] == "missing", self.places.get(d["loc"], (0, 0))) for d in details]
+            path, text = found[order.index(min(order))]
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise self.error(path, text + more, key=text.startswith(_UNKNOWN_KEY)) from None
 
@@ -125,9 +138,9 @@ class Document:
             return path[:-1], f"key missing ({path[-1]})"
         if kind == "value_error":
             return self._known(path), str(context["error"])
-        if "expected" in context:
-            text = f"not allowed ({_show(value)}), allowed: {context['expected']}"
-            return self._known(path), text
+        allowed = context.get("expected", _ALLOWED.get(kind))
+        if allowed is not None:
+            return self._known(path), f"not allowed ({_show(value)}), allowed: {allowed}"
         return self._known(path), f"{detail['msg'].lower()} ({_show(value)})"
 
     def _known(self, path: Path_) -> Path_:
@@ -135,6 +148,17 @@ class Document:
         while path and path not in self.places and path not in self.overrides:
             path = path[:-1]
         return path
+
+
+def _worth_telling(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Without the "too short" that pydantic adds to a list whose items are wrong."""
+    paths = [detail["loc"] for detail in details]
+    return [
+        detail
+        for detail in details
+        if detail["type"] != "too_short"
+        or not any(p != detail["loc"] and p[: len(detail["loc"])] == detail["loc"] for p in paths)
+    ]
 
 
 def load_yaml(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) -> Model:
@@ -269,7 +293,7 @@ class _Reader:
 
 
 def _number(text: str) -> int | float | str:
-    """A YAML 1.2 number; text that only resembles one (``0b1``, ``1_000``) stays text."""
+    """A number that YAML's resolver recognised; text where Python does not read it as one."""
     for convert in (int, float, lambda t: int(t, 0)):
         try:
             return convert(text.replace(".inf", "inf").replace(".nan", "nan"))
@@ -299,8 +323,11 @@ def apply_overrides(
     for item in overrides:
         path, text = _split(item)
         place = f"--set {item}"
-        root = _compose(text, place)
-        value = _Reader(place).plain(root, (), 0) if root is not None else None
+        try:
+            root = _compose(text, "value")
+            value = _Reader("value").plain(root, (), 0) if root is not None else None
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
         _assign(result, path, value, place, model)
     return result
 

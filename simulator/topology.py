@@ -365,7 +365,8 @@ def _check_names(file: TopologyFile) -> None:
 
 
 def _check_links(file: TopologyFile) -> None:
-    vertices, seen = file.vertices(), set[frozenset[str]]()
+    vertices = frozenset(file.vertices())
+    seen: set[frozenset[str]] = set()
     for a, b, i in file.cables():
         for side, end in enumerate((a, b)):
             if end not in vertices:
@@ -383,7 +384,8 @@ def _check_connected(file: TopologyFile) -> None:
     parts = sorted(sorted(part) for part in nx.connected_components(graph))
     if len(parts) > 1:
         shown = "; ".join(", ".join(part) for part in parts)
-        raise problem(f"not connected, separate parts: {shown}", allowed="links that join them")
+        what = f"not connected, separate parts: {shown}"
+        raise problem(what, allowed="links that join them", at=("links",))
 
 
 def _check_profiles(file: TopologyFile) -> None:
