@@ -1,0 +1,376 @@
+"""Work to seconds: what a compute op costs on one device, with provenance and a 90 % interval.
+
+Each kernel is priced from a measured table where its exact shape was measured, else by the kernel
+model corrected with the errors it makes at the nearest measured shapes (*interpolated*), else by the
+kernel model alone (*analytic*). Host time, runtimes (eager, compiled, CUDA graphs), interference by
+collectives and one-number calibration are decided here; kernels in ``simulator.kernels``; which
+kernels run in ``paradiff.profiles``; queues and links in ``simulator.engine``.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import resources
+from itertools import accumulate
+from typing import Literal, NamedTuple
+
+from paradiff.graph import Op, Shape, Work
+from paradiff.profiles import Kernel, Profile
+from simulator.gpu import Gpu
+from simulator.kernels import Chip, attention_s, conv_s, gemm_s, stream_s
+
+Runtime = Literal["eager", "compiled", "cuda-graph"]
+Provenance = Literal["table", "interpolated", "analytic", "calibrated"]
+Scope = Literal["denoise", "latent", "pipeline"]
+
+ITEMSIZE: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+SPREAD: Mapping[str, tuple[float, float]] = {
+    "gemm-table": (0.95, 1.06),
+    "gemm-interpolated": (0.86, 1.16),
+    "gemm": (0.78, 1.30),
+    "attention": (0.72, 1.40),
+    "conv": (0.70, 1.45),
+    "stream": (0.65, 1.50),
+    "calibrated": (0.93, 1.08),
+}
+"""Nominal 90 % interval of a kernel's time, as factors. ``gemm`` and ``attention``: residuals of the
+kernel model on GPUs left out of its fit, widened by the ceilings' own spread (the same card differs by
+5-15 % between sources). ``gemm-interpolated``: leave-one-out residuals of the tables. ``conv`` and
+``stream`` have no table: assumed. ``calibrated``: repeat runs of one configuration on one GPU scatter
+5-15 % between sources. Errors of one kind are common to all kernels of a GPU, so they add linearly."""
+
+COLLECTIVE_HOST_S = {"eager": 40e-6, "compiled": 40e-6, "cuda-graph": 2e-6}
+"""Host time to issue a collective or a batch of P2Ps through torch.distributed: at least 40 us beyond
+the raw NCCL call (PEERS 5.3); recorded in a graph, a node."""
+GRAPH_LAUNCH_NODES = 10
+"""Launching a whole CUDA graph costs the host about as much as ten of its nodes (1 us each) cost the
+device; an assumption. The nodes' own cost is in the kernel floor, which was measured inside graphs."""
+COLLECTIVE_FIXED_S = 40e-6
+"""Device-side fixed cost of a torch-level transfer beyond the raw NCCL time: stream events on both
+sides and the copy into the communication buffer."""
+PERMUTE_FIXED_S = 45e-6
+"""An all-to-all also permutes heads and tokens before and after: together 80-90 us for each Ulysses
+all-to-all, independent of size (H100, 2 and 4 GPUs, derived from cache-dit and xDiT rows)."""
+COLLECTIVE_BANDWIDTH_SHARE = 0.10
+"""Memory bandwidth that an overlapped collective takes: an NVLink ring at 200 GB/s reads and writes
+about 2 x 200 GB/s of 2-3.4 TB/s. PCIe rings take less."""
+
+
+class ComputeCost(NamedTuple):
+    """Price of a compute op. ``contended_s``: the same while a collective that uses SMs runs beside
+    it. ``low_s``, ``high_s``: nominal 90 % interval of ``device_s``. ``host_s``: to issue it."""
+
+    device_s: float
+    contended_s: float
+    launches: int
+    host_s: float
+    low_s: float
+    high_s: float
+    provenance: Provenance
+
+
+class _Sum(NamedTuple):
+    """Additive parts of the price of a list of kernels."""
+
+    device_s: float = 0.0
+    contended_s: float = 0.0
+    launches: int = 0
+    low_s: float = 0.0
+    high_s: float = 0.0
+    table_s: float = 0.0
+    interpolated_s: float = 0.0
+
+
+def _add(a: _Sum, b: _Sum) -> _Sum:
+    return _Sum(*map(sum, zip(a, b, strict=True)))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSeconds:
+    """The serial run on one GPU as predicted: what a measured latency is compared with.
+
+    ``host_s`` is the part of ``denoise_s`` during which the device waited for its host.
+    """
+
+    text_encoder_s: float
+    denoise_s: float
+    vae_s: float
+    host_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GemmTable:
+    """Measured GEMMs of one GPU: (m, n, k) -> seconds."""
+
+    points: Mapping[tuple[int, int, int], float]
+
+    def exact(self, m: int, n: int, k: int) -> float | None:
+        """The measured time of this very shape."""
+        return self.points.get((m, n, k))
+
+    def correction(self, chip: Chip, m: int, n: int, k: int, itemsize: int) -> float | None:
+        """Measured over modelled at the five nearest shapes (log distance, weights 1/d), or None
+        outside the table's range. Utilisation is transferred, never time."""
+        if not self.points or not all(
+            min(axis) <= size <= max(axis)
+            for axis, size in zip(zip(*self.points, strict=True), (m, n, k), strict=True)
+        ):
+            return None
+        near = sorted((math.dist(_log(p), _log((m, n, k))), p) for p in self.points)[:5]
+        weights = [1 / max(d, 1e-6) for d, _ in near]
+        errors = [math.log(self.points[p] / gemm_s(chip, 1, *p, itemsize)) for _, p in near]
+        mean = sum(w * e for w, e in zip(weights, errors, strict=True)) / sum(weights)
+        return math.exp(mean)
+
+
+def _log(shape: tuple[int, int, int]) -> tuple[float, float, float]:
+    m, n, k = shape
+    return math.log(m), math.log(n), math.log(k)
+
+
+@cache
+def measured_gemms(gpu: str) -> GemmTable:
+    """The shipped GEMM table of a GPU; empty where there is none."""
+    file = resources.files("hardware_profiles") / "measured" / gpu / "gemm.csv"
+    if not file.is_file():
+        return GemmTable({})
+    rows = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
+    return GemmTable(
+        {(int(r["m"]), int(r["n"]), int(r["k"])): float(r["time_us"]) * 1e-6 for r in rows}
+    )
+
+
+def chip_of(gpu: Gpu, dtype: str, attention_kernel: str = "cudnn") -> Chip:
+    """The kernel model's view of a GPU. ``attention_kernel`` is tried first, then what there is:
+    SDPA of torch >= 2.10 prefers cuDNN on Hopper (sdp_utils.cpp, check_prefer_cudnn_attention)."""
+    matmul = gpu.matmul.of(dtype).value
+    seen = gpu.attention_figure(128, attention_kernel)
+    return Chip(
+        sm_flops=matmul / gpu.sms.value,
+        sms=gpu.sms.value,
+        memory_bytes_per_s=gpu.memory_bandwidth.value,
+        l2_bytes=gpu.l2.value,
+        floor_s=gpu.kernel_floor.value,
+        attention=seen.value / gpu.matmul.bf16.value,
+        attention_dim=seen.head_dim,
+        ideal=gpu.kernel_floor.value == 0,
+    )
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Prices of one model's work on the devices of a box. Immutable; prices are cached.
+
+    ``gpus[d]`` is the GPU of device d. ``device_scale`` and ``host_scale`` multiply the denoising
+    loop's device and host time; ``calibrated`` sets them.
+    """
+
+    profile: Profile
+    gpus: Sequence[Gpu]
+    dtype: str = "bf16"
+    runtime: Runtime = "eager"
+    attention_kernel: str = "cudnn"
+    device_scale: float = 1.0
+    host_scale: float = 1.0
+    is_calibrated: bool = False
+    _pricers: dict[str, _Pricer] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEMSIZE:
+            raise ValueError(f"dtype {self.dtype!r}: one of {', '.join(ITEMSIZE)}")
+        for gpu in self.gpus:
+            if gpu.name not in self._pricers:
+                self._pricers[gpu.name] = _Pricer(
+                    self.profile, gpu, self.dtype, self.runtime, self.attention_kernel
+                )
+
+    def compute(self, work: Work, device: int) -> ComputeCost:
+        """Price of ``work`` on ``device``. Raises KeyError for a stage the profile lacks."""
+        gpu = self.gpus[device]
+        total = self._pricers[gpu.name].price(work)
+        in_loop = work.stage in ("denoiser", "scheduler", "guidance")
+        scale = self.device_scale if in_loop else 1.0
+        per_launch = gpu.launch.of(self.runtime).value * (self.host_scale if in_loop else 1.0)
+        low, high = total.low_s * scale, total.high_s * scale
+        if self.is_calibrated and in_loop:
+            low, high = (total.device_s * scale * factor for factor in SPREAD["calibrated"])
+        return ComputeCost(
+            device_s=total.device_s * scale,
+            contended_s=total.contended_s * scale,
+            launches=total.launches,
+            host_s=total.launches * per_launch,
+            low_s=low,
+            high_s=high,
+            provenance="calibrated" if self.is_calibrated and in_loop else _provenance(total),
+        )
+
+    def transfer_fixed_s(self, op: Op) -> float:
+        """Fixed cost of a transfer beyond what the wire takes; 0 between ideal devices."""
+        if all(self._pricers[self.gpus[r].name].chip.ideal for r in op.ranks):
+            return 0.0
+        return COLLECTIVE_FIXED_S + (PERMUTE_FIXED_S if op.call == "all_to_all" else 0.0)
+
+    def host_transfer_s(self, op: Op) -> float:
+        """Host time of each participant to issue a transfer; 0 between ideal devices."""
+        if all(self._pricers[self.gpus[r].name].chip.ideal for r in op.ranks):
+            return 0.0
+        return COLLECTIVE_HOST_S[self.runtime] * self.host_scale
+
+    def calibrated(
+        self, measured_latency_s: float, scope: Scope, serial: StageSeconds
+    ) -> CostModel:
+        """The model scaled so that the serial one-GPU run takes ``measured_latency_s``.
+
+        ``scope`` says what the clock covered: the loop (denoise), text encoders too (latent), VAE too
+        (pipeline). The serial stages keep their own prediction and are subtracted first. What remains
+        scales the device; where the host was the floor (more than half of the loop) it scales both,
+        because then the measurement says nothing about the device. Raises ValueError where nothing
+        remains for the loop.
+        """
+        outside = {"denoise": 0.0, "latent": serial.text_encoder_s}.get(
+            scope, serial.text_encoder_s + serial.vae_s
+        )
+        loop_s, device_s = measured_latency_s - outside, serial.denoise_s - serial.host_s
+        host_bound = serial.host_s > device_s
+        base_s = serial.denoise_s if host_bound else device_s
+        ratio = (loop_s if host_bound else loop_s - serial.host_s) / base_s
+        if ratio <= 0:
+            raise ValueError(
+                f"measured latency {measured_latency_s:g} s (scope {scope}): "
+                f"text encoders, VAE and launches alone are predicted to take "
+                f"{outside + (0 if host_bound else serial.host_s):.3g} s"
+            )
+        return replace(
+            self,
+            device_scale=self.device_scale * ratio,
+            host_scale=self.host_scale * (ratio if host_bound else 1.0),
+            is_calibrated=True,
+        )
+
+
+def _provenance(total: _Sum) -> Provenance:
+    """The weakest source behind at least a tenth of the time."""
+    analytic_s = total.device_s - total.table_s - total.interpolated_s
+    if analytic_s > 0.1 * total.device_s:
+        return "analytic"
+    return "interpolated" if total.interpolated_s > 0.1 * total.device_s else "table"
+
+
+class _Pricer:
+    """Prices on one GPU model, cached by shape (prefix sums) and by kernel list."""
+
+    def __init__(
+        self, profile: Profile, gpu: Gpu, dtype: str, runtime: Runtime, attention_kernel: str
+    ) -> None:
+        self.profile, self.runtime = profile, runtime
+        self.chip = chip_of(gpu, dtype, attention_kernel)
+        self.busy = self.chip.beside_collective(
+            gpu.collective_sms.value, COLLECTIVE_BANDWIDTH_SHARE
+        )
+        self.itemsize = ITEMSIZE[dtype]
+        self.table = measured_gemms(gpu.name) if self.itemsize == 2 else GemmTable({})
+        self.spread = dict.fromkeys(SPREAD, (1.0, 1.0)) if self.chip.ideal else SPREAD
+        self._works: dict[Work, _Sum] = {}
+        self._prefix: dict[tuple[str, Shape], list[_Sum]] = {}
+        self._gemms: dict[tuple[int, int, int], float | None] = {}
+
+    def price(self, work: Work) -> _Sum:
+        """Sum over the work's segments, times how often the stage repeats for one request."""
+        known = self._works.get(work)
+        if known is None:
+            known = self._works[work] = self._price(work)
+        return known
+
+    def _price(self, work: Work) -> _Sum:
+        stage = self.profile.stages[work.stage]
+        key = (work.stage, work.shape)
+        if key not in self._prefix:
+            bound = stage.bind(work.shape._asdict())
+            lists = {id(s.kernels): s.kernels for s in stage.segments}
+            prices = {i: self._list(kernels, bound) for i, kernels in lists.items()}
+            self._prefix[key] = list(
+                accumulate((prices[id(s.kernels)] for s in stage.segments), _add, initial=_Sum())
+            )
+        prefix, repeat = self._prefix[key], stage.repeat(work.shape._asdict())
+        total = _Sum()
+        for lo, hi in work.ranges:
+            part = (b - a for a, b in zip(prefix[lo], prefix[hi], strict=True))
+            total = _add(total, _Sum(*part))  # type: ignore[arg-type]
+        launches = total.launches
+        if self.runtime == "cuda-graph":
+            launches = GRAPH_LAUNCH_NODES * len(work.ranges)
+        return _Sum(*(value * repeat for value in total))._replace(launches=launches * repeat)  # type: ignore[arg-type]
+
+    def _list(self, kernels: tuple[Kernel, ...], bound: Mapping[str, int]) -> _Sum:
+        """The price of one segment's kernels at a shape.
+
+        Compiled: the memory-bound launches between two matmuls, convolutions or attentions collapse
+        into one kernel. A chain's intermediates are neither written nor read again, which leaves its
+        largest member's bytes; a segment with H heavy launches has at most H + 1 chains, so its
+        H + 1 largest memory-bound launches bound what remains.
+        """
+        total, streams, heavy = _Sum(), [], 0
+        for kernel in kernels:
+            sizes = kernel.sizes(bound)
+            if kernel.kind in ("norm", "elementwise"):
+                streams += [sizes[0]] * kernel.count
+                continue
+            heavy += kernel.count
+            total = _add(total, self._heavy(kernel, sizes))
+        if self.runtime == "compiled":
+            streams = sorted(streams, reverse=True)[: heavy + 1]
+        low, high = self.spread["stream"]
+        for elements in streams:
+            seconds = stream_s(self.chip, elements, self.itemsize)
+            contended_s = stream_s(self.busy, elements, self.itemsize)
+            total = _add(total, _Sum(seconds, contended_s, 1, seconds * low, seconds * high))
+        return total
+
+    def _heavy(self, kernel: Kernel, sizes: list[int]) -> _Sum:
+        """The price of ``count`` launches of a matmul, a convolution or an attention."""
+        if kernel.kind == "gemm" and sizes[0] == 1:
+            return self._gemm(kernel.count, sizes[1], sizes[2], sizes[3])
+        seconds, contended_s = (
+            self._model(kernel.kind, chip, sizes) for chip in (self.chip, self.busy)
+        )
+        low, high = self.spread[kernel.kind]
+        return _times(kernel.count, seconds, contended_s, low, high)
+
+    def _model(self, kind: str, chip: Chip, sizes: list[int]) -> float:
+        if kind == "gemm":
+            batch, m, n, k = sizes
+            return gemm_s(chip, batch, m, n, k, self.itemsize)
+        if kind == "conv":
+            m, n, k, elements = sizes
+            relayout = self.runtime != "compiled"
+            return conv_s(chip, m, n, k, elements, self.itemsize, relayout)
+        batch, heads, q, keys, dim, value_dim = sizes
+        return attention_s(chip, batch, heads, q, keys, dim, value_dim, self.itemsize)
+
+    def _gemm(self, count: int, m: int, n: int, k: int) -> _Sum:
+        """A plain GEMM: measured, corrected by its measured neighbours, or modelled."""
+        model_s = gemm_s(self.chip, 1, m, n, k, self.itemsize)
+        contended_s = gemm_s(self.busy, 1, m, n, k, self.itemsize)
+        exact_s = self.table.exact(m, n, k)
+        if exact_s is not None:
+            low, high = self.spread["gemm-table"]
+            whole = _times(count, exact_s, contended_s * exact_s / model_s, low, high)
+            return whole._replace(table_s=whole.device_s)
+        if (m, n, k) not in self._gemms:
+            self._gemms[m, n, k] = self.table.correction(self.chip, m, n, k, self.itemsize)
+        factor = self._gemms[m, n, k]
+        if factor is not None:
+            low, high = self.spread["gemm-interpolated"]
+            whole = _times(count, model_s * factor, contended_s * factor, low, high)
+            return whole._replace(interpolated_s=whole.device_s)
+        return _times(count, model_s, contended_s, *self.spread["gemm"])
+
+
+def _times(count: int, seconds: float, contended_s: float, low: float, high: float) -> _Sum:
+    device_s = count * seconds
+    return _Sum(device_s, count * contended_s, count, low * device_s, high * device_s)
