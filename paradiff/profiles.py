@@ -17,8 +17,8 @@ Symbols of every expression (all non-negative integers):
 ``h``     how many neighbours lend halo rows: 0, 1 or 2
 ========= =============================================================================
 
-An atom is a symbol with an optional level: ``r4`` is ``ceil(r / 4)``. An expression is a sum of
-products, for example ``320*b*r2*w2 + 64*b*t``.
+An atom is a symbol with an optional level: ``r4`` is ``ceil(r / 4)``. An expression is a sum or
+difference of products, for example ``320*b*r2*w2 + 64*b*t`` or ``2*f2 - f`` (1 iff f is odd).
 """
 
 from __future__ import annotations
@@ -70,20 +70,21 @@ class Expr:
             names = [f"{symbol}{level if level > 1 else ''}" for symbol, level in atoms]
             return "*".join([str(coefficient)] * (coefficient != 1 or not names) + names)
 
-        return " + ".join(term(*each) for each in self.terms) or "0"
+        return " + ".join(term(*each) for each in self.terms).replace("+ -", "- ") or "0"
 
 
 @cache
 def parse_expr(text: str) -> Expr:
     """Read an expression such as ``2*b*r2*w2 + 77*b``. Raises InvalidProfile."""
     terms = []
-    for part in text.replace(" ", "").split("+"):
-        coefficient, atoms = 1, []
-        for factor in part.split("*"):
-            if factor.isdigit():
+    for part in text.replace(" ", "").replace("-", "+-").removeprefix("+").split("+"):
+        coefficient, atoms = -1 if part.startswith("-") else 1, []
+        for factor in part.removeprefix("-").split("*"):
+            level = factor[1:] or "1"
+            if factor.isdecimal():
                 coefficient *= int(factor)
-            elif factor and factor[0] in SYMBOLS and (factor[1:].isdigit() or not factor[1:]):
-                atoms.append((factor[0], int(factor[1:] or 1)))
+            elif factor and factor[0] in SYMBOLS and level.isdecimal() and int(level):
+                atoms.append((factor[0], int(level)))
             else:
                 raise InvalidProfile(f"expression {text!r}: cannot read {factor!r}")
         if coefficient:

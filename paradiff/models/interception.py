@@ -1,0 +1,292 @@
+"""Running diffusers' own forward under a handler: the one file that leans on its private structure.
+
+``intercept`` wraps ``module.forward`` per instance and patches one function,
+``F.scaled_dot_product_attention``. The forward stays diffusers'; at every **exchange point** the
+handler is asked, and may replace what the layer would have used:
+
+- ``kv``: keys and values of *image self attention*, after norm and rotary embedding, image rows
+  only; text tokens of a joint attention are put back beside whatever the handler returns;
+- ``halo``: the neighbours' rows of a convolution with vertical kernel and padding;
+- ``moments``: mean and mean of squares of a GroupNorm;
+- ``enter`` and ``leave``: a unit (a transformer block, a U-Net sub-block) begins or ends.
+
+Positional tables that a model computes when its shape is not the configured one go through
+``table``, so that a handler can leave them out of its account or slice them.
+
+It does not know devices, ranks or costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any
+from unittest import mock
+
+import diffusers.models.embeddings
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TEXT_FIRST = {
+    "FluxTransformer2DModel": True,
+    "CogVideoXTransformer3DModel": True,
+    "SD3Transformer2DModel": False,
+}
+"""Joint attention: does the text come before the image tokens? Read from the class's processor."""
+
+UNET_CLASSES = (
+    "UNet2DConditionModel",
+    "UNetSpatioTemporalConditionModel",
+    "AudioLDM2UNet2DConditionModel",
+)
+TRANSFORMER_CLASSES = ("PixArtTransformer2DModel", *TEXT_FIRST)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """An exchange point in the module tree. ``rows`` is the vertical padding of a ``halo``;
+    ``is_input`` marks the convolution that reads the latent itself, which is no exchange."""
+
+    name: str
+    kind: str
+    rows: int = 0
+    groups: int = 0
+    is_input: bool = False
+
+
+class Handler:
+    """What to do at each point; this base leaves the forward as it is."""
+
+    def attention(self, name: str, call: Callable[[], Tensor], query: Tensor, key: Tensor,
+                  value: Tensor) -> Tensor:
+        """Every attention, exchange or not; ``key`` and ``value`` are what ``kv`` made of them."""
+        return call()
+
+    def kv(self, site: Site, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Image rows of K and V, (batch, heads, tokens, head_dim): returns the visible ones."""
+        return key, value
+
+    def halo(self, site: Site, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Rows above and below ``x`` (..., rows, columns); None at the border of the image."""
+        return None, None
+
+    def moments(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and mean of squares, (batch, groups), to normalise with; None: the layer's own."""
+        return None
+
+    def enter(self, name: str) -> None:
+        """A unit is about to run."""
+
+    def leave(self, name: str, output: Any) -> Any:
+        """A unit has run; returns its output or another in its place."""
+        return output
+
+    def table(self, compute: Callable[[], Any]) -> Any:
+        """A positional table for the shape at hand."""
+        return compute()
+
+
+# ------------------------------------------------------------------------------------ what to find
+
+
+def self_attention_names(model: nn.Module) -> list[str]:
+    """Modules that attend (``processor`` and ``to_q``), whatever class they are of."""
+    return [
+        name for name, m in model.named_modules() if hasattr(m, "processor") and hasattr(m, "to_q")
+    ]
+
+
+def unit_parents(model: nn.Module) -> dict[str, str]:
+    """Unit -> enclosing U-Net block (itself where there is none), in no particular order.
+
+    Transformers: every block of every top-level ``*blocks`` list. U-Nets: ``conv_in``, the resnets,
+    attentions and samplers of each block, ``mid_block`` whole, ``conv_norm_out``, ``conv_out``.
+    """
+    if type(model).__name__ in UNET_CLASSES:
+        units = {name: name for name in ("conv_in", "mid_block", "conv_norm_out", "conv_out")}
+        for side in ("down_blocks", "up_blocks"):
+            for i, block in enumerate(getattr(model, side)):
+                for part in ("resnets", "attentions", "downsamplers", "upsamplers"):
+                    for j in range(len(getattr(block, part, None) or ())):
+                        units[f"{side}.{i}.{part}.{j}"] = f"{side}.{i}"
+        return units
+    return {
+        name: name
+        for name, _ in model.named_modules()
+        if name.count(".") == 1 and name.split(".")[0] in ("transformer_blocks",
+                                                           "single_transformer_blocks")
+    }
+
+
+def exchange_sites(model: nn.Module) -> list[Site]:
+    """``halo`` and ``moments`` points of a U-Net (a transformer has none), by module.
+
+    A convolution needs a halo iff it is padded vertically (temporal Conv3d is not). Attention is
+    found by running, since only the key length tells (see ``paradiff.models.trace``).
+    """
+    if type(model).__name__ not in UNET_CLASSES:
+        return []
+    sites = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d) and module.kernel_size[-2] > 1:
+            if module.padding[-2]:
+                rows = int(module.padding[-2])
+                sites.append(Site(name, "halo", rows=rows, is_input=name == "conv_in"))
+        elif isinstance(module, nn.GroupNorm):
+            sites.append(Site(name, "moments", groups=module.num_groups))
+    return sites
+
+
+# --------------------------------------------------------------------------------------- intercept
+
+
+@contextmanager
+def intercept(
+    model: nn.Module,
+    handler: Handler,
+    *,
+    kv: Mapping[str, int] | None = None,
+    units: Sequence[str] = (),
+) -> Iterator[None]:
+    """Run forwards of ``model`` under ``handler``.
+
+    ``kv`` maps the attentions that are exchange points to how many text tokens are part of them
+    (0 for pure self attention). ``units`` are the modules to report to ``enter`` and ``leave``.
+    """
+    text_first = TEXT_FIRST.get(type(model).__name__, False)
+    inside: list[str] = []
+    modules = dict(model.named_modules())
+    with ExitStack() as stack:
+
+        def wrap(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+            module = modules[name]
+            stack.enter_context(mock.patch.object(module, "forward", make(module.forward)))
+
+        for name in self_attention_names(model):
+            wrap(name, partial(_attention_scope, inside, name))
+        for site in exchange_sites(model):
+            make = _with_halo if site.kind == "halo" else _with_moments
+            wrap(site.name, partial(make, handler, site, modules[site.name]))
+        for name in units:
+            wrap(name, partial(_unit_scope, handler, name))
+        sdpa = partial(_attend, handler, inside, kv or {}, text_first,
+                       F.scaled_dot_product_attention)
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", sdpa))
+        stack.enter_context(_tables(handler))
+        yield
+
+
+def _attention_scope(inside: list[str], name: str, forward: Callable[..., Any]) -> Any:
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        inside.append(name)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    return run
+
+
+def _unit_scope(handler: Handler, name: str, forward: Callable[..., Any]) -> Any:
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        handler.enter(name)
+        return handler.leave(name, forward(*args, **kwargs))
+
+    return run
+
+
+def _attend(
+    handler: Handler,
+    inside: list[str],
+    kv: Mapping[str, int],
+    text_first: bool,
+    original: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """The patched attention; its parameters are called positionally and by keyword."""
+    name = inside[-1] if inside else ""
+    if name in kv:
+        text = kv[name]
+        site = Site(name, "kv")
+        key, value = _widen(handler, site, key, value, text, text_first)
+    call = partial(original, query, key, value, *args, **kwargs)
+    return handler.attention(name, call, query, key, value)
+
+
+def _widen(
+    handler: Handler, site: Site, key: Tensor, value: Tensor, text: int, text_first: bool
+) -> tuple[Tensor, Tensor]:
+    if not text:
+        return handler.kv(site, key, value)
+    image = slice(text, None) if text_first else slice(None, -text)
+    beside = slice(None, text) if text_first else slice(-text, None)
+    wide = handler.kv(site, key[:, :, image], value[:, :, image])
+    joined = []
+    for whole, part in zip((key, value), wide, strict=True):
+        pair = (whole[:, :, beside], part) if text_first else (part, whole[:, :, beside])
+        joined.append(torch.cat(pair, dim=2))
+    return joined[0], joined[1]
+
+
+def _with_halo(handler: Handler, site: Site, conv: Any, forward: Callable[..., Any]) -> Any:
+    @wraps(forward)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        above, below = handler.halo(site, x)
+        if above is None and below is None:
+            return forward(x, *args, **kwargs)
+        zeros = x.new_zeros(*x.shape[:-2], site.rows, x.shape[-1])
+        rows = [zeros if above is None else above, x, zeros if below is None else below]
+        padding = (*conv.padding[:-2], 0, conv.padding[-1])
+        convolve = F.conv3d if x.ndim == 5 else F.conv2d
+        return convolve(torch.cat(rows, dim=-2), conv.weight, conv.bias, conv.stride, padding,
+                        conv.dilation, conv.groups)
+
+    return run
+
+
+def _with_moments(handler: Handler, site: Site, norm: Any, forward: Callable[..., Any]) -> Any:
+    @wraps(forward)
+    def run(x: Tensor) -> Tensor:
+        replaced = handler.moments(site, x)
+        if replaced is None:
+            return forward(x)
+        mean, mean_of_squares = replaced
+        deviation = (mean_of_squares - mean * mean + norm.eps).rsqrt()
+        grouped = x.reshape(x.shape[0], norm.num_groups, -1).to(mean.dtype)
+        normal = ((grouped - mean[..., None]) * deviation[..., None]).to(x.dtype).reshape(x.shape)
+        if norm.weight is None:
+            return normal
+        per_channel = (1, -1, *[1] * (x.ndim - 2))
+        return normal * norm.weight.view(per_channel) + norm.bias.view(per_channel)
+
+    return run
+
+
+@contextmanager
+def _tables(handler: Handler) -> Iterator[None]:
+    """Route the sine-cosine tables of PatchEmbed and CogVideoXPatchEmbed through the handler.
+
+    PatchEmbed casts its table to float32 at once; here the cast is part of the computation."""
+    embeddings = diffusers.models.embeddings
+
+    def routed(owner: Any, attribute: str, finish: Callable[[Tensor], Tensor]) -> Any:
+        original = getattr(owner, attribute)
+
+        @wraps(original)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return handler.table(lambda: finish(original(*args, **kwargs)))
+
+        return mock.patch.object(owner, attribute, run)
+
+    with routed(embeddings, "get_2d_sincos_pos_embed", Tensor.float):
+        with routed(embeddings.CogVideoXPatchEmbed, "_get_positional_embeddings", Tensor.detach):
+            yield

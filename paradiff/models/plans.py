@@ -1,0 +1,303 @@
+"""From a catalogue entry, or a user's own configuration file, to the stages that are traced."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from paradiff.models import stages
+from paradiff.models.catalogue import (
+    CATALOGUE,
+    Entry,
+    latent_probes,
+    text_probes,
+    transformer_probes,
+    unet_probes,
+)
+from paradiff.models.encoders import SCHEDULERS, TRANSFORMERS, VAES
+from paradiff.models.interception import UNET_CLASSES
+from paradiff.models.stages import DENOISERS, Shape, StageSpec, build_diffusers, build_transformers
+from paradiff.profiles import Geometry, InvalidProfile, Profile
+
+Config = Mapping[str, Any]
+Symbols = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A model to trace. ``asyncdiff``: degree -> owner of a cut, by the longest prefix of its
+    name (AsyncDiff's published tables)."""
+
+    name: str
+    kind: Literal["unet", "transformer"]
+    geometry: Geometry
+    defaults: Mapping[str, int]
+    stages: tuple[StageSpec, ...]
+    configurations: Mapping[str, Any]
+    text_mode: str | None = None
+    asyncdiff: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+
+
+def plan_for(name_or_config_path: str) -> Plan:
+    """The plan of a catalogue model, of a diffusers config.json, or of a folder with one.
+
+    A folder may be a whole pipeline: its ``unet`` or ``transformer`` is traced, with ``vae`` if it
+    is an AutoencoderKL. Text encoders are those of the catalogue model of the same class.
+    Raises InvalidProfile.
+    """
+    if name_or_config_path in CATALOGUE:
+        return plan_of(name_or_config_path, CATALOGUE[name_or_config_path])
+    path = Path(name_or_config_path)
+    if not path.exists():
+        known = ", ".join(CATALOGUE)
+        raise InvalidProfile(f"{path}: no such file, and no model of that name; models: {known}")
+    return _user_plan(path)
+
+
+def plan_of(name: str, entry: Entry, vae_config: Config | None = None) -> Plan:
+    """All stages of ``entry``, the VAE with ``vae_config`` instead of the catalogue's if given."""
+    height, width, frames, steps = entry.size
+    base = _base_shape(entry)
+    build = partial(_one, build_diffusers, entry.class_name, entry.config)
+    is_unet = entry.class_name in UNET_CLASSES
+    video = frames > 1
+    if is_unet:
+        levels = tuple(2**i for i in range(entry.geometry.row_multiple.bit_length()))
+        probes = unet_probes(base, video, second_text=len(entry.geometry.text_tokens) > 1)
+    else:
+        levels = (entry.geometry.row_multiple,)
+        probes = transformer_probes(base, video)
+    if entry.class_name in ("FluxTransformer2DModel", "UNetSpatioTemporalConditionModel"):
+        probes = _batched(probes)
+    denoiser = StageSpec("denoiser", build, DENOISERS[entry.class_name], probes, levels, True)
+    vae = VAES[entry.vae] if vae_config is None else (VAES[entry.vae][0], vae_config)
+    configurations: dict[str, Any] = {
+        "denoiser": {"class": entry.class_name, **entry.config},
+        "vae": {"class": vae[0], **vae[1]},
+        "scheduler": {"class": SCHEDULERS[entry.scheduler][0], **SCHEDULERS[entry.scheduler][1]},
+    }
+    for stage, encoder, _, _ in entry.text:
+        configurations[stage] = {"class": TRANSFORMERS[encoder][0], **TRANSFORMERS[encoder][2]}
+    return Plan(
+        name=name,
+        kind="unet" if is_unet else "transformer",
+        geometry=entry.geometry,
+        defaults={"height": height, "width": width, "frames": frames, "steps": steps},
+        stages=(
+            *_text_stages(entry, base),
+            denoiser,
+            *_decoder_stages(entry, base, vae),
+            *_step_stages(entry, base),
+        ),
+        configurations=configurations,
+        text_mode=entry.text_mode,
+        asyncdiff=entry.asyncdiff,
+    )
+
+
+def _base_shape(entry: Entry) -> dict[str, int]:
+    """The latent that the model's defaults mean, one branch of one request."""
+    height, width, frames, _ = entry.size
+    profile = Profile("", "unet", {}, entry.geometry, {}, {}, None, {})
+    return profile.latent_shape(height, width, frames, 1)
+
+
+def _batched(probes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+    """Probes of at least two requests. Where a batch of one saves copies (a slice of it is
+    contiguous), launches differ with the batch, and the profile is that of larger ones: exact in
+    FLOPs, and for one request too high by those copies."""
+    return tuple({**probe, "b": probe["b"] + 1} for probe in probes)
+
+
+def _one(build: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
+    return (build(*args),)
+
+
+def _transformer(name: str) -> Any:
+    return build_transformers(*TRANSFORMERS[name])
+
+
+def _text_stages(entry: Entry, base: Shape) -> list[StageSpec]:
+    specs = []
+    for stage, encoder, call, fixed in entry.text:
+        tokens = base["t"] if fixed is None else fixed
+        shape = () if fixed is None else (("t", str(fixed)),)
+        build = partial(_one, _transformer, encoder)
+        specs.append(StageSpec(stage, build, call, text_probes(tokens), shape=shape))
+    if entry.class_name == "AudioLDM2UNet2DConditionModel":
+        call = stages.call_language_model
+        specs.append(
+            StageSpec("text_encoder_3", _language_model, call, text_probes(base["t"]))
+        )
+    if entry.class_name == "UNetSpatioTemporalConditionModel":
+        probes = latent_probes({**base, "f": 1}, video=False, unit=1)
+        call = stages.call_image_encoder
+        specs.append(StageSpec("image_encoder", _image_encoder, call, probes))
+    return specs
+
+
+def _language_model() -> tuple[Any, ...]:
+    config = {"text_encoder_dim": 512, "text_encoder_1_dim": 1024, "langauge_model_dim": 768}
+    return build_diffusers("AudioLDM2ProjectionModel", config), _transformer("gpt2")
+
+
+def _image_encoder() -> tuple[Any, ...]:
+    vae: Any = build_diffusers(*VAES["svd"])
+    return _transformer("clip-vision-h"), vae.encoder, vae.quant_conv
+
+
+def _svd_decoder() -> tuple[Any, ...]:
+    vae: Any = build_diffusers(*VAES["svd"])
+    return (vae.decoder,)
+
+
+def _decoder_stages(entry: Entry, base: Shape, vae: tuple[str, Config]) -> list[StageSpec]:
+    """The VAE's decoder, and what comes after it."""
+    build = partial(_one, build_diffusers, *vae)
+    image = latent_probes(base, video=False, unit=1)
+    if vae[0] == "AutoencoderKLCogVideoX":
+        return _cogvideox_chunks(base, build)
+    if vae[0] == "AutoencoderKLTemporalDecoder":
+        probes = _batched(latent_probes(base, video=True, unit=1))
+        return [StageSpec("vae", _svd_decoder, stages.call_svd_decode, probes)]
+    specs = [StageSpec("vae", build, stages.call_decode, image)]
+    if entry.class_name == "AudioLDM2UNet2DConditionModel":
+        vocoder = partial(_one, _transformer, "hifigan")
+        specs.append(StageSpec("vocoder", vocoder, stages.call_vocoder, image))
+    return specs
+
+
+def _cogvideox_chunks(base: Shape, build: Callable[[], tuple[Any, ...]]) -> list[StageSpec]:
+    """The causal VAE decodes two latent frames at a time; an odd number starts with three.
+
+    Of the two first chunks the one of the wrong parity has repeat 0; at least two frames.
+    """
+
+    def first(name: str, frames: int, repeat: str) -> StageSpec:
+        probes = latent_probes({**base, "f": frames}, video=False, unit=1, frames=frames)
+        probes = _batched(probes)
+        return StageSpec(name, build, stages.call_first_chunk, probes, repeat=repeat,
+                         shape=(("f", str(frames)),), owns_parameters=False)
+
+    probes = _batched(latent_probes({**base, "f": 2}, video=False, unit=1, frames=2))
+    return [
+        first("vae_first_odd", 3, "2*f2 - f"),
+        first("vae_first_even", 2, "f + 1 - 2*f2"),
+        StageSpec("vae", build, stages.call_next_chunk, probes, repeat="f - f2 - 1",
+                  shape=(("f", "2"),)),
+    ]
+
+
+def _step_stages(entry: Entry, base: Shape) -> list[StageSpec]:
+    """Scheduler and guidance, on latents laid out as the pipeline of the class has them."""
+    g = entry.geometry
+    video = base["f"] > 1
+    unit = 2 if entry.class_name == "FluxTransformer2DModel" else 1
+    probes = latent_probes(base, video, unit)
+    latent = partial(_latent_sizes, entry.class_name, g.channels)
+    class_name, config = SCHEDULERS[entry.scheduler]
+    step = stages.call_scheduler(class_name, config, latent)
+    specs = [StageSpec("scheduler", tuple, step, probes, levels=(unit,))]
+    if g.guidance == "cfg":
+        channels = entry.config.get("out_channels", 8) if _learns_sigma(entry) else g.channels
+        predicted = partial(_latent_sizes, entry.class_name, channels)
+        call = stages.call_guidance(predicted)
+        specs.append(StageSpec("guidance", tuple, call, probes, levels=(unit,)))
+    return specs
+
+
+def _learns_sigma(entry: Entry) -> bool:
+    """PixArt predicts the variance beside the noise; guidance mixes both, the scheduler one."""
+    return entry.class_name == "PixArtTransformer2DModel"
+
+
+def _latent_sizes(class_name: str, channels: int, s: Shape) -> tuple[int, ...]:
+    if class_name == "FluxTransformer2DModel":
+        return s["b"], s["r"] // 2 * (s["w"] // 2), 4 * channels
+    if class_name == "UNetSpatioTemporalConditionModel":
+        return s["b"], s["f"], channels, s["r"], s["w"]
+    if class_name == "CogVideoXTransformer3DModel":
+        return s["b"], s["f"], channels, s["r"], s["w"]
+    return s["b"], channels, s["r"], s["w"]
+
+
+# ------------------------------------------------------------------------------ a user's own model
+
+
+def _user_plan(path: Path) -> Plan:
+    file = _find_config(path)
+    config = _read_config(file)
+    class_name = config.get("_class_name")
+    if class_name not in DENOISERS:
+        known = ", ".join(DENOISERS)
+        raise InvalidProfile(f"{file}: _class_name {class_name!r} is not supported; known: {known}")
+    template = CATALOGUE[_template(class_name, config)]
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    vae_file = file.parent.parent / "vae" / "config.json"
+    vae = _read_config(vae_file) if path.is_dir() and vae_file.exists() else {}
+    same_vae = vae.get("_class_name") == VAES[template.vae][0]
+    vae_config = {k: v for k, v in vae.items() if not k.startswith("_")} if same_vae else None
+    entry = replace(
+        template,
+        config=plain,
+        geometry=_user_geometry(class_name, template, plain, vae_config),
+        asyncdiff={},
+    )
+    side = plain.get("sample_size")
+    if isinstance(side, int) and class_name in ("UNet2DConditionModel", "PixArtTransformer2DModel",
+                                                "SD3Transformer2DModel"):
+        pixels = side * entry.geometry.scale
+        entry = replace(entry, size=(pixels, pixels, *entry.size[2:]))
+    name = path.resolve().name if path.is_dir() else file.stem
+    return plan_of(name, entry, vae_config)
+
+
+def _find_config(path: Path) -> Path:
+    if path.is_file():
+        return path
+    for inside in ("config.json", "unet/config.json", "transformer/config.json"):
+        if (path / inside).is_file():
+            return path / inside
+    raise InvalidProfile(f"{path}: no config.json, unet/config.json or transformer/config.json")
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InvalidProfile(f"{file}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InvalidProfile(f"{file}: a configuration is a JSON object")
+    return config
+
+
+def _template(class_name: str, config: Config) -> str:
+    """The catalogue model whose encoders, VAE and scheduler stand in."""
+    if class_name == "UNet2DConditionModel":
+        return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd21"
+    return next(name for name, entry in CATALOGUE.items() if entry.class_name == class_name)
+
+
+def _user_geometry(
+    class_name: str, template: Entry, config: Config, vae: Config | None
+) -> Geometry:
+    geometry = template.geometry
+    if class_name in UNET_CLASSES and "block_out_channels" in config:
+        geometry = replace(geometry, row_multiple=2 ** (len(config["block_out_channels"]) - 1))
+    elif class_name != "FluxTransformer2DModel" and "patch_size" in config:
+        geometry = replace(geometry, row_multiple=config["patch_size"])
+    if class_name == "FluxTransformer2DModel":
+        geometry = replace(geometry, channels=config.get("in_channels", 64) // 4)
+        guidance = "embedded" if config.get("guidance_embeds") else "none"
+        geometry = replace(geometry, guidance=guidance)
+    elif class_name == "UNetSpatioTemporalConditionModel":
+        geometry = replace(geometry, channels=config.get("out_channels", 4))
+    elif "in_channels" in config:
+        geometry = replace(geometry, channels=config["in_channels"])
+    if vae and "block_out_channels" in vae:
+        geometry = replace(geometry, scale=2 ** (len(vae["block_out_channels"]) - 1))
+    return geometry

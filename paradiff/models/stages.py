@@ -1,0 +1,331 @@
+"""How each supported class is built on the meta device and called, as its pipeline calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor, nn
+
+DTYPE = torch.bfloat16
+"""Models are built in it, since it is what they are run in: casts launch kernels, too."""
+
+Shape = Mapping[str, int]
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """One stage to trace. ``build`` makes its modules; ``call`` says what runs at a shape.
+
+    ``levels`` are the divisions of rows and columns; ``repeat`` and ``shape`` go into the profile
+    as they stand. ``owns_parameters`` is False for a stage whose modules another stage counts.
+    """
+
+    name: str
+    build: Callable[[], tuple[Any, ...]]
+    call: Callable[[tuple[Any, ...], Shape], Call]
+    probes: tuple[Shape, ...]
+    levels: tuple[int, ...] = (1,)
+    is_denoiser: bool = False
+    repeat: str = "1"
+    shape: tuple[tuple[str, str], ...] = ()
+    owns_parameters: bool = True
+
+
+def versions() -> dict[str, str]:
+    """What a profile depends on besides the configuration."""
+    return {
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "dtype": str(DTYPE).removeprefix("torch."),
+    }
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Build modules without memory, in DTYPE."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPE)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build_diffusers(class_name: str, config: Mapping[str, Any]) -> nn.Module:
+    """A diffusers module from its configuration. SVD's mix factors are born on the CPU: moved."""
+    with on_meta():
+        model: nn.Module = getattr(diffusers, class_name).from_config(dict(config))
+    return model.eval().to("meta")
+
+
+def build_transformers(class_name: str, config_class: str, config: Mapping[str, Any]) -> nn.Module:
+    """A transformers module from its configuration."""
+    with on_meta():
+        settings = getattr(transformers, config_class)(**config)
+        model: nn.Module = getattr(transformers, class_name)(settings)
+    return model.eval().to("meta")
+
+
+def empty(*sizes: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    """An input tensor."""
+    return torch.empty(*sizes, dtype=dtype, device="meta")
+
+
+# -------------------------------------------------------------------------------------- denoisers
+
+
+def _timestep(b: int) -> Tensor:
+    return empty(b, dtype=torch.float32)
+
+
+def call_unet(modules: tuple[Any, ...], s: Shape) -> Call:
+    model, b, c = modules[0], s["b"], modules[0].config
+    extra = {}
+    if c.addition_embed_type == "text_time":
+        pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+        extra = {"text_embeds": empty(b, pooled), "time_ids": empty(b, 6)}
+    return model, (), {
+        "sample": empty(b, c.in_channels, s["r"], s["w"]),
+        "timestep": _timestep(b)[0],
+        "encoder_hidden_states": empty(b, s["t"], c.cross_attention_dim),
+        "added_cond_kwargs": extra or None,
+        "return_dict": False,
+    }
+
+
+def call_svd(modules: tuple[Any, ...], s: Shape) -> Call:
+    model, b, c = modules[0], s["b"], modules[0].config
+    ids = c.projection_class_embeddings_input_dim // c.addition_time_embed_dim
+    return model, (), {
+        "sample": empty(b, s["f"], c.in_channels, s["r"], s["w"]),
+        "timestep": _timestep(b)[0],
+        "encoder_hidden_states": empty(b, s["t"], c.cross_attention_dim),
+        "added_time_ids": empty(b, ids),
+        "return_dict": False,
+    }
+
+
+def call_audioldm2(modules: tuple[Any, ...], s: Shape) -> Call:
+    """Cross dimensions of a block are (None, GPT2, T5, ...): the first stream is GPT2's 8 tokens."""
+    model, b, c = modules[0], s["b"], modules[0].config
+    widths = [width for width in c.cross_attention_dim[0] if width is not None]
+    return model, (), {
+        "sample": empty(b, c.in_channels, s["r"], s["w"]),
+        "timestep": _timestep(b)[0],
+        "encoder_hidden_states": empty(b, s["s"], widths[0]),
+        "encoder_hidden_states_1": empty(b, s["t"], widths[1]),
+        "encoder_attention_mask_1": empty(b, s["t"]),
+        "return_dict": False,
+    }
+
+
+def call_pixart(modules: tuple[Any, ...], s: Shape) -> Call:
+    model, b, c = modules[0], s["b"], modules[0].config
+    extra = {}
+    if model.use_additional_conditions:
+        extra = {"resolution": empty(b, 2), "aspect_ratio": empty(b, 1)}
+    return model, (), {
+        "hidden_states": empty(b, c.in_channels, s["r"], s["w"]),
+        "encoder_hidden_states": empty(b, s["t"], c.caption_channels),
+        "encoder_attention_mask": empty(b, s["t"]),
+        "timestep": _timestep(b),
+        "added_cond_kwargs": extra,
+        "return_dict": False,
+    }
+
+
+def call_sd3(modules: tuple[Any, ...], s: Shape) -> Call:
+    model, b, c = modules[0], s["b"], modules[0].config
+    return model, (), {
+        "hidden_states": empty(b, c.in_channels, s["r"], s["w"]),
+        "encoder_hidden_states": empty(b, s["t"], c.joint_attention_dim),
+        "pooled_projections": empty(b, c.pooled_projection_dim),
+        "timestep": _timestep(b),
+        "return_dict": False,
+    }
+
+
+def call_flux(modules: tuple[Any, ...], s: Shape) -> Call:
+    """The pipeline packs 2 x 2 latent pixels into one token."""
+    model, b, c = modules[0], s["b"], modules[0].config
+    tokens = s["r"] // 2 * (s["w"] // 2)
+    return model, (), {
+        "hidden_states": empty(b, tokens, c.in_channels),
+        "encoder_hidden_states": empty(b, s["t"], c.joint_attention_dim),
+        "pooled_projections": empty(b, c.pooled_projection_dim),
+        "timestep": _timestep(b),
+        "guidance": empty(b, dtype=torch.float32) if c.guidance_embeds else None,
+        "img_ids": empty(tokens, 3),
+        "txt_ids": empty(s["t"], 3),
+        "return_dict": False,
+    }
+
+
+def call_cogvideox(modules: tuple[Any, ...], s: Shape) -> Call:
+    """Its positional table has room for exactly one text length, which a probe has to set."""
+    model, b, c = modules[0], s["b"], modules[0].config
+    model.patch_embed.max_text_seq_length = s["t"]
+    return model, (), {
+        "hidden_states": empty(b, s["f"], c.in_channels, s["r"], s["w"]),
+        "encoder_hidden_states": empty(b, s["t"], c.text_embed_dim),
+        "timestep": _timestep(b),
+        "return_dict": False,
+    }
+
+
+DENOISERS: Mapping[str, Callable[[tuple[Any, ...], Shape], Call]] = {
+    "UNet2DConditionModel": call_unet,
+    "UNetSpatioTemporalConditionModel": call_svd,
+    "AudioLDM2UNet2DConditionModel": call_audioldm2,
+    "PixArtTransformer2DModel": call_pixart,
+    "SD3Transformer2DModel": call_sd3,
+    "FluxTransformer2DModel": call_flux,
+    "CogVideoXTransformer3DModel": call_cogvideox,
+}
+
+# ----------------------------------------------------------------- text and image encoders, decoders
+
+
+def call_text(modules: tuple[Any, ...], s: Shape) -> Call:
+    """A text encoder on padded prompts, hidden states of every layer kept as the pipelines do."""
+    ids = empty(s["b"], s["t"], dtype=torch.int64)
+    return modules[0], (), {"input_ids": ids, "output_hidden_states": True}
+
+
+def call_masked_text(modules: tuple[Any, ...], s: Shape) -> Call:
+    """T5 with an attention mask."""
+    ids = empty(s["b"], s["t"], dtype=torch.int64)
+    mask = empty(s["b"], s["t"], dtype=torch.int64)
+    return modules[0], (), {"input_ids": ids, "attention_mask": mask}
+
+
+def call_clap(modules: tuple[Any, ...], s: Shape) -> Call:
+    """The text branch of CLAP and its projection."""
+    ids = empty(s["b"], s["t"], dtype=torch.int64)
+    mask = empty(s["b"], s["t"], dtype=torch.int64)
+    return modules[0].get_text_features, (ids,), {"attention_mask": mask}
+
+
+def call_language_model(modules: tuple[Any, ...], s: Shape) -> Call:
+    """AudioLDM2: projection of CLAP's one and T5's t embeddings, then 8 tokens by GPT2 with cache."""
+    projection, language_model = modules
+
+    def generate(clap: Tensor, t5: Tensor) -> Tensor:
+        states = projection(hidden_states=clap, hidden_states_1=t5).hidden_states
+        generated, cache, step = [], None, states
+        for _ in range(8):
+            output = language_model(inputs_embeds=step, past_key_values=cache, use_cache=True)
+            cache, step = output.past_key_values, output.last_hidden_state[:, -1:]
+            generated.append(step)
+        return torch.cat(generated, dim=1)
+
+    c = projection.config
+    return generate, (
+        empty(s["b"], 1, c.text_encoder_dim),
+        empty(s["b"], s["t"], c.text_encoder_1_dim),
+    ), {}
+
+
+def call_image_encoder(modules: tuple[Any, ...], s: Shape) -> Call:
+    """SVD's condition: CLIP on the image at its own size, the VAE's encoder at the video's."""
+    vision, encoder, quant = modules
+
+    def encode(small: Tensor, large: Tensor) -> tuple[Tensor, Tensor]:
+        return vision(pixel_values=small).image_embeds, quant(encoder(large))
+
+    side = vision.config.image_size
+    return encode, (empty(s["b"], 3, side, side), empty(s["b"], 3, 8 * s["r"], 8 * s["w"])), {}
+
+
+def call_decode(modules: tuple[Any, ...], s: Shape) -> Call:
+    vae = modules[0]
+    channels = vae.config.latent_channels
+    return vae.decode, (empty(s["b"], channels, s["r"], s["w"]),), {"return_dict": False}
+
+
+def call_svd_decode(modules: tuple[Any, ...], s: Shape) -> Call:
+    """All frames in one chunk, the pipeline's default."""
+    decoder, frames = modules[0], s["f"]
+    latent = empty(s["b"] * frames, 4, s["r"], s["w"])
+    indicator = empty(s["b"], frames)
+    return decoder, (latent,), {"num_frames": frames, "image_only_indicator": indicator}
+
+
+def call_vocoder(modules: tuple[Any, ...], s: Shape) -> Call:
+    """AudioLDM2: four mel frames to a latent row, as many mel bins as the vocoder takes."""
+    model = modules[0]
+    return model, (empty(s["b"], 4 * s["r"], model.config.model_in_dim),), {}
+
+
+def call_first_chunk(modules: tuple[Any, ...], s: Shape) -> Call:
+    """CogVideoX: the first latent frames of a video (3 of an odd number, else 2)."""
+    vae = modules[0]
+    latent = empty(s["b"], vae.config.latent_channels, s["f"], s["r"], s["w"])
+    return lambda z: vae.decoder(z, conv_cache=None), (latent,), {}
+
+
+def call_next_chunk(modules: tuple[Any, ...], s: Shape) -> Call:
+    """CogVideoX: two latent frames after others, whose last ones the causal convolutions keep."""
+    vae = modules[0]
+    latent = empty(s["b"], vae.config.latent_channels, 2, s["r"], s["w"])
+    with torch.no_grad():
+        _, cache = vae.decoder(latent, conv_cache=None)
+    return lambda z, conv_cache: vae.decoder(z, conv_cache=conv_cache), (latent, cache), {}
+
+
+# -------------------------------------------------------------------------- scheduler and guidance
+
+
+def call_scheduler(
+    class_name: str, config: Mapping[str, Any], latent: Callable[[Shape], tuple[int, ...]]
+) -> Callable[[tuple[Any, ...], Shape], Call]:
+    """A step in the middle of a run: multistep methods have their history by then.
+
+    The schedule's tables stay on the CPU, as scalars do; only work on latents is recorded."""
+
+    def call(_: tuple[Any, ...], s: Shape) -> Call:
+        scheduler = getattr(diffusers, class_name)(**config)
+        if config.get("use_dynamic_shifting"):
+            scheduler.set_timesteps(8, mu=1.0)
+        else:
+            scheduler.set_timesteps(8)
+        size = latent(s)
+
+        def step(index: int, noise: Tensor, sample: Tensor) -> Tensor:
+            t = scheduler.timesteps[index]
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(sample, t)
+            result: Tensor = scheduler.step(noise, t, sample, return_dict=False)[0]
+            return result
+
+        with torch.no_grad():
+            for index in range(3):
+                step(index, empty(*size), empty(*size))
+        return lambda noise, sample: step(3, noise, sample), (empty(*size), empty(*size)), {}
+
+    return call
+
+
+def call_guidance(
+    latent: Callable[[Shape], tuple[int, ...]],
+) -> Callable[[tuple[Any, ...], Shape], Call]:
+    """Classifier-free guidance of both branches' predictions, as every pipeline writes it."""
+
+    def call(_: tuple[Any, ...], s: Shape) -> Call:
+        size = latent(s)
+
+        def guide(prediction: Tensor) -> Tensor:
+            uncond, cond = prediction.chunk(2)
+            return uncond + 7.5 * (cond - uncond)
+
+        return guide, (empty(2 * size[0], *size[1:]),), {}
+
+    return call
