@@ -30,6 +30,8 @@ NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm", "_softmax"
 GEMMS = {"mm", "addmm", "bmm", "baddbmm"}
 WRITE_ONLY = {"copy_", "fill_", "zero_"}
 """In-place operators that do not read what they write."""
+GATHERS = {"embedding", "index", "index_select", "gather"}
+"""Operators that read of their first operand what they write, not all of it."""
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
@@ -172,7 +174,8 @@ class Recorder(TorchDispatchMode):
             return launch
         if name in NORMS:
             return Launch("norm", ((tuple(args[0].shape), tuple(outputs[0].shape)),))
-        reads = inputs[1:] if name in WRITE_ONLY else inputs
+        reads = inputs[1:] if name in WRITE_ONLY | GATHERS else inputs
+        reads = reads + outputs if name in GATHERS else reads
         return Launch("elementwise", (tuple(map(_distinct, (*reads, *outputs))),))
 
     def _add(self, event: Launch | Mark) -> None:

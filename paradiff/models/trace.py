@@ -340,23 +340,23 @@ def write_profile(profile: Profile, path: Path) -> None:
 
 def dump_profile(profile: Profile) -> str:
     """The JSON text: broken over lines down to one segment, kernel list or configuration each."""
-    return _text(profile_to_json(profile), "profile", "") + "\n"
+    return _json_text(profile_to_json(profile), "profile", "") + "\n"
 
 
 _BROKEN = {"profile": 1, "source": 1, "models": 1, "probes": 1, "stages": 3, "kernels": 1}
 """Keys whose values are broken over lines, and how many levels deep."""
 
 
-def _text(data: Any, key: str, indent: str, depth: int = 0) -> str:
+def _json_text(data: Any, key: str, indent: str, depth: int = 0) -> str:
     depth = max(depth, _BROKEN.get(key, 0))
     if not depth or not isinstance(data, dict | list) or not data:
         return json.dumps(data, ensure_ascii=False)
     inner = indent + " "
     if isinstance(data, dict):
         rows = [
-            f"{inner}{json.dumps(name)}: {_text(item, name, inner, depth - 1)}"
+            f"{inner}{json.dumps(name)}: {_json_text(item, name, inner, depth - 1)}"
             for name, item in data.items()
         ]
         return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
-    rows = [inner + _text(item, "", inner, depth - 1) for item in data]
+    rows = [inner + _json_text(item, "", inner, depth - 1) for item in data]
     return "[\n" + ",\n".join(rows) + f"\n{indent}]"
