@@ -1,0 +1,472 @@
+"""Every strategy: a valid graph, the read map of its rules, its byte formulas, its refusals."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+import toys
+
+from paradiff.graph import Instance, ScheduleGraph, parse_graph
+from paradiff.profiles import Profile
+from paradiff.strategies import Infeasible, SpecError, Workload, build, facts, parse_spec
+
+WORKLOAD = Workload(height=16, width=4, frames=1, steps=9)
+DIT, JOINT, UNET = toys.transformer(), toys.transformer(joint=True), toys.unet(3)
+BOTH = ("serial", "cfg=2", "data=3", "patch=4", "patch=4,mode=naive", "cfg=2,patch=2")
+SPECS = {
+    "toy-dit": (
+        *BOTH,
+        "ulysses=2",
+        "ulysses=4",
+        "ring=4",
+        "ring=4,rotate=allgather",
+        "ulysses=2,ring=2",
+        "cfg=2,ulysses=2,ring=2",
+        "distrifusion=4,warmup=2",
+        "cfg=2,distrifusion=2,warmup=1,bucket=1",
+        "distrifusion=4,bucket=3",
+        "distrifusion=4,bucket=2,warmup=0",
+        "pcpp=4,warmup=1",
+        "pcpp=4,slice=sender,portion=0.5,warmup=1",
+        "pipefusion=2",
+        "pipefusion=4,patches=8",
+        "pipefusion=2,patches=4,stages=1:3,prepost=false",
+        "pipefusion=2,ulysses=2,patches=2",
+        "cfg=2,pipefusion=2,ring=2,patches=2",
+        "pipefusion=2,patches=3,warmup=9",
+        "data=2,cfg=2,pipefusion=2",
+        "asyncdiff=2,warmup=1",
+        "asyncdiff=3,warmup=2,stride=2",
+        "asyncdiff=2,warmup=1,stride=2",
+        "asyncdiff=4,cuts=1:2:3,warmup=3",
+        "parastep=2,warmup=1",
+        "parastep=4,warmup=2",
+        "parastep=3,warmup=5",
+    ),
+    "toy-unet": (
+        *BOTH,
+        *(
+            f"distrifusion=4,warmup=1,mode={mode}"
+            for mode in (
+                "corrected_async_gn",
+                "stale_gn",
+                "sync_gn",
+                "separate_gn",
+                "no_sync",
+                "full_sync",
+            )
+        ),
+        "distrifusion=4,warmup=1,bucket=3",
+        "cfg=2,distrifusion=2,warmup=1,bucket=1",
+        "pcpp=4,warmup=1,bucket=2",
+        "asyncdiff=2,warmup=1",
+        "asyncdiff=3,warmup=2,stride=2",
+        "parastep=4,warmup=2",
+    ),
+}
+CASES = [(DIT, s) for s in SPECS["toy-dit"]] + [(JOINT, s) for s in SPECS["toy-dit"]]
+CASES += [(UNET, s) for s in SPECS["toy-unet"]]
+IDS = [f"{p.name}{'-joint' * (p is JOINT)}-{s}" for p, s in CASES]
+
+
+def graph_of(profile: Profile, spec: str, workload: Workload = WORKLOAD) -> ScheduleGraph:
+    return build(parse_spec(spec), profile, workload)
+
+
+@pytest.mark.parametrize(("profile", "spec"), CASES, ids=IDS)
+def test_graph_is_valid_round_trips_and_unrolls(profile: Profile, spec: str) -> None:
+    graph = graph_of(profile, spec)
+
+    graph.validate()
+
+    assert graph.world_size == facts(parse_spec(spec), WORKLOAD).n_gpus
+    assert parse_graph(graph.text()) == graph
+    unrolled = graph.unroll()
+    assert parse_graph(unrolled.text()) == unrolled
+    assert graph.fingerprint() == unrolled.fingerprint()
+    assert graph.op_count() == unrolled.op_count()
+    assert graph.received_bytes() == unrolled.received_bytes()
+    assert graph.staleness() == unrolled.staleness()
+    assert graph.peak_bytes() == unrolled.peak_bytes()
+
+
+SHARED = [
+    (p, s)
+    for p, s in CASES
+    if not s.startswith(("asyncdiff", "parastep", "data")) and "ring" not in s
+]
+
+
+@pytest.mark.parametrize(("profile", "spec"), SHARED, ids=[f"{p.name}-{s}" for p, s in SHARED])
+def test_every_segment_is_computed_once_a_step(profile: Profile, spec: str) -> None:
+    """Rows x segments summed over the ranks that share a forward make one whole forward.
+
+    Not where ranks repeat a forward (step strategies, data) or attend block by block (ring).
+    """
+    rows: dict[tuple[int, int], int] = defaultdict(int)
+    for op, base in graph_of(profile, spec).instances():
+        if op.work is None or op.work.stage != "denoiser" or op.step is None:
+            continue
+        for lo, hi in op.work.ranges:
+            for segment in range(lo, hi):
+                shape = op.work.shape
+                rows[op.step + base, segment] += shape.r * shape.b // shape.u
+
+    segments, branches = len(profile.denoiser.segments), 2
+    assert rows == {(t, s): 16 * branches for t in range(9) for s in range(segments)}
+
+
+# ------------------------------------------------------------------------------------- read maps
+
+
+class Reads:
+    """Who computed what an op reads: transfers are followed to the computation behind them."""
+
+    def __init__(self, graph: ScheduleGraph) -> None:
+        self.kinds = {b.id: b.kind for b in graph.buffers}
+        self.writer: dict[str, Instance] = {}
+        self.sources: dict[str, set[tuple[str, str]]] = {}
+        self.ops: dict[str, Instance] = {}
+        for instance in graph.instances():
+            found: set[tuple[str, str]] = set()
+            for ref in instance.op.reads:
+                kind = self.kinds[ref.buffer]
+                before = self.writer.get(ref.show(instance.base))
+                if before is None:
+                    continue
+                if before.op.kind == "compute":
+                    found.add((kind, before.id))
+                else:
+                    found |= {(kind, source) for _, source in self.sources[before.id]}
+            self.sources[instance.id] = found
+            self.ops[instance.id] = instance
+            for ref in instance.op.writes:
+                self.writer[ref.show(instance.base)] = instance
+
+    def of_step(
+        self, rank: int, step: int, *kinds: str, call: str = "forward"
+    ) -> set[tuple[int, int]]:
+        """(rank, step) of the computations whose ``kinds`` the given rank's calls of a step read."""
+        found = set()
+        for op_id, (op, base) in self.ops.items():
+            if op.call != call or op.ranks != (rank,) or op.step is None or op.step + base != step:
+                continue
+            for kind, source in self.sources[op_id]:
+                other, origin = self.ops[source]
+                if kind in kinds and other.step is not None:
+                    found.add((other.ranks[0], other.step + origin))
+        return found
+
+
+@pytest.mark.parametrize("profile", [DIT, UNET], ids=["dit", "unet"])
+@pytest.mark.parametrize("bucket", [1, 2, 60])
+def test_distrifusion_reads_others_one_step_old(profile: Profile, bucket: int) -> None:
+    """w = 2: steps 0..2 read all strips fresh; later steps read the others of the step before."""
+    reads = Reads(graph_of(profile, f"distrifusion=4,warmup=2,bucket={bucket}"))
+    kinds = ("slots", "kv", "halo", "moments")
+
+    for t in range(9):
+        for i in range(4):
+            others = {(j, t if t <= 2 else t - 1) for j in range(4) if j != i}
+            own = {(i, t), (i, t - 1)}
+            assert reads.of_step(i, t, *kinds) - own == others, (t, i)
+
+
+def test_distrifusion_no_sync_stays_at_the_warm_up() -> None:
+    """Buffers are frozen at step w = 1: at step t they are t - 1 steps old, at the end 7."""
+    graph = graph_of(UNET, "distrifusion=4,warmup=1,mode=no_sync")
+    reads = Reads(graph)
+
+    assert {j for j, t in reads.of_step(2, 8, "slots")} == {0, 1, 2, 3}
+    assert {t for _, t in reads.of_step(2, 8, "slots")} == {1}
+    assert graph.staleness() == 8 - 1
+
+
+def test_pcpp_reads_adjacent_strips_only() -> None:
+    reads = Reads(graph_of(DIT, "pcpp=4,warmup=1"))
+
+    for t in range(3, 9):
+        for i in range(4):
+            near = {(j, t - 1) for j in (i - 1, i + 1) if 0 <= j < 4}
+            # a swap carries both ways, so its own side shows too; (j, t) is the wait before sending
+            besides = {(j, t) for j, _ in near} | {(i, t), (i, t - 1)}
+            assert reads.of_step(i, t, "kv") - besides == near, (t, i)
+
+
+def test_pcpp_sees_a_portion_of_its_neighbours() -> None:
+    """Strips of 4 rows, portion 0.5: 4 + 2 rows of keys at an end, 4 + 2 + 2 inside."""
+    graph = graph_of(DIT, "pcpp=4,warmup=1,portion=0.5")
+    keys = {
+        (op.ranks[0], op.work.shape.k)
+        for op, base in graph.instances()
+        if op.work and op.work.stage == "denoiser" and op.step is not None and op.step + base > 1
+    }
+    assert keys == {(0, 6), (1, 8), (2, 8), (3, 6)}
+
+
+@pytest.mark.parametrize(("stages", "patches"), [(2, 4), (4, 4), (4, 8), (2, 1)])
+def test_pipefusion_reads_patches_before_it_fresh_and_after_it_stale(
+    stages: int, patches: int
+) -> None:
+    """K,V[q]@t for q < p and K,V[q]@(t-1) for q > p, whatever the number of stages."""
+    graph = graph_of(DIT, f"pipefusion={stages},patches={patches},warmup=2")
+
+    for op, base in graph.instances():
+        if op.call != "forward" or base < 2 or op.step is None:
+            continue
+        p = int(op.name.split("/p")[1].split("/")[0])
+        cache = {r.part: r.at(base) for r in op.reads if r.buffer.startswith("cache")}
+        assert cache == {q: base if q < p else base - 1 for q in range(patches) if q != p}
+        assert [r.part for r in op.writes if r.buffer.startswith("cache")] == [p]
+    assert graph.staleness() == (1 if patches > 1 else 0)
+
+
+def test_pipefusion_with_ulysses_reads_the_same_versions() -> None:
+    """Section 15: the result depends on M and w only, so the cache versions read are the same."""
+
+    def versions(spec: str) -> set[tuple[int, int, int | None, int]]:
+        found = set()
+        for op, base in graph_of(DIT, spec).instances():
+            for ref in op.reads:
+                if ref.buffer.startswith("cache"):
+                    patch = int(op.name.split("/p")[1].split("/")[0])
+                    found.add((base, patch, ref.part, ref.at(base)))
+        return found
+
+    alone = versions("pipefusion=2,patches=2,warmup=1")
+    assert alone == versions("pipefusion=2,ulysses=2,patches=2,warmup=1")
+    assert alone == versions("cfg=2,pipefusion=2,ring=2,patches=2,warmup=1")
+
+
+def test_asyncdiff_stride_1_reads_other_components_one_step_old() -> None:
+    """O_i@s = f_i(O_{i-1}@(s-1)): three components, w = 1, from step 1 on."""
+    reads = Reads(graph_of(DIT, "asyncdiff=3,warmup=1"))
+
+    for s in range(1, 9):
+        for c in range(3):
+            # a chain of blocks broadcasts the outputs of components 0 and 1 only
+            assert reads.of_step(c, s, "hidden") == {(0, s - 1), (1, s - 1)}, (s, c)
+        assert reads.of_step(0, s, "noise", call="scheduler") == {(2, s)}
+
+
+def test_asyncdiff_stride_2_example_b() -> None:
+    """Section 13.8 example B, N = 2, w = 1, T = 5: rounds at 1 and 3, replays at 2 and 4."""
+    reads = Reads(graph_of(DIT, "asyncdiff=2,stride=2,warmup=1", Workload(16, 4, 1, 5)))
+
+    for rank in range(3):
+        assert {t for _, t in reads.of_step(rank, 1, "hidden")} == {0}
+        assert reads.of_step(rank, 3, "hidden") == {(0, 1)}
+        assert reads.of_step(rank, 1, "noise", call="scheduler") == {(2, 1)}
+        assert reads.of_step(rank, 2, "noise", call="scheduler") == {(1, 1)}
+        assert reads.of_step(rank, 3, "noise", call="scheduler") == {(2, 3)}
+        assert reads.of_step(rank, 4, "noise", call="scheduler") == {(1, 3)}
+
+
+@pytest.mark.parametrize(("p", "w"), [(2, 1), (4, 2), (3, 5)])
+def test_parastep_reuses_its_own_noise_until_its_turn(p: int, w: int) -> None:
+    """Section 14.2 by direct statement: own[k] is what rank k last evaluated, or its warm-up."""
+    reads = Reads(graph_of(DIT, f"parastep={p},warmup={w}"))
+    own = {k: (k, w - 1) for k in range(p)}
+
+    for t in range(9):
+        if t < w:
+            assert all(reads.of_step(k, t, "noise", call="scheduler") == {(k, t)} for k in own)
+            continue
+        turn = (t - w) % p
+        own[turn] = (turn, t)
+        for k in range(p):
+            expected = own[turn] if k == 0 else own[k]
+            assert reads.of_step(k, t, "noise", call="scheduler") == {expected}, (t, k)
+
+
+def test_exact_strategies_read_nothing_old() -> None:
+    for profile, spec in CASES:
+        if facts(parse_spec(spec), WORKLOAD).exact or "naive" in spec:
+            assert graph_of(profile, spec).staleness() == 0, spec
+
+
+# ------------------------------------------------------------------------------------- bytes
+
+TOKENS, HIDDEN, BLOCKS, ELEMENT, STEPS = 64, 8, 4, 2, 9
+LATENT = 4 * 16 * 4 * ELEMENT  # one latent X: channels x rows x columns
+
+
+def received(spec: str, call: str, profile: Profile = DIT) -> float:
+    """Bytes that rank 0 receives in one step by ``call``, the whole run divided by its steps."""
+    return graph_of(profile, spec).bytes_by_call()[0].get(call, (0, 0))[1] / STEPS
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_ulysses_bytes(n: int) -> None:
+    """4 exchanges a layer, each (n-1)/n of b (s/n) h e (section 5.3); b = 2 with guidance."""
+    assert received(f"ulysses={n}", "all_to_all") == BLOCKS * 4 * (n - 1) / n * (
+        2 * TOKENS // n * HIDDEN * ELEMENT
+    )
+    assert received(f"ulysses={n}", "all_gather") == (n - 1) * 2 * LATENT // n
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_ring_bytes(n: int) -> None:
+    """2 b (s/n) h e (n-1) a layer, by P2P or by one all-gather (section 6.3)."""
+    wanted = BLOCKS * 2 * 2 * TOKENS // n * HIDDEN * ELEMENT * (n - 1)
+    assert received(f"ring={n}", "ring") == wanted
+    gathered = received(f"ring={n},rotate=allgather", "all_gather")
+    assert gathered - (n - 1) * 2 * LATENT // n == wanted
+
+
+def test_usp_bytes() -> None:
+    """4(u-1)/u b (s/n) h e + 2(r-1) b (s/n) h e a layer (section 7.3), u = r = 2."""
+    share = 2 * TOKENS // 4 * HIDDEN * ELEMENT
+    assert received("ulysses=2,ring=2", "all_to_all") == BLOCKS * 4 * share / 2
+    assert received("ulysses=2,ring=2", "ring") == BLOCKS * 2 * share
+
+
+def test_joint_text_is_split_or_gathered() -> None:
+    """6 text tokens: 2 ranks split them (3 each); 4 ranks replicate and gather their heads."""
+    split = 2 * (TOKENS + 6) // 2 * HIDDEN * ELEMENT
+    assert received("ulysses=2", "all_to_all", JOINT) == BLOCKS * 4 * split / 2
+    image = 2 * TOKENS // 4 * HIDDEN * ELEMENT
+    heads = 2 * 6 * HIDDEN // 4 * ELEMENT
+    assert received("ulysses=4", "all_to_all", JOINT) == BLOCKS * 4 * image * 3 / 4
+    gathered = received("ulysses=4", "all_gather", JOINT) - 3 * 2 * LATENT // 4
+    assert gathered == BLOCKS * 3 * heads
+
+
+def test_cfg_bytes() -> None:
+    """Each branch sends its prediction X e to its twin (section 2.3)."""
+    assert received("cfg=2", "all_gather") == LATENT
+
+
+def test_distrifusion_bytes_and_buffers() -> None:
+    """(n-1) e sum(published) a step; gathered buffers n e sum (sections 10.3, 10.4).
+
+    U-Net, b = 2, n = 4, e = 2: K/V 16 b (r/4) w = 512, halo 16 b w = 128 elements a layer and one
+    for conv_out, moments 4 b = 8 numbers of 4 bytes; 3 layers.
+    """
+    published = 3 * (512 * 2 + 128 * 2 + 8 * 4) + 128 * 2
+    graph = graph_of(UNET, "distrifusion=4,warmup=0,bucket=2")
+    buckets = [
+        op.nbytes for op, _ in graph.instances() if op.name.startswith("bucket") and op.nbytes
+    ]
+    # 10 tensors in buckets of 2: none deferred; 8 steps send all of them
+    assert sum(buckets) == 8 * published
+    assert graph.peak_bytes(["slots"])[0] == 4 * published
+
+
+def test_pcpp_saves_70_percent() -> None:
+    """Interior strip: 2 portion / (n-1) of DistriFusion's K/V with sender slicing (section 11.3)."""
+    size = 2 * 16 * 4 * 4 * ELEMENT  # K,V of one strip: 16 b r w with b = 2, r = 4, w = 4
+    graph = graph_of(DIT, "pcpp=4,warmup=0,slice=sender,portion=0.3")
+    inside = graph.bytes_by_call()[1]["exchange"][1]
+    assert inside == 8 * BLOCKS * 2 * round(size * 0.3)
+
+
+@pytest.mark.parametrize("patches", [2, 4])
+def test_pipefusion_bytes_and_cache(patches: int) -> None:
+    """Forward link g B s h e a step whatever M, loop link X e; cache 2 (L/N) g B s h e (12.3, 12.4)."""
+    graph = graph_of(DIT, f"pipefusion=2,patches={patches}")
+    sent = graph.bytes_by_call()
+    assert sent[1]["send"][1] == STEPS * 2 * TOKENS * HIDDEN * ELEMENT
+    assert sent[0]["send"][1] == (STEPS - 1) * LATENT
+    assert graph.peak_bytes(["kv"]) == dict.fromkeys((0, 1), 2 * 2 * 2 * TOKENS * HIDDEN * ELEMENT)
+
+
+def test_ring_inside_pipefusion_pays_once_a_patch() -> None:
+    """The ring turns the whole local cache in every micro-step (section 15.2)."""
+    whole = graph_of(DIT, "pipefusion=2,ring=2,patches=1,warmup=1").bytes_by_call()[0]["ring"][1]
+    cut = graph_of(DIT, "pipefusion=2,ring=2,patches=4,warmup=1").bytes_by_call()[0]["ring"][1]
+    assert cut == whole / STEPS * (1 + 8 * 4)
+
+
+def test_parastep_bytes() -> None:
+    """A cycle of p: (p-1) g X e into rank 0 and one latent broadcast to the others (14.3)."""
+    sent = graph_of(DIT, "parastep=4,warmup=1").bytes_by_call()
+    assert sent[0]["send"][1] == 2 * 3 * 2 * LATENT
+    assert sent[3]["broadcast"][1] == 2 * LATENT
+
+
+def test_asyncdiff_unet_broadcasts_whole_blocks_where_it_can() -> None:
+    """Owners 0 0 0 | 0 1 ...: a block inside one component sends its tuple, a cut one its parts."""
+    graph = graph_of(UNET, "asyncdiff=2,warmup=1,cuts=4")
+    size = 2 * 16 * 4 * ELEMENT
+    sizes = {op.name.split("@")[0]: op.nbytes for op, _ in graph.instances() if "bcast" in op.name}
+    assert sizes == {
+        "bcast.conv_in": 8 * size,
+        "bcast.down.0": 24 * size,
+        "bcast.down.1.0": 8 * size,
+        "bcast.down.1.1": 8 * size,
+        "bcast.down.2": 24 * size,
+        "bcast.conv_out": 4 * size,
+        "bcast.eps": 2 * LATENT,
+    }
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "not name=value"),
+        ("ulysses", "not name=value"),
+        ("ulysses=x", "whole number"),
+        ("ulysses=0", "at least 1"),
+        ("warp=4", "unknown 'warp'"),
+        ("distrifusion=4,patches=2", "unknown 'patches'"),
+        ("distrifusion=4,mode=fast", "mode=fast"),
+        ("distrifusion=2,pipefusion=2", "both decide"),
+        ("cfg=2,cfg=2", "twice"),
+        ("rotate=p2p", "unknown 'rotate'"),
+        ("pcpp=4,portion=1.5", "portion=1.5"),
+        ("asyncdiff=2,stride=3", "stride=3"),
+    ],
+)
+def test_malformed_spec_says_what_is_wrong(text: str, says: str) -> None:
+    with pytest.raises(SpecError, match=says.replace("(", r"\(")):
+        parse_spec(text)
+
+
+@pytest.mark.parametrize(
+    ("profile", "spec", "reason", "nearest"),
+    [
+        (DIT, "ulysses=3", "4 heads", "ulysses=2 or ulysses=4"),
+        (DIT, "ring=5", "16 token rows", "a sequence degree of 4"),
+        (UNET, "ulysses=2", "U-Net", "patch=2"),
+        (UNET, "pipefusion=2", "U-Net", "distrifusion=2"),
+        (UNET, "distrifusion=3", "16 latent rows", "distrifusion=2"),
+        (DIT, "cfg=3", "two branches", "cfg=2"),
+        (DIT, "pipefusion=5", "4 blocks", "pipefusion=4"),
+        (DIT, "pipefusion=2,stages=1:2", "sum to 4", "stages=2:2"),
+        (DIT, "pipefusion=2,patches=17", "16 latent rows", "patches=16"),
+        (DIT, "pipefusion=2,warmup=0", "at least one", "warmup=1"),
+        (DIT, "asyncdiff=5,warmup=1", "between 2 and 4", "asyncdiff=4"),
+        (DIT, "asyncdiff=2,warmup=1,cuts=9", "rising block numbers", "cuts=2"),
+        (DIT, "parastep=4,warmup=7", "no full cycle", "parastep=2,warmup=7"),
+        (DIT, "distrifusion=2,warmup=10", "only 9 steps", "warmup=8"),
+        (DIT, "distrifusion=2,ulysses=2", "runs alone", "distrifusion=2"),
+    ],
+)
+def test_infeasible_names_the_reason_and_the_nearest(
+    profile: Profile, spec: str, reason: str, nearest: str
+) -> None:
+    with pytest.raises(Infeasible, match=reason) as caught:
+        graph_of(profile, spec)
+    assert caught.value.nearest == nearest
+
+
+def test_facts_know_the_conventions() -> None:
+    """w + 1 synchronous steps for DistriFusion and PCPP, w elsewhere (section 0.6)."""
+
+    def of(spec: str) -> tuple[int, int, bool]:
+        f = facts(parse_spec(spec), WORKLOAD)
+        return f.n_gpus, f.synchronous_steps, f.exact
+
+    assert of("cfg=2,distrifusion=4,warmup=4") == (8, 5, False)
+    assert of("distrifusion=4,warmup=8") == (4, 9, True)
+    assert of("pipefusion=4,warmup=1") == (4, 1, False)
+    assert of("pipefusion=4,patches=1") == (4, 1, True)
+    assert of("asyncdiff=3,stride=2,warmup=3") == (4, 3, False)
+    assert of("parastep=4,warmup=8") == (4, 8, True)
+    assert of("data=2,cfg=2,ulysses=2") == (8, 9, True)
+    assert of("patch=4,mode=naive") == (4, 9, False)
