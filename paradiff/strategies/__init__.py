@@ -256,8 +256,7 @@ def candidate_specs(profile: Profile, workload: Workload, max_gpus: int) -> Iter
         inner = [n for n in widths if 2 <= n <= max_gpus // cfg]
         for n in inner:
             yield from (prefix + each for each in _pass_specs(profile, workload, n))
-    for n in [n for n in widths if n >= 2]:
-        yield from _step_specs(workload, n)
+    yield from _step_specs(workload, max_gpus, [n for n in widths if n >= 2])
     if max_gpus > 1:
         yield f"data={max_gpus}"
 
@@ -280,12 +279,13 @@ def _pass_specs(profile: Profile, workload: Workload, n: int) -> Iterator[str]:
                 yield f"pipefusion={stages}{sp},patches={patches},warmup=1"
 
 
-def _step_specs(workload: Workload, n: int) -> Iterator[str]:
-    room = workload.steps // 5
-    warmup = max(1, min(9, room))
-    if n in (2, 3, 4):
-        yield f"asyncdiff={n},stride=1,warmup={warmup}"
-    if n in (3, 4):
-        yield f"asyncdiff={n - 1},stride=2,warmup={warmup}"
-    if workload.steps - min(5, room) >= n:
-        yield f"parastep={n},warmup={max(1, min(5, room))}"
+def _step_specs(workload: Workload, max_gpus: int, widths: list[int]) -> Iterator[str]:
+    """AsyncDiff with the published component counts, ParaStep; warm-up at most a fifth of the steps."""
+    room = max(1, workload.steps // 5)
+    for stride in (1, 2):
+        for components in (2, 3, 4):
+            if components + stride - 1 <= max_gpus:
+                yield f"asyncdiff={components},stride={stride},warmup={min(9, room)}"
+    for n in widths:
+        if workload.steps - min(5, room) >= n:
+            yield f"parastep={n},warmup={min(5, room)}"

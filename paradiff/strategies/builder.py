@@ -120,9 +120,9 @@ class Builder:
         self.rows = self.latent["r"]
         self.branches = 2 if self.profile.geometry.guidance == "cfg" else 1
         self.call_batch = w.batch * self.branches // self.mesh.cfg
-        points = [p for _, p in self.denoiser.points("kv")]
-        self.joint_text = any(p.joint_text for p in points)
-        self.attention_points = points
+        self.points = dict(self.denoiser.points())
+        self.attention = [p for p in self.points.values() if p.kind == "kv"]
+        self.joint_text = any(p.joint_text for p in self.attention)
 
     @property
     def denoiser(self) -> Stage:

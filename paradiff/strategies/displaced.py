@@ -48,7 +48,7 @@ class Buckets:
 
     def __post_init__(self) -> None:
         published = [i for i, _ in self.build.denoiser.points(*self.kinds)] if self.kinds else []
-        points = dict(self.build.denoiser.points())
+        points = self.build.points
         for start in range(0, len(published), self.size):
             q = len(self.members)
             self.members.append(published[start : start + self.size])
@@ -144,7 +144,7 @@ class Neighbours:
 
     def nbytes(self, at: int) -> int:
         """K and V of one strip at segment ``at``."""
-        return point_bytes(self.build, dict(self.build.denoiser.points())[at], self.shapes[0])
+        return point_bytes(self.build, self.build.points[at], self.shapes[0])
 
     def message(self, at: int) -> int:
         """Bytes of one message to one neighbour."""
@@ -224,7 +224,7 @@ def stale_step(
     points where PCPP does; what is in no bucket stays local, or is all-reduced (``reduce_gn``).
     """
     forward, previous = strips.start(), None
-    points = dict(strips.build.denoiser.points())
+    points = strips.build.points
     for at in forward.points():
         if near is not None and points[at].kind == "kv":
             near.layer(forward, at, phase, previous)
@@ -318,7 +318,7 @@ def _keeper(strips: Strips, buckets: Buckets, near: Neighbours | None, *, keep: 
     def place(at: int) -> tuple[list[Ref], list[Ref]] | None:
         if not keep:
             return None
-        if near is not None and dict(strips.build.denoiser.points())[at].kind == "kv":
+        if near is not None and strips.build.points[at].kind == "kv":
             return near.place(at)
         return buckets.place(strips.ranks, at)
 

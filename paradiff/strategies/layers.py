@@ -41,7 +41,7 @@ def plan_sequence(build: Builder, rotate: str, patches: int) -> SequenceParallel
                 " does not exchange",
                 f"patch={mesh.sp}",
             )
-        heads = build.attention_points[0].heads
+        heads = build.attention[0].heads
         legal = [n for n in range(1, heads + 1) if heads % n == 0]
         if mesh.ulysses not in legal:
             below = max(n for n in legal if n < mesh.ulysses)
@@ -85,10 +85,7 @@ def attend(
     rank, the older K/V that attention reads besides its own (PipeFusion).
     """
     build = forward.build
-    point = build.denoiser.segments[at].point
-    assert point is not None
-    local = forward.shapes[0]
-    qkv = _Exchange(build, forward, at, point, sp, local)
+    qkv = _Exchange(build, forward, at, build.points[at], sp, forward.shapes[0])
     if sp.ulysses > 1:
         qkv.to_heads()
     else:
@@ -105,7 +102,7 @@ def attend(
         share = build.shape(
             rows // sp.ring,
             keys=keys,
-            text=local.t * (sp.ulysses if sp.split_text else 1),
+            text=qkv.local.t * (sp.ulysses if sp.split_text else 1),
             key_text=build.latent["t"],
             heads=sp.ulysses,
         )

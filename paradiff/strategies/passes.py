@@ -172,8 +172,7 @@ class Strips:
 
         GroupNorm moments whose result is not kept are all-reduced, the rest is all-gathered.
         """
-        build, point = self.build, self.build.denoiser.segments[at].point
-        assert point is not None
+        build, point = self.build, self.build.points[at]
         forward.run(at, {r: [ref] for r, ref in zip(self.ranks, own, strict=True)})
         reduce = point.kind == "moments" and others[0].part is None
         build.collective(
@@ -189,8 +188,7 @@ class Strips:
 
     def blocking(self, forward: Forward, at: int) -> None:
         """``exchange`` through work buffers that the next layer uses again."""
-        point = self.build.denoiser.segments[at].point
-        assert point is not None
+        point = self.build.points[at]
         size = point_bytes(self.build, point, self.shapes[0])
         copies = 1 if point.kind == "moments" else len(self.ranks) - 1
 
