@@ -1,0 +1,307 @@
+# ruff: noqa: E501 - one case per line reads as a table
+"""Topology files: the shipped ones, every way to write one wrong, and the measured tables."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from paradiff.config import ConfigError, available
+from simulator.gpu import Gpu, load_gpu
+from simulator.network import Network
+from simulator.topology import CollectiveTable, Node, Topology, TopologyFile, expand, load_topology
+
+GOOD = """\
+name: test
+gpu: l40
+nodes:
+  - {name: host0, gpus: [gpu0..gpu3], host_memory: 80 GB/s}
+peer_to_peer: false
+switches: [rc0, rc1]
+links:
+  - {ends: [gpu0..gpu1, rc0], kind: pcie4-x16, bandwidth: 26 GB/s, latency: 2 us}
+  - {ends: [gpu2..gpu3, rc1], kind: pcie4-x16, bandwidth: 26 GB/s, latency: 2 us}
+  - {ends: [rc0, rc1], kind: upi, bandwidth: 20 GB/s, latency: 1 us, duplex: half}
+source: a test
+"""
+TABLE = "collectives:\n  - {kind: all_to_all, ranks: 2, source: x, table: [[1 KiB, 1 us]]}\n"
+
+
+def complaint(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "box.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_topology(file)
+    return str(error.value).replace(f"{tmp_path}/", "")
+
+
+def test_a_file_becomes_hardware(tmp_path: Path) -> None:
+    file = tmp_path / "box.yaml"
+    file.write_text(GOOD.replace("[gpu0..gpu3]", "[gpu0..gpu2, {gpu3: l40s}]"))
+    topology = load_topology(file)
+    assert topology.gpus == ("gpu0", "gpu1", "gpu2", "gpu3")
+    assert topology.profiles == ("l40", "l40", "l40", "l40s")
+    assert topology.nodes[0].host_memory_bytes_per_s == 80e9
+    assert [(x.a, x.b, x.bandwidth_bytes_per_s, x.duplex) for x in topology.links] == [
+        ("gpu0", "rc0", 26e9, "full"),
+        ("gpu1", "rc0", 26e9, "full"),
+        ("gpu2", "rc1", 26e9, "full"),
+        ("gpu3", "rc1", 26e9, "full"),
+        ("rc0", "rc1", 20e9, "half"),
+    ]
+    assert sorted(topology.graph().neighbors("rc0")) == ["gpu0", "gpu1", "rc1"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("peer_to_peer", "@peer_to_pear", "peer_to_pear: unknown key (peer_to_pear), allowed: peer_to_peer"),
+        ("bandwidth: 20", "@bandwith: 20", "links.2.bandwith: unknown key (bandwith), allowed: bandwidth"),
+        ("20 GB/s", "@20", "links.2.bandwidth: bandwidth has no unit (20), allowed: B/s, kB/s"),
+        ("20 GB/s", "@20 GHz", "links.2.bandwidth: unknown bandwidth unit 'GHz' ('20 GHz'), allowed: B/s"),
+        ("20 GB/s", "@0 GB/s", "links.2.bandwidth: bandwidth out of range ('0 GB/s'), allowed: more than zero"),
+        ("20 GB/s", "@-2 GB/s", "links.2.bandwidth: bandwidth out of range ('-2 GB/s'), allowed: more than zero"),
+        ("1 us", "@-1 us", "links.2.latency: time out of range ('-1 us'), allowed: zero or more"),
+        ("80 GB/s", "@80 GB", "nodes.0.host_memory: unknown bandwidth unit 'GB' ('80 GB'), allowed: B/s"),
+        ("half", "@both", "links.2.duplex: not allowed ('both'), allowed: 'full' or 'half'"),
+        ("gpu: l40", "gpu: @l41", "gpu: unknown GPU ('l41'), allowed: l40, "),
+        ("[gpu0..gpu3]", "[gpu0..gpu2, @{gpu3: l4O}]", "nodes.0.gpus.1: unknown GPU ('l4O'), allowed: l40, "),
+        ("[gpu0..gpu3]", "[gpu0..gpu2, @{gpu3: 5}]", "nodes.0.gpus.1: not a GPU profile name"),
+        ("[gpu0..gpu3]", "[@gpu3..gpu0]", "nodes.0.gpus.0: not a range ('gpu3..gpu0'), allowed: ascending"),
+        ("[gpu0..gpu3]", "[@gpu0..gpu99999999]", "nodes.0.gpus.0: not a range"),
+        ("[gpu0..gpu3]", "[@gpu0..x3]", "nodes.0.gpus.0: not a name ('gpu0..x3')"),
+        ("[gpu0..gpu3]", "@[]", "nodes.0.gpus: not allowed ([]), allowed: a longer list"),
+        ("[gpu0..gpu3]", "[gpu0..gpu3, @gpu1]", "nodes.0.gpus.1: duplicate name ('gpu1'), allowed: each name once"),
+        ("[rc0, rc1]\n", "[rc0, rc1, @rc0]\n", "switches.2: duplicate name ('rc0')"),
+        ("[rc0, rc1]\n", "[rc0, rc1, @host0]\n", "switches.2: duplicate name ('host0')"),
+        ("gpu2..gpu3, rc1", "@gpu2..gpu4, rc1", "links.1.ends.0: link to nowhere ('gpu4'), allowed: gpu3, "),
+        ("gpu2..gpu3, rc1", "gpu2..gpu3, @rc2", "links.1.ends.1: link to nowhere ('rc2'), allowed: rc1, "),
+        ("[gpu2..gpu3, rc1", "@[gpu2..gpu3, gpu0..gpu1", "links.1.ends: two ranges, allowed: a range at one end only"),
+        ("[gpu2..gpu3, rc1", "@[gpu2..gpu3, gpu2", "links.1.ends: link from a vertex to itself ('gpu2, gpu2')"),
+        ("source", "  - {ends: @[rc1, rc0], kind: x, bandwidth: 1 B/s, latency: 0 s}\nsource", "links.3.ends: duplicate link ('rc1, rc0')"),
+        ("[rc0, rc1], kind", "@[rc0, gpu0], kind", "links.2.ends: duplicate link ('rc0, gpu0')"),
+        ("[rc0, rc1], kind", "[gpu0, gpu1], kind", "box.yaml:8:3: links: not connected, separate parts: gpu0, gpu1, rc0; gpu2, gpu3, rc1, allowed: links that join them"),
+        ("source: a test\n", "", "box.yaml:1:1: key missing (source)"),
+        ("source: a test\n", "source: a test\n@gpu: l40\n", "duplicate key (gpu), allowed: each key once"),
+        ("source", TABLE.replace("1 KiB", "@1024") + "source", "collectives.0.table.0.0: size has no unit (1024), allowed: B, "),
+        ("source", TABLE.replace("]]", "], [@1 KiB, 2 us]]") + "source", "collectives.0.table.1.0: sizes out of order (1024.0), allowed: ascending sizes"),
+        ("source", TABLE.replace("1 us", "@0 us") + "source", "collectives.0.table.0.1: time out of range ('0 us'), allowed: more than zero"),
+        ("source", TABLE.replace("all_to_all", "@alltoall") + "source", "collectives.0.kind: not allowed ('alltoall'), allowed: 'all_gather'"),
+        ("source", TABLE.replace("ranks: 2", "ranks: 2, scope: @[gpu0, gpu7]") + "source", "collectives.0.scope: unknown GPU ('gpu7'), allowed: gpu3"),
+        ("source", TABLE.replace("ranks: 2", "ranks: 2, scope: @[gpu0]") + "source", "collectives.0.scope: wrong number of GPUs (1), allowed: 2 names"),
+    ],
+)  # fmt: skip
+def test_bad_files_name_place_value_and_choice(
+    tmp_path: Path, old: str, new: str, says: str
+) -> None:
+    """``@`` marks the place that the message must name; without it ``says`` has the place."""
+    position = GOOD.rindex(old) if old == "source" else GOOD.index(old)
+    text = GOOD[:position] + new + GOOD[position + len(old) :]
+    if "@" in text:
+        before = text[: text.index("@")]
+        column = len(before) - before.rfind("\n")
+        says = f"box.yaml:{before.count(chr(10)) + 1}:{column}: {says}"
+    assert complaint(tmp_path, text.replace("@", "")).startswith(says)
+
+
+def test_what_if_overrides(tmp_path: Path) -> None:
+    fast = load_topology("pcie8", ["links.2.bandwidth=40 GB/s", "peer_to_peer=true"])
+    assert fast.links[-1].bandwidth_bytes_per_s == 40e9
+    assert fast.peer_to_peer
+    with pytest.raises(
+        ConfigError, match=r"--set links.2.bandwith=1 GB/s: unknown path .* bandwidth"
+    ):
+        load_topology("pcie8", ["links.2.bandwith=1 GB/s"])
+    with pytest.raises(
+        ConfigError, match=r"--set gpu=l41: gpu: unknown GPU \('l41'\), allowed: l40"
+    ):
+        load_topology("pcie8", ["gpu=l41"])
+
+
+def test_names_and_ranges() -> None:
+    assert expand("gpu8..gpu11") == ("gpu8", "gpu9", "gpu10", "gpu11")
+    assert expand("rc0") == ("rc0",)
+    for bad in ("gpu0..gpu", "gpu0...gpu3", "", "a b", "gpu0..cpu3", "-x"):
+        with pytest.raises(ValueError, match="allowed: gpu0, or a range"):
+            expand(bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"profiles": ("unit",)}, "2 GPUs but 1 profiles"),
+        ({"nodes": (Node(name="host0", gpus=("gpu0",)),)}, "each GPU belongs to one node"),
+        ({"switches": ()}, "link to 'switch'"),
+    ],
+)
+def test_topologies_built_in_code_are_checked(change: dict[str, object], says: str) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match=says):
+        replace(Topology.uniform(2), **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, -1.0, math.nan])
+def test_links_need_bandwidth(bandwidth: float) -> None:
+    with pytest.raises(ValueError, match="bandwidth > 0"):
+        Topology.uniform(2, bandwidth_bytes_per_s=bandwidth)
+
+
+class TestCollectiveTables:
+    table = CollectiveTable(
+        kind="all_gather", ranks=2, sizes=(1e3, 1e5, 1e6), seconds=(1e-6, 4e-6, 2e-6)
+    )
+
+    def test_points_are_kept_and_kinks_with_them(self) -> None:
+        assert [self.table.time_s(s) for s in (1e3, 1e5, 1e6)] == pytest.approx([1e-6, 4e-6, 2e-6])
+
+    def test_between_points_in_the_logarithm(self) -> None:
+        # Half way between 10^3 and 10^5 in the logarithm is 10^4; between 1 and 4 us it is 2 us.
+        assert self.table.time_s(1e4) == pytest.approx(2e-6, rel=1e-12)
+
+    def test_below_the_table_latency_above_it_the_last_bandwidth(self) -> None:
+        assert self.table.time_s(1) == 1e-6
+        assert self.table.time_s(0) == 1e-6
+        assert self.table.time_s(3e6) == pytest.approx(6e-6, rel=1e-12)  # 1e6 B in 2 us: 0.5 TB/s
+
+    def test_the_most_particular_table_wins(self) -> None:
+        gpus = ("gpu0", "gpu1", "gpu2", "gpu3")
+        values: list[tuple[object, float]] = [("any", 3.0), ("node", 2.0), (("gpu0", "gpu1"), 1.0)]
+        tables = tuple(
+            CollectiveTable(
+                kind="all_gather", ranks=2, sizes=(1.0,), seconds=(t,), scope=scope, source=str(t)  # type: ignore[arg-type]
+            )
+            for scope, t in values
+        )  # fmt: skip
+        topology = Topology(
+            name="t",
+            gpus=gpus,
+            profiles=("unit",) * 4,
+            nodes=(Node(name="a", gpus=gpus[:3]), Node(name="b", gpus=gpus[3:])),
+            links=(),
+            collectives=tables,
+        )
+        assert topology.measured_collective("all_gather", (1, 0), 1) == (1.0, "1.0")
+        assert topology.measured_collective("all_gather", (1, 2), 1) == (2.0, "2.0")
+        assert topology.measured_collective("all_gather", (0, 3), 1) == (3.0, "3.0")
+        assert topology.measured_collective("all_gather", (0, 1, 2), 1) is None
+        assert topology.measured_collective("all_reduce", (0, 1), 1) is None
+
+
+PROVENANCE = re.compile(r"(measured|spec|transferred|assumed): \S")
+
+
+class TestShipped:
+    @pytest.mark.parametrize("name", available("topologies"))
+    def test_topologies(self, name: str) -> None:
+        topology = load_topology(name)
+        assert topology.name == name
+        network = Network(topology)
+        for i in range(len(topology.gpus)):
+            for j in range(len(topology.gpus)):
+                route = network.route(i, j)
+                assert (route.path[0], route.path[-1]) == (topology.gpus[i], topology.gpus[j])
+                assert not set(route.path[1:-1]) & set(topology.gpus)
+
+    @pytest.mark.parametrize("name", available("topologies"))
+    def test_every_link_and_table_says_what_it_rests_on(self, name: str) -> None:
+        from paradiff.config import find, load_yaml
+
+        file = load_yaml(find("topologies", name), TopologyFile)
+        for entry in (*file.links, *file.collectives):
+            assert PROVENANCE.match(entry.source), entry
+        for node in file.nodes:
+            assert node.host_memory is None or PROVENANCE.match(node.source), node
+
+    @pytest.mark.parametrize("name", available("topologies"))
+    def test_no_table_beats_its_links(self, name: str) -> None:
+        """A measured collective cannot move more per second than all ports together (10 % slack:
+        the links are measurements too). In-switch reduction halves what an all-reduce sends."""
+        topology = load_topology(name)
+        port = max(link.bandwidth_bytes_per_s for link in topology.links)
+        for table in topology.collectives:
+            sent = (table.ranks - 1) / table.ranks
+            for size, seconds in zip(table.sizes, table.seconds, strict=True):
+                assert size * sent / seconds < 1.1 * port, (table.kind, table.ranks, size)
+
+    def test_the_box_of_the_paper(self) -> None:
+        network = Network(load_topology("pcie8"))
+        far, near = network.route(0, 7), network.route(0, 3)
+        assert (far.path, far.staged) == (("gpu0", "rc0", "rc1", "gpu7"), True)
+        assert far.latency_s == pytest.approx(10e-6)  # (2 + 1 + 2) us for each of two copies
+        assert near.latency_s == pytest.approx(8e-6)
+        # One flow alone: PCIe 26 GB/s near; UPI 20 GB/s far; host memory 80 / 2 limits neither.
+        assert network.rates((near.id,)) == (26e9,)
+        assert network.rates((far.id,)) == (20e9,)
+        # Eight GPUs in a ring: 8 flows of weight 2 on 80 GB/s, 5 GB/s each.
+        ring = tuple(network.route(i, (i + 1) % 8).id for i in range(8))
+        assert network.rates(ring) == pytest.approx([5e9] * 8)
+
+    def test_bridged_pairs(self) -> None:
+        network = Network(load_topology("pcie4-a5000"))
+        assert network.route(2, 3).path == ("gpu2", "gpu3")
+        assert network.route(1, 2).path == ("gpu1", "rc0", "gpu2")
+
+    def test_the_table_of_the_l40s_node_is_attached(self) -> None:
+        with_table, without = load_topology("pcie8-l40s-alltoall"), load_topology("pcie8")
+        assert (with_table.links, with_table.nodes) == (without.links, without.nodes)
+        found = with_table.measured_collective("all_to_all", tuple(range(8)), 2**24)
+        assert found is not None
+        assert found[0] == pytest.approx(11886e-6)  # nccl-tests, 16 MiB over 8 GPUs
+        assert without.measured_collective("all_to_all", tuple(range(8)), 2**24) is None
+
+    @pytest.mark.parametrize("name", available("gpus"))
+    def test_gpus(self, name: str) -> None:
+        gpu = load_gpu(name)
+        assert gpu.name == name
+        for dtype in ("fp16", "bf16", "fp32"):
+            assert gpu.peak.of(dtype).kind == "spec"
+            assert gpu.matmul.of(dtype).value <= 1.05 * gpu.peak.of(dtype).value
+
+    def test_unit_hardware(self) -> None:
+        gpu = load_gpu("unit")
+        assert gpu.matmul.bf16.value == gpu.memory_bandwidth.value == 1.0
+        assert gpu.launch.of("eager").value == gpu.kernel_floor.value == 0.0
+
+
+class TestGpuFiles:
+    def text(self) -> str:
+        from paradiff.config import find
+
+        return find("gpus", "l40").read_text()
+
+    def refusal(self, tmp_path: Path, old: str, new: str) -> str:
+        assert old in self.text()
+        file = tmp_path / "card.yaml"
+        file.write_text(self.text().replace(old, new, 1))
+        with pytest.raises(ConfigError) as error:
+            load_gpu(file)
+        return str(error.value).replace(f"{tmp_path}/", "")
+
+    def test_more_than_the_peak(self, tmp_path: Path) -> None:
+        refusal = self.refusal(tmp_path, "172.9 TFLOP/s", "200 TFLOP/s")
+        assert "matmul.bf16.value: more FLOP/s than the peak (200000000000000.0)" in refusal
+        assert "attention.0.value: more FLOP/s" in self.refusal(tmp_path, "171.7 TF", "362 TF")
+        assert "memory_bandwidth.value: more than the peak" in self.refusal(tmp_path, "728", "900")
+
+    def test_a_number_without_source_or_kind(self, tmp_path: Path) -> None:
+        refusal = self.refusal(tmp_path, 'source: "NVIDIA L40 data sheet"', 'source: ""')
+        assert "memory_bandwidth_peak.source" in refusal
+        assert "key missing (kind)" in self.refusal(tmp_path, "kind: spec, ", "")
+        refusal = self.refusal(tmp_path, "kind: spec", "kind: guessed")
+        assert "allowed: 'measured', 'spec', 'transferred' or 'assumed'" in refusal
+
+    def test_the_attention_figure_nearest_in_width(self) -> None:
+        h100 = load_gpu("h100-sxm")
+        assert h100.attention_figure(64).kernel == "flash2"
+        assert h100.attention_figure(128, "flash3").value == 646e12
+        l40: Gpu = load_gpu("l40")
+        assert [l40.attention_figure(d).head_dim for d in (40, 72, 96, 160)] == [64, 64, 64, 128]
+        assert l40.attention_figure(64, "flash3").kernel == "flash2"  # it has no other
+
+    def test_unknown_dtype_and_runtime(self) -> None:
+        with pytest.raises(ValueError, match="'fp8', allowed: fp16, bf16, fp32"):
+            load_gpu("l40").peak.of("fp8")
+        with pytest.raises(ValueError, match="'jit', allowed: eager, compiled, cuda-graph"):
+            load_gpu("l40").launch.of("jit")
