@@ -252,15 +252,26 @@ class Dependencies:
             state.readers.pop(ref.part, None)
         state.versions[ref.part] = (step, ref.sub, handle)
 
-    def advance(self, steps: int, is_loop: Callable[[int], bool]) -> None:
-        """Relabel versions written by the handles ``is_loop`` accepts as ``steps`` later.
+    def advance(self, steps: int, is_loop: Callable[[int], bool], handles: int = 0) -> None:
+        """Behave as if the iterations that follow had been added too, up to ``steps`` later.
 
-        The engine calls this when it skips whole iterations of a steady state.
+        Handles that ``is_loop`` accepts grow by ``handles``, the versions they wrote by ``steps``.
+        Right after the second iteration of a section: from there on, every last writer and every
+        reader since is an op of the section at a fixed distance, or older than the section. The
+        engine calls this instead of adding iterations whose edges it knows.
         """
+
+        def moved(handle: int) -> int:
+            return handle + handles if is_loop(handle) else handle
+
         for state in self._buffers.values():
             for part, (step, sub, handle) in state.versions.items():
-                if is_loop(handle):
-                    state.versions[part] = (step + steps, sub, handle)
+                later = step + steps if is_loop(handle) else step
+                state.versions[part] = (later, sub, moved(handle))
+            for readers in state.readers.values():
+                readers.update({who: moved(handle) for who, handle in readers.items()})
+        self._last.update({stream: moved(handle) for stream, handle in self._last.items()})
+        self._held.update({rank: moved(handle) for rank, handle in self._held.items()})
 
 
 @dataclass(frozen=True)

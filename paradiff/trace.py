@@ -1,0 +1,294 @@
+"""Traces: when each op of a graph ran, simulated or measured, in one schema.
+
+Holds spans and nothing derived from them (that is ``analysis.attribution``). ``check_trace`` restates
+the semantics of a graph independently of the engine and of the executor, and judges both.
+
+A simulated trace of a periodic schedule is **folded**: a steady state appears once, followed by a
+``Repeat`` that says how many further copies of the period the engine did not write down. Span times
+are then on the folded clock, in which a repeat takes no time; ``makespan_s`` always counts it.
+``expanded`` gives the full trace. Example: a period of 2 s that ends at 5 s and repeats 10 times; a
+span that starts at 6 s on the folded clock really starts at 26 s.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from paradiff.graph import Dependencies, OpKind, ScheduleGraph
+
+TRANSFERS = ("collective", "permute", "p2p")
+"""Op kinds that move bytes between ranks."""
+
+_SLACK = 1e-9
+"""Relative to the makespan: how much a measured clock or a sum of floats may be off."""
+
+
+class TraceMismatch(ValueError):
+    """A trace that is not a run of the graph it is compared with, or a file that is no trace."""
+
+
+class Span(NamedTuple):
+    """One op on one of its ranks. All times in seconds since the start of the run.
+
+    The device could have started at ``ready_s`` (predecessors finished) but for the host, which had
+    not issued the op before ``start_s``. It worked for ``busy_s`` from ``start_s`` on; what remains
+    until ``end_s`` is the host issuing the last launches.
+    """
+
+    name: str
+    step: int | None
+    rank: int
+    stream: str
+    kind: OpKind
+    call: str
+    ready_s: float
+    start_s: float
+    end_s: float
+    busy_s: float
+    nbytes: int
+
+    @property
+    def id(self) -> str:
+        """The op id of the graph: ``t007/<name>`` inside the denoising loop."""
+        return self.name if self.step is None else f"t{self.step:03d}/{self.name}"
+
+
+class Repeat(NamedTuple):
+    """The ``period_s`` that ends at ``at_s`` (folded clock) happens ``copies`` more times there.
+
+    Each further copy is ``steps`` denoising steps later.
+    """
+
+    at_s: float
+    period_s: float
+    copies: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A run. ``spans`` by start, then by canonical order of the graph, then by rank."""
+
+    spans: tuple[Span, ...]
+    makespan_s: float
+    repeats: tuple[Repeat, ...] = ()
+    meta: tuple[tuple[str, str], ...] = ()
+
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks that ran anything, ascending."""
+        return tuple(sorted({span.rank for span in self.spans}))
+
+    def expanded(self) -> Trace:
+        """The same run with every repeated period written out; no repeats are left.
+
+        What ended within the period before a repeat ends again once per copy; what ended later is
+        the continuation of the last copy (the engine has named it so) and moves by all of them.
+        """
+        spans = list(self.spans)
+        for repeat in reversed(self.repeats):
+            spans = list(_unfold(spans, repeat))
+        spans.sort(key=lambda span: span.start_s)
+        return replace(self, spans=tuple(spans), repeats=())
+
+
+def _unfold(spans: list[Span], repeat: Repeat) -> Iterator[Span]:
+    at, period, copies, steps = repeat
+    for span in spans:
+        if span.end_s > at:
+            yield _moved(span, copies * period, 0)
+            continue
+        yield span
+        if span.end_s > at - period:
+            for i in range(1, copies + 1):
+                yield _moved(span, i * period, i * steps)
+
+
+def _moved(span: Span, seconds: float, steps: int) -> Span:
+    return span._replace(
+        step=span.step if span.step is None else span.step + steps,
+        ready_s=span.ready_s + seconds,
+        start_s=span.start_s + seconds,
+        end_s=span.end_s + seconds,
+    )
+
+
+# ------------------------------------------------------------------------------------------- checking
+
+
+def check_trace(graph: ScheduleGraph, trace: Trace) -> None:
+    """Raise TraceMismatch unless ``trace`` is a legal run of ``graph``.
+
+    Every op runs once on each of its ranks; it starts after all its predecessors ended; ops of one
+    stream run in canonical order without overlap; nothing ends after the makespan. Judges folded
+    traces by their expansion. Clocks of different ranks are taken as one.
+    """
+    spans = _by_op(trace.expanded())
+    slack = _SLACK * max(trace.makespan_s, 1e-9)
+    dependencies, last = Dependencies(), dict[tuple[int, str], Span]()
+    ends: list[float] = []
+    names: list[str] = []
+    for handle, instance in enumerate(graph.instances()):
+        op = instance.op
+        runs = spans.pop(instance.id, {})
+        if sorted(runs) != sorted(op.ranks):
+            raise TraceMismatch(
+                f"{instance.id} belongs to ranks {sorted(op.ranks)}, ran on {sorted(runs)}"
+            )
+        start = min(run.start_s for run in runs.values())
+        for before in dependencies.add(instance, handle):
+            if ends[before] > start + slack:
+                raise TraceMismatch(
+                    f"{instance.id} started at {start:.9g} s, its predecessor {names[before]} "
+                    f"ended at {ends[before]:.9g} s"
+                )
+        for run in runs.values():
+            _check_span(run, last.get((run.rank, op.stream)), op.stream, trace.makespan_s, slack)
+            last[run.rank, op.stream] = run
+        ends.append(max(run.end_s for run in runs.values()))
+        names.append(instance.id)
+    if spans:
+        raise TraceMismatch(f"{next(iter(spans))} is not an op of the graph")
+    latest = max(ends, default=0.0)
+    if abs(latest - trace.makespan_s) > slack:
+        raise TraceMismatch(f"makespan {trace.makespan_s:.9g} s, the last op ended {latest:.9g} s")
+
+
+def _by_op(trace: Trace) -> dict[str, dict[int, Span]]:
+    spans: dict[str, dict[int, Span]] = {}
+    for span in trace.spans:
+        runs = spans.setdefault(span.id, {})
+        if span.rank in runs:
+            raise TraceMismatch(f"{span.id} ran twice on rank {span.rank}")
+        runs[span.rank] = span
+    return spans
+
+
+def _check_span(
+    run: Span, before: Span | None, stream: str, makespan_s: float, slack: float
+) -> None:
+    if run.stream != stream:
+        raise TraceMismatch(f"{run.id} ran on stream {run.stream}, belongs to {stream}")
+    if not run.ready_s - slack <= run.start_s <= run.end_s <= makespan_s + slack:
+        raise TraceMismatch(f"{run.id} on rank {run.rank}: times out of order: {run}")
+    if not -slack <= run.busy_s <= run.end_s - run.start_s + slack:
+        raise TraceMismatch(f"{run.id} on rank {run.rank}: busy {run.busy_s:.9g} s of {run}")
+    if before is not None and before.end_s > run.start_s + slack:
+        raise TraceMismatch(
+            f"rank {run.rank}, stream {stream}: {run.id} started at {run.start_s:.9g} s, "
+            f"inside {before.id}, which ended at {before.end_s:.9g} s"
+        )
+
+
+# ---------------------------------------------------------------------------------------- Chrome JSON
+
+
+def write_chrome_trace(trace: Trace, path: Path) -> None:
+    """Write ``trace`` (expanded) for Perfetto and chrome://tracing; gzip if ``path`` ends in ``.gz``.
+
+    A process per rank, a thread per stream, an arrow from each transfer's first rank to its others,
+    categories by op kind. Equal traces give equal bytes; a reader never sees half a file.
+    """
+    text = "\n".join(_chrome_lines(trace.expanded())) + "\n"
+    data = text.encode()
+    if path.suffix == ".gz":
+        packed = io.BytesIO()
+        with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
+            file.write(data)
+        data = packed.getvalue()
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _chrome_lines(trace: Trace) -> Iterator[str]:
+    """One event a line, so that a trace can be read with text tools."""
+    streams = sorted({(span.rank, span.stream) for span in trace.spans})
+    ranks = sorted({rank for rank, _ in streams})
+    threads = {key: number for number, key in enumerate(streams)}
+    yield '{"displayTimeUnit": "ms", "traceEvents": ['
+    for rank in ranks:
+        yield _event(ph="M", name="process_name", pid=rank, args={"name": f"rank {rank}"}) + ","
+    for (rank, stream), tid in threads.items():
+        yield _event(ph="M", name="thread_name", pid=rank, tid=tid, args={"name": stream}) + ","
+    roots: dict[str, Span] = {}
+    for number, span in enumerate(trace.spans):
+        tid = threads[span.rank, span.stream]
+        args = {
+            "step": span.step,
+            "call": span.call,
+            "bytes": span.nbytes,
+            "ready_s": span.ready_s,
+            "start_s": span.start_s,
+            "end_s": span.end_s,
+            "busy_s": span.busy_s,
+        }
+        yield _event(
+            ph="X", name=span.name, cat=span.kind, pid=span.rank, tid=tid,
+            ts=span.start_s * 1e6, dur=(span.end_s - span.start_s) * 1e6, args=args,
+        ) + ","  # fmt: skip
+        if span.kind in TRANSFERS:
+            root = roots.setdefault(span.id, span)
+            if root is not span:
+                start = threads[root.rank, root.stream]
+                arrow = {"name": span.call, "cat": "transfer", "id": number}
+                at, end = root.start_s * 1e6, span.end_s * 1e6
+                yield _event(ph="s", pid=root.rank, tid=start, ts=at, **arrow) + ","
+                yield _event(ph="f", bp="e", pid=span.rank, tid=tid, ts=end, **arrow) + ","
+    other = {"makespan_s": trace.makespan_s, "meta": dict(trace.meta)}
+    yield _event(ph="M", name="paradiff", pid=ranks[0] if ranks else 0, args=other)
+    yield "]}"
+
+
+def _event(**fields: Any) -> str:
+    return json.dumps(fields, separators=(", ", ": "))
+
+
+def read_chrome_trace(path: Path) -> Trace:
+    """Read what ``write_chrome_trace`` wrote. Raises TraceMismatch for any other file."""
+    data = path.read_bytes()
+    try:
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        events = json.loads(data)["traceEvents"]
+        other = next(event["args"] for event in events if event["name"] == "paradiff")
+        streams = {
+            event["tid"]: event["args"]["name"]
+            for event in events
+            if event["name"] == "thread_name" and event["ph"] == "M"
+        }
+        spans = tuple(_span(event, streams) for event in events if event["ph"] == "X")
+        makespan_s, meta = float(other["makespan_s"]), dict(other["meta"])
+    except (ValueError, KeyError, TypeError, OSError, EOFError, StopIteration) as error:
+        raise TraceMismatch(f"{path} is no paradiff trace: {error!r}") from error
+    return Trace(spans, makespan_s, (), tuple(sorted(meta.items())))
+
+
+def _span(event: Mapping[str, Any], streams: Mapping[int, str]) -> Span:
+    args = event["args"]
+    return Span(
+        name=event["name"],
+        step=args["step"],
+        rank=event["pid"],
+        stream=streams[event["tid"]],
+        kind=event["cat"],
+        call=args["call"],
+        ready_s=args["ready_s"],
+        start_s=args["start_s"],
+        end_s=args["end_s"],
+        busy_s=args["busy_s"],
+        nbytes=args["bytes"],
+    )

@@ -1,0 +1,236 @@
+"""From a transfer op to flows: what a back end puts on the wire for one call.
+
+Decides the algorithm of each call, its latency steps and its flows between devices. Who shares which
+link at what rate is ``simulator.network``; when the op starts is ``simulator.engine``.
+
+Payloads are in the conventions of ``paradiff.graph.traffic``. With n participants, one call alone on
+a uniform network of bandwidth B and route latency L takes:
+
+============== ============================ ======================= ==============================
+call           bytes out of each rank       latency steps           note
+============== ============================ ======================= ==============================
+all_gather     (n-1) m                      n-1                     ring, m local bytes
+reduce_scatter (n-1)/n S                    n-1                     ring
+all_reduce     2 (n-1)/n S                  2 (n-1)                 ring, or
+               at most 2 S                  2 ceil(log2 n)          two binary trees, if faster
+all_to_all     (n-1)/n S                    n-1                     S/n to each other rank
+broadcast      S, last rank 0               n-1                     pipelined chain from the root
+permute, p2p   S                            1                       to the next rank; to the peer
+============== ============================ ======================= ==============================
+
+NCCL lays its rings along the machine, not along rank order, and so do we: the participants of a
+collective in order of their devices. Algorithm choice: NCCL's tuner takes the fastest by
+``steps x latency + bytes / bandwidth`` (src/graph/tuning.cc); trees serve all_reduce only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from paradiff.graph import Op, ScheduleGraph
+from simulator.network import Network
+
+
+class Flow(NamedTuple):
+    """``nbytes`` from device ``source`` to device ``destination``."""
+
+    source: int
+    destination: int
+    nbytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """One call: ``latency_s`` of algorithm steps, then all ``flows`` at once.
+
+    ``measured`` names the source of the table whose time the call takes when alone (fixed cost
+    included); None where the model holds.
+    """
+
+    latency_s: float
+    flows: tuple[Flow, ...]
+    measured: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """How a library moves bytes.
+
+    ``uses_sms``: transfers run as kernels and slow the compute beside them. ``blocks_host``: an op
+    holds its rank's host until it ends. ``half_duplex``: calls that send and receive in turns.
+    """
+
+    name: str
+    uses_sms: bool
+    blocks_host: bool
+    half_duplex: frozenset[str] = frozenset()
+
+    def blocking(self, op: Op) -> bool:
+        """Whether ``op`` holds the issuing host until it ends.
+
+        On gloo the host computes, and first waits for what it computes from; transfers run on
+        threads of their own.
+        """
+        return self.blocks_host and op.kind in ("compute", "host")
+
+
+BACKENDS: Mapping[str, Backend] = {
+    "nccl": Backend("nccl", uses_sms=True, blocks_host=False),
+    "gloo": Backend(
+        "gloo", uses_sms=False, blocks_host=True, half_duplex=frozenset({"all_to_all"})
+    ),
+}
+
+
+class Lowering:
+    """Lowers the transfers of one placement on one network; equal calls are lowered once."""
+
+    def __init__(
+        self, network: Network, placement: Sequence[int], backend: Backend = BACKENDS["nccl"]
+    ) -> None:
+        self.network = network
+        self.placement = tuple(placement)
+        self.backend = backend
+        self._known: dict[tuple[str, str, tuple[int, ...], int], Lowered] = {}
+
+    def lower(self, op: Op) -> Lowered:
+        """The wire's view of ``op``. A payload of no bytes costs its latency only."""
+        key = (op.kind, op.call, op.ranks, op.nbytes)
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._lower(op)
+        return known
+
+    def alone_s(self, lowered: Lowered) -> float:
+        """Seconds of the call on an idle network, without fixed costs."""
+        return lowered.latency_s + _drain_s(self.network, lowered.flows)
+
+    def _lower(self, op: Op) -> Lowered:
+        devices = [self.placement[rank] for rank in op.ranks]
+        if op.kind == "p2p":
+            return self._direct([Flow(devices[0], devices[1], op.nbytes)])
+        if op.kind == "permute":
+            after = [*devices[1:], devices[0]]
+            return self._direct(
+                [Flow(a, b, op.nbytes) for a, b in zip(devices, after, strict=True)]
+            )
+        if op.kind != "collective":
+            raise ValueError(f"{op.name}: {op.kind} is not a transfer")
+        modelled = self._collective(op.call, devices, op.nbytes)
+        if op.call in self.backend.half_duplex:
+            modelled = _scaled(modelled, 2.0)
+        return self._measured(op.call, devices, op.nbytes, modelled)
+
+    def _direct(self, flows: list[Flow]) -> Lowered:
+        return Lowered(self._slowest_s((f.source, f.destination) for f in flows), _kept(flows))
+
+    def _collective(self, call: str, devices: list[int], size: float) -> Lowered:
+        n = len(devices)
+        ring = sorted(devices)
+        if call == "broadcast":
+            root = devices[0]
+            return self._chain([root, *(d for d in ring if d != root)], size)
+        if call == "all_gather":
+            return self._ring(ring, (n - 1) * size, n - 1)
+        if call == "reduce_scatter":
+            return self._ring(ring, (n - 1) / n * size, n - 1)
+        if call == "all_to_all":
+            pairs = [(a, b) for a in ring for b in ring if a != b]
+            flows = _kept(Flow(a, b, size / n) for a, b in pairs)
+            return Lowered((n - 1) * self._slowest_s(pairs), flows)
+        candidates = [
+            self._ring(ring, 2 * (n - 1) / n * size, 2 * (n - 1)),
+            self._trees(ring, size),
+        ]
+        return min(candidates, key=self.alone_s)
+
+    def _ring(self, ring: list[int], nbytes: float, steps: int) -> Lowered:
+        """Each device sends ``nbytes`` to its successor, in ``steps`` dependent steps."""
+        after = [*ring[1:], ring[0]] if len(ring) > 1 else []
+        pairs = list(zip(ring, after, strict=False))
+        return Lowered(steps * self._slowest_s(pairs), _kept(Flow(a, b, nbytes) for a, b in pairs))
+
+    def _chain(self, chain: list[int], size: float) -> Lowered:
+        pairs = list(pairwise(chain))
+        flows = _kept(Flow(a, b, size) for a, b in pairs)
+        return Lowered(len(pairs) * self._slowest_s(pairs), flows)
+
+    def _trees(self, ring: list[int], size: float) -> Lowered:
+        """Two binary trees, one the mirror of the other, each reduces and broadcasts half of S."""
+        edges = [
+            (order[i], order[(i - 1) // 2])
+            for order in (ring, ring[::-1])
+            for i in range(1, len(ring))
+        ]
+        pairs = [pair for a, b in edges for pair in ((a, b), (b, a))]
+        steps = 2 * math.ceil(math.log2(max(len(ring), 1)))
+        return Lowered(
+            steps * self._slowest_s(pairs), _kept(Flow(a, b, size / 2) for a, b in pairs)
+        )
+
+    def _slowest_s(self, pairs: Iterable[tuple[int, int]]) -> float:
+        return max((self.network.route(a, b).latency_s for a, b in pairs), default=0.0)
+
+    def _measured(self, call: str, devices: list[int], nbytes: int, modelled: Lowered) -> Lowered:
+        """``modelled`` scaled so that the call alone takes the time of the topology's table.
+
+        Tables use the sizes of nccl-tests: the gathered buffer for all_gather. The flows keep their
+        shape, so that contention with other transfers is still that of the links.
+        """
+        size = nbytes * len(devices) if call == "all_gather" else nbytes
+        if size <= 0 or len(devices) < 2:
+            return modelled
+        found = self.network.topology.measured_collective(call, devices, size)
+        if found is None:
+            return modelled
+        seconds, source = found
+        drain_s = _drain_s(self.network, modelled.flows)
+        latency_s = min(modelled.latency_s, seconds) if drain_s > 0 else seconds
+        factor = (seconds - latency_s) / drain_s if drain_s > 0 else 0.0
+        scaled = _scaled(modelled, factor)
+        return Lowered(latency_s, scaled.flows, source)
+
+
+def link_bytes(graph: ScheduleGraph, lowering: Lowering) -> dict[str, float]:
+    """Resource name -> bytes that cross it in the whole run, weights of routes included."""
+    network = lowering.network
+    total: dict[str, float] = {}
+    for section in graph.sections:
+        for op in section.ops:
+            if op.kind not in ("collective", "permute", "p2p"):
+                continue
+            for source, destination, nbytes in lowering.lower(op).flows:
+                for index, weight in network.route(source, destination).resources:
+                    name = network.resources[index].name
+                    total[name] = total.get(name, 0.0) + section.count * weight * nbytes
+    return dict(sorted(total.items()))
+
+
+def _kept(flows: Iterable[Flow]) -> tuple[Flow, ...]:
+    """Flows that take time: some bytes, between two devices."""
+    return tuple(f for f in flows if f.nbytes > 0 and f.source != f.destination)
+
+
+def _scaled(lowered: Lowered, factor: float) -> Lowered:
+    flows = _kept(Flow(a, b, nbytes * factor) for a, b, nbytes in lowered.flows)
+    return Lowered(lowered.latency_s, flows, lowered.measured)
+
+
+def _drain_s(network: Network, flows: Sequence[Flow]) -> float:
+    """Seconds until the last of ``flows`` has drained, if they start together on idle links."""
+    left = [(network.route(f.source, f.destination).id, f.nbytes) for f in flows]
+    seconds = 0.0
+    while left:
+        rates = network.rates(tuple(route for route, _ in left))
+        step = min(nbytes / rate for (_, nbytes), rate in zip(left, rates, strict=True))
+        seconds += step
+        left = [
+            (route, nbytes - rate * step)
+            for (route, nbytes), rate in zip(left, rates, strict=True)
+            if nbytes / rate > step * (1 + 1e-12)
+        ]
+    return seconds

@@ -1,0 +1,744 @@
+"""The discrete-event engine: when every op of a schedule graph starts and ends on given hardware.
+
+Decides timing only. Edges come from ``Dependencies``, durations from ``Costs``, flows from
+``collectives``, their rates from ``network``. SimPy's event loop in callback style: an alarm a phase
+of an op, no process per op.
+
+An op goes through these phases:
+
+- *waiting* for its predecessors, then for the *issue*: each rank has a host clock that issues its ops
+  in canonical order and runs ahead of the device. An op neither starts before its issue began nor
+  ends before its issue ended (on any of its ranks).
+- *computing*: at full speed, or slower while a transfer that uses SMs is active on the same rank.
+- a transfer's *head*: fixed cost of the call plus latency steps; then *flowing*: all its flows drain
+  at max-min fair rates, re-solved whenever a flow that shares a link starts or ends.
+- the *tail*: the device is done, the host still issues.
+
+Iterations of a section are fed one by one, the next when any op of the latest starts. An op cannot
+start before that in any case: its predecessor on each stream is an op of the latest iteration (only
+an op that is the first on its stream in a new section is held back by this).
+
+Determinism and steady state. All instants lie on a grid of 2**-40 s (0.9 ps; exact in floats up to
+8192 s), so a history that repeats does so bit by bit, and simultaneous events are simultaneous. When
+an iteration begins, the whole state relative to that instant is compared with that of earlier
+iterations: progress of every unfinished op, bytes left of every flow, and the lead of every host
+(unless it was never felt and cannot shrink). If it repeats, whole periods are skipped: ops in flight
+are renamed to later steps, and a ``Repeat`` in the trace stands for the rest.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple, Protocol
+
+from simpy import Environment
+from simpy.events import NORMAL, Event, EventPriority
+
+from paradiff.graph import Dependencies, Instance, Op, ScheduleGraph, Section, Work
+from paradiff.trace import Repeat, Span, Trace
+from simulator.collectives import BACKENDS, Backend, Lowering
+from simulator.network import Network
+from simulator.topology import Topology
+
+_GRID_PER_S = 2.0**40
+_QUANTUM_S = 2.0**-40
+_SAME = 1e-11
+"""States are equal if no time in them differs by more than this share of the period."""
+_AFTER_ALL = EventPriority(9)
+
+# Phases of a task; those after ISSUING have begun.
+_WAITING, _ISSUING, _COMPUTING, _HEAD, _FLOWING, _TAIL = range(6)
+_PHASES = 8
+
+
+class ComputeTime(Protocol):
+    """What a compute op costs, in seconds.
+
+    ``device_s`` with all SMs, ``contended_s`` while a transfer that uses SMs is active all along,
+    ``host_s`` for the host to issue the launches.
+    """
+
+    @property
+    def device_s(self) -> float: ...
+    @property
+    def contended_s(self) -> float: ...
+    @property
+    def host_s(self) -> float: ...
+
+
+class Costs(Protocol):
+    """Source of every duration that is not a fluid transfer (``simulator.costs``)."""
+
+    def compute(self, work: Work, device: int) -> ComputeTime:
+        """Cost of ``work`` on GPU number ``device``."""
+        ...
+
+    def transfer_fixed_s(self, op: Op) -> float:
+        """Device seconds of one call of a transfer beside latency and bytes."""
+        ...
+
+    def transfer_host_s(self, op: Op) -> float:
+        """Host seconds to issue one call, on each participant."""
+        ...
+
+
+def simulate(
+    graph: ScheduleGraph,
+    topology: Topology | Network,
+    costs: Costs,
+    *,
+    placement: Sequence[int] | None = None,
+    periodic: bool = True,
+    backend: str = "nccl",
+) -> Trace:
+    """Run ``graph`` with rank r on device ``placement[r]`` (default: device r).
+
+    ``periodic=False`` simulates every iteration; the makespan is the same. A ``Network`` may be
+    passed to share its memory between runs. Raises ValueError for an impossible placement or an
+    unknown back end, InvalidGraph where the graph reads what is not there.
+    """
+    network = topology if isinstance(topology, Network) else Network(topology)
+    devices = tuple(range(graph.world_size)) if placement is None else tuple(placement)
+    num_devices = len(network.topology.gpus)
+    if len(devices) != graph.world_size or not all(0 <= d < num_devices for d in devices):
+        raise ValueError(
+            f"placement {devices}: {graph.world_size} ranks on devices 0 to {num_devices - 1}"
+        )
+    if backend not in BACKENDS:
+        raise ValueError(f"back end {backend!r}, one of {', '.join(BACKENDS)}")
+    lowering = Lowering(network, devices, BACKENDS[backend])
+    engine = _Engine(graph, lowering, costs, periodic)
+    return engine.run()
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What is the same for every occurrence of an op of a section."""
+
+    op: Op
+    device_s: float
+    contended_s: float
+    head_s: float
+    routes: tuple[int, ...]
+    sizes: list[float]
+    mask: int
+    flow_id: int
+    host: tuple[tuple[int, float], ...]
+    uses_sms: bool
+    blocking: bool
+    edges: tuple[int, ...] = ()
+    """Predecessors from the third iteration on: handles relative to the iteration's first."""
+    roots: tuple[int, ...] = ()
+    """Handles of predecessors older than the section."""
+
+
+class _Task:
+    """One occurrence of an op while it is unfinished."""
+
+    __slots__ = (
+        "base", "busy_s", "due_s", "flow_id", "handle", "issue_begin_s", "issue_end_s", "left", "mark_s",
+        "mask", "next", "pace_s", "phase", "plan", "rates", "ready_s", "remaining", "routes", "start_s",
+        "token", "waiting",
+    )  # fmt: skip
+
+    def __init__(self, plan: _Plan, base: int, handle: int) -> None:
+        self.plan = plan
+        self.base = base
+        self.handle = handle
+        self.phase = _WAITING
+        self.waiting = 0
+        self.next: list[_Task] = []
+        self.issue_begin_s = self.issue_end_s = 0.0
+        self.token = 0
+
+    # Set when the phase is entered that needs them.
+    ready_s: float
+    start_s: float
+    busy_s: float
+    due_s: float
+    """When the current phase ends, as things stand."""
+    mark_s: float
+    """Instant that ``left`` or ``remaining`` refer to."""
+    left: float
+    """Share of the computation still to do."""
+    pace_s: float
+    """Seconds for the whole computation at the current speed."""
+    remaining: list[float]
+    """Bytes left of each live flow."""
+    rates: tuple[float, ...]
+    routes: tuple[int, ...]
+    mask: int
+    flow_id: int
+
+
+class _Alarm(Event):
+    """Calls ``action(alarm)`` after ``delay_s``; void once the task's token has moved on."""
+
+    def __init__(
+        self, env: Environment, delay_s: float, action: Callable[[_Alarm], None], task: _Task
+    ) -> None:
+        self.env = env
+        self.callbacks = [action]
+        self._value = None
+        self._ok = True
+        self.task = task
+        self.token = task.token
+        env.schedule(self, NORMAL, delay_s)
+
+
+def _on_grid(seconds: float) -> float:
+    return round(seconds * _GRID_PER_S) * _QUANTUM_S
+
+
+class _Fluid:
+    """The transfers that flow now, and their rates. Calls ``drained`` when one has no bytes left."""
+
+    def __init__(
+        self, env: Environment, network: Network, drained: Callable[[_Task], None]
+    ) -> None:
+        self._env = env
+        self._network = network
+        self._drained = drained
+        self._active: dict[int, _Task] = {}
+        self._ids: dict[tuple[int, ...], int] = {}
+        self._masks: dict[int, int] = {}
+        self._rates: dict[tuple[int, ...], list[tuple[float, ...]]] = {}
+
+    def route(self, source: int, destination: int) -> int | None:
+        """Route id, None where the transfer crosses nothing of finite bandwidth."""
+        route = self._network.route(source, destination)
+        capacities = self._network.capacities
+        mask = sum(1 << r for r, _ in route.resources if capacities[r] < inf)
+        self._masks[route.id] = mask
+        return route.id if mask else None
+
+    def mask(self, routes: tuple[int, ...]) -> int:
+        """Resources of ``routes`` as bits."""
+        mask = 0
+        for route in routes:
+            mask |= self._masks[route]
+        return mask
+
+    def flow_id(self, routes: tuple[int, ...]) -> int:
+        """A small number for a tuple of routes."""
+        return self._ids.setdefault(routes, len(self._ids))
+
+    def join(self, task: _Task) -> None:
+        """The flows of ``task`` start."""
+        plan = task.plan
+        task.routes, task.mask, task.flow_id = plan.routes, plan.mask, plan.flow_id
+        task.remaining, task.rates = plan.sizes, ()
+        task.mark_s = self._env.now
+        self._active[task.handle] = task
+        self._solve(task.mask)
+
+    def _solve(self, mask: int) -> None:
+        """New rates for whatever shares a resource, directly or not, with ``mask``."""
+        members: list[_Task] = []
+        rest = list(self._active.values())
+        grown = True
+        while grown and rest:
+            grown = False
+            apart = []
+            for task in rest:
+                if task.mask & mask:
+                    mask |= task.mask
+                    members.append(task)
+                    grown = True
+                else:
+                    apart.append(task)
+            rest = apart
+        if not members:
+            return
+        if len(members) > 1:
+            members.sort(key=_by_flow)
+        key = tuple([task.flow_id for task in members])
+        rates = self._rates.get(key)
+        if rates is None:
+            rates = self._rates[key] = self._share(members)
+        for task, new in zip(members, rates, strict=True):
+            if task.rates != new:
+                self._retime(task, new)
+
+    def _share(self, members: list[_Task]) -> list[tuple[float, ...]]:
+        flat = self._network.rates(tuple([route for task in members for route in task.routes]))
+        shares, at = [], 0
+        for task in members:
+            shares.append(flat[at : at + len(task.routes)])
+            at += len(task.routes)
+        return shares
+
+    def _retime(self, task: _Task, rates: tuple[float, ...]) -> None:
+        now = self._env.now
+        if task.mark_s != now:
+            _settle(task, now)
+        task.rates = rates
+        task.token += 1
+        delay_s = min([left / rate for left, rate in zip(task.remaining, rates, strict=True)])
+        delay_s = _on_grid(delay_s) if delay_s > 0 else 0.0
+        task.due_s = now + delay_s
+        _Alarm(self._env, delay_s, self._some_drained, task)
+
+    def _some_drained(self, alarm: _Alarm) -> None:
+        task = alarm.task
+        if alarm.token != task.token:
+            return
+        _settle(task, self._env.now)
+        mask = task.mask
+        live = [
+            (route, left)
+            for route, left, rate in zip(task.routes, task.remaining, task.rates, strict=True)
+            if left > rate * 4 * _QUANTUM_S
+        ]
+        if not live:
+            del self._active[task.handle]
+            self._solve(mask)
+            self._drained(task)
+            return
+        task.routes = tuple([route for route, _ in live])
+        task.remaining = [left for _, left in live]
+        task.mask, task.flow_id, task.rates = self.mask(task.routes), self.flow_id(task.routes), ()
+        self._solve(mask)
+
+
+def _by_flow(task: _Task) -> int:
+    return task.flow_id
+
+
+def _settle(task: _Task, now: float) -> None:
+    elapsed = now - task.mark_s
+    task.remaining = [
+        left - rate * elapsed for left, rate in zip(task.remaining, task.rates, strict=True)
+    ]
+    task.mark_s = now
+
+
+class _State(NamedTuple):
+    """Everything that decides the future, relative to the instant ``at_s``, but for ``key``."""
+
+    iteration: int
+    at_s: float
+    times_s: list[float]
+    leads_s: list[float]
+
+
+class _Feed:
+    """Iterations of the graph's sections, with the edges of their ops, in canonical order.
+
+    Edges of a section's iterations are those of its second, shifted (see ``Dependencies.advance``).
+    """
+
+    def __init__(self, graph: ScheduleGraph, engine: _Engine) -> None:
+        self._sections = iter(graph.sections)
+        self._engine = engine
+        backend = engine.backend
+        self._dependencies = Dependencies(backend.blocking if backend.blocks_host else None)
+        self.section: Section | None = None
+        self.plans: list[_Plan] = []
+        self.iteration = 0
+        """Iterations of ``section`` fed or skipped."""
+        self.first_handle = 0
+        """Of the section."""
+        self.handle = 0
+        """Next to give."""
+        self._skipped = 0
+        self._open_next()
+
+    @property
+    def left(self) -> int:
+        """Iterations of the section still to feed."""
+        return 0 if self.section is None else self.section.count - self.iteration
+
+    def skip(self, iterations: int) -> None:
+        """Go on ``iterations`` later."""
+        self.iteration += iterations
+        self._skipped += iterations
+
+    def next(self) -> Iterator[_Task]:
+        """Tasks of the next iteration, each linked to its unfinished predecessors."""
+        if self.left == 0:
+            self._close()
+            self._open_next()
+        section = self.section
+        if section is None:
+            return
+        base = section.first + self.iteration * section.stride
+        fed = self.iteration - self._skipped
+        self.iteration += 1
+        start, alive = self.handle, self._engine.alive
+        for plan in self.plans:
+            task = _Task(plan, base, self.handle)
+            if fed < 2:
+                before = self._dependencies.add(Instance(plan.op, base), self.handle)
+                if fed == 1:
+                    first = self.first_handle
+                    plan.edges = tuple([h - start for h in before if h >= first])
+                    plan.roots = tuple([h for h in before if h < first])
+            else:
+                before = [start + offset for offset in plan.edges]
+                before += plan.roots
+            for handle in before:
+                earlier = alive.get(handle)
+                if earlier is not None:
+                    earlier.next.append(task)
+                    task.waiting += 1
+            alive[self.handle] = task
+            self.handle += 1
+            yield task
+
+    def _open_next(self) -> None:
+        self.section = next((s for s in self._sections if s.count and s.ops), None)
+        self.iteration = self._skipped = 0
+        self.first_handle = self.handle
+        if self.section is not None:
+            self.plans = [self._engine.plan(op) for op in self.section.ops]
+
+    def _close(self) -> None:
+        """Tell ``Dependencies`` of the iterations it was not shown."""
+        section = self.section
+        if section is None or self.iteration <= 2:
+            return
+        first = self.first_handle
+        handles = (self.iteration - self._skipped - 2) * len(section.ops)
+        steps = (self.iteration - 2) * section.stride
+        self._dependencies.advance(steps, lambda handle: handle >= first, handles)
+
+
+class _Record(NamedTuple):
+    start_s: float
+    handle: int
+    plan: _Plan
+    base: int
+    ready_s: float
+    end_s: float
+    busy_s: float
+
+
+class _Engine:
+    """One run."""
+
+    def __init__(
+        self, graph: ScheduleGraph, lowering: Lowering, costs: Costs, periodic: bool
+    ) -> None:
+        self._graph = graph
+        self._lowering = lowering
+        self._costs = costs
+        self.backend: Backend = lowering.backend
+        self._env = Environment()
+        self._fluid = _Fluid(self._env, lowering.network, self._device_done)
+        ranks = range(graph.world_size)
+        self._clock_s = [0.0] * graph.world_size
+        """Per rank: when its host is free to issue."""
+        self._felt_s = [-inf] * graph.world_size
+        """Per rank: when its host last delayed an op."""
+        self._held = [False] * graph.world_size
+        self._unissued: list[deque[tuple[_Task, float]]] = [deque() for _ in ranks]
+        self._sms = [0] * graph.world_size
+        """Per rank: active transfers that use SMs."""
+        self._computing: list[dict[int, _Task]] = [{} for _ in ranks]
+        """Per rank: computations whose speed depends on transfers."""
+        self.alive: dict[int, _Task] = {}
+        self._records: list[_Record] = []
+        self._repeats: list[Repeat] = []
+        self._frontier = 0
+        """First handle of the latest iteration."""
+        self._seen: dict[tuple[int | tuple[int, ...], ...], list[_State]] = {}
+        self._host_s = [0.0] * graph.world_size
+        """Per rank: host seconds of one iteration of the section."""
+        self._watched: Section | None = None
+        """The section whose states are compared."""
+        self._periodic = periodic
+        self._feed = _Feed(graph, self)
+
+    def run(self) -> Trace:
+        self._feed_next()
+        self._env.run()
+        assert not self.alive, f"{len(self.alive)} ops never ran"
+        self._records.sort()
+        spans = tuple(
+            Span(
+                op.name, step, rank, op.stream, op.kind, op.call, ready, start, end, busy, op.nbytes
+            )
+            for start, _, plan, base, ready, end, busy in self._records
+            for op in (plan.op,)
+            for step in (None if op.step is None else base + op.step,)
+            for rank in op.ranks
+        )
+        makespan_s = max((record.end_s for record in self._records), default=0.0)
+        makespan_s += sum(repeat.copies * repeat.period_s for repeat in self._repeats)
+        meta = {
+            **dict(self._graph.meta),
+            "backend": self.backend.name,
+            "placement": ",".join(map(str, self._lowering.placement)),
+            "topology": self._lowering.network.topology.name,
+        }
+        return Trace(spans, makespan_s, tuple(self._repeats), tuple(sorted(meta.items())))
+
+    def plan(self, op: Op) -> _Plan:
+        """Cost and lowering of ``op``."""
+        device_s = contended_s = head_s = 0.0
+        routes: list[int] = []
+        sizes: list[float] = []
+        host: tuple[tuple[int, float], ...] = ()
+        transfer = op.kind in ("collective", "permute", "p2p")
+        if transfer:
+            lowered = self._lowering.lower(op)
+            fixed_s = self._costs.transfer_fixed_s(op) if lowered.measured is None else 0.0
+            head_s = _on_grid(fixed_s + lowered.latency_s)
+            for source, destination, nbytes in lowered.flows:
+                route = self._fluid.route(source, destination)
+                if route is not None:
+                    routes.append(route)
+                    sizes.append(nbytes)
+            issue_s = _on_grid(self._costs.transfer_host_s(op))
+            host = tuple((rank, issue_s) for rank in op.ranks)
+        elif op.work is not None:
+            rank = op.ranks[0]
+            cost = self._costs.compute(op.work, self._lowering.placement[rank])
+            device_s, contended_s = _on_grid(cost.device_s), _on_grid(cost.contended_s)
+            host = ((rank, _on_grid(cost.host_s)),)
+        else:
+            host = tuple((rank, 0.0) for rank in op.ranks)
+        key = tuple(routes)
+        return _Plan(
+            op=op,
+            device_s=device_s,
+            contended_s=contended_s,
+            head_s=head_s,
+            routes=key,
+            sizes=sizes,
+            mask=self._fluid.mask(key),
+            flow_id=self._fluid.flow_id(key),
+            host=host,
+            uses_sms=transfer and self.backend.uses_sms,
+            blocking=self.backend.blocking(op),
+        )
+
+    # ---------------------------------------------------------------------------------- hosts
+
+    def _feed_next(self) -> None:
+        """Issue the next iteration; what can start, starts once all of it is issued."""
+        self._frontier = self._feed.handle
+        ready = []
+        for task in self._feed.next():
+            for rank, seconds in task.plan.host:
+                if self._held[rank]:
+                    self._unissued[rank].append((task, seconds))
+                else:
+                    self._issue(task, rank, seconds)
+            if not task.waiting:
+                ready.append(task)
+        if self._feed.handle == self._frontier:
+            self._frontier = 1 << 62  # nothing is left to feed
+        for task in ready:
+            self._ready(task)
+
+    def _issue(self, task: _Task, rank: int, seconds: float) -> None:
+        begin = self._clock_s[rank]
+        end = self._clock_s[rank] = begin + seconds
+        if begin > task.issue_begin_s:
+            task.issue_begin_s = begin
+        if end > task.issue_end_s:
+            task.issue_end_s = end
+        if task.plan.blocking:
+            self._held[rank] = True
+
+    def _release(self, rank: int) -> None:
+        """The op that held this rank's host has ended."""
+        self._held[rank] = False
+        self._clock_s[rank] = max(self._clock_s[rank], self._env.now)
+        queue = self._unissued[rank]
+        while queue and not self._held[rank]:
+            task, seconds = queue.popleft()
+            self._issue(task, rank, seconds)
+
+    def _host_felt(self, task: _Task) -> None:
+        for rank in task.plan.op.ranks:
+            self._felt_s[rank] = self._env.now
+
+    # ---------------------------------------------------------------------------------- phases
+
+    def _ready(self, task: _Task) -> None:
+        now = self._env.now
+        task.ready_s = now
+        if task.issue_begin_s <= now:
+            self._start(task)
+            return
+        self._host_felt(task)
+        task.phase, task.due_s = _ISSUING, task.issue_begin_s
+        _Alarm(self._env, task.issue_begin_s - now, self._issue_began, task)
+
+    def _issue_began(self, alarm: _Alarm) -> None:
+        self._host_felt(alarm.task)
+        self._start(alarm.task)
+
+    def _start(self, task: _Task) -> None:
+        plan = task.plan
+        now = task.start_s = self._env.now
+        if plan.op.kind == "compute" or plan.op.kind == "host":
+            rank = plan.op.ranks[0]
+            task.phase, task.mark_s, task.left = _COMPUTING, now, 1.0
+            task.pace_s = plan.contended_s if self._sms[rank] else plan.device_s
+            task.due_s = now + task.pace_s
+            if plan.contended_s != plan.device_s:
+                self._computing[rank][task.handle] = task
+            _Alarm(self._env, task.pace_s, self._computed, task)
+        else:
+            task.phase, task.due_s = _HEAD, now + plan.head_s
+            if plan.uses_sms:
+                for rank in plan.op.ranks:
+                    self._sms[rank] += 1
+                    if self._sms[rank] == 1 and self._computing[rank]:
+                        self._change_speed(rank)
+            _Alarm(self._env, plan.head_s, self._head_done, task)
+        if task.handle >= self._frontier:
+            self._iteration_began()
+
+    def _change_speed(self, rank: int) -> None:
+        """Transfers that use SMs have come to, or have all left, this rank."""
+        now, slow = self._env.now, self._sms[rank] > 0
+        for task in self._computing[rank].values():
+            if task.pace_s > 0:
+                task.left -= (now - task.mark_s) / task.pace_s
+            task.mark_s = now
+            task.pace_s = task.plan.contended_s if slow else task.plan.device_s
+            delay_s = _on_grid(max(task.left, 0.0) * task.pace_s)
+            task.due_s = now + delay_s
+            task.token += 1
+            _Alarm(self._env, delay_s, self._computed, task)
+
+    def _computed(self, alarm: _Alarm) -> None:
+        task = alarm.task
+        if alarm.token == task.token:
+            self._computing[task.plan.op.ranks[0]].pop(task.handle, None)
+            self._device_done(task)
+
+    def _head_done(self, alarm: _Alarm) -> None:
+        task = alarm.task
+        if task.plan.routes:
+            task.phase = _FLOWING
+            self._fluid.join(task)
+        else:
+            self._device_done(task)
+
+    def _device_done(self, task: _Task) -> None:
+        now = self._env.now
+        task.busy_s = now - task.start_s
+        if task.plan.uses_sms:
+            for rank in task.plan.op.ranks:
+                self._sms[rank] -= 1
+                if not self._sms[rank] and self._computing[rank]:
+                    self._change_speed(rank)
+        if task.issue_end_s > now:
+            self._host_felt(task)
+            task.phase, task.due_s = _TAIL, task.issue_end_s
+            _Alarm(self._env, task.issue_end_s - now, self._issue_ended, task)
+        else:
+            self._finish(task)
+
+    def _issue_ended(self, alarm: _Alarm) -> None:
+        self._host_felt(alarm.task)
+        self._finish(alarm.task)
+
+    def _finish(self, task: _Task) -> None:
+        plan, end_s = task.plan, self._env.now
+        self._records.append(
+            _Record(task.start_s, task.handle, plan, task.base, task.ready_s, end_s, task.busy_s)
+        )
+        del self.alive[task.handle]
+        if plan.blocking:
+            for rank in plan.op.ranks:
+                self._release(rank)
+        for follower in task.next:
+            follower.waiting -= 1
+            if not follower.waiting:
+                self._ready(follower)
+
+    # ---------------------------------------------------------------------------------- steady state
+
+    def _iteration_began(self) -> None:
+        """The first op of the latest iteration has started: feed another, look at the state."""
+        section, first = self._feed.section, self._frontier
+        self._feed_next()
+        if not self._periodic or section is None or section is not self._feed.section:
+            return
+        if section is not self._watched:
+            self._watched = section
+            self._seen.clear()
+            self._host_s = [0.0] * self._graph.world_size
+            for plan in self._feed.plans:
+                for rank, seconds in plan.host:
+                    self._host_s[rank] += seconds
+        if self._feed.left > 0:
+            look = Event(self._env)
+            look._ok, look._value = True, None
+            look.callbacks = [lambda _: self._look(first)]
+            self._env.schedule(look, _AFTER_ALL)
+
+    def _look(self, first: int) -> None:
+        """Skip whole periods if the state is that of an earlier iteration.
+
+        ``first`` is the first handle of the iteration that has just begun. Runs after all other
+        events of this instant.
+        """
+        now = self._env.now
+        key: list[int | tuple[int, ...]] = []
+        times_s: list[float] = []
+        for handle, task in self.alive.items():
+            key.append((handle - first) * _PHASES + task.phase)
+            if task.phase == _FLOWING:
+                key.append(task.routes)
+                flows = zip(task.remaining, task.rates, strict=True)
+                times_s += [left / rate - (now - task.mark_s) for left, rate in flows]
+            elif task.phase != _WAITING:
+                times_s.append(task.due_s - now)
+        leads_s = [
+            max(clock - now, 0.0) if held else clock - now
+            for clock, held in zip(self._clock_s, self._held, strict=True)
+        ]
+        state = _State(self._feed.iteration, now, times_s, leads_s)
+        earlier_states = self._seen.setdefault(tuple(key), [])
+        for earlier in reversed(earlier_states):
+            if self._same(earlier, state):
+                self._skip(earlier, state)
+                break
+        earlier_states.append(state)
+
+    def _same(self, earlier: _State, state: _State) -> bool:
+        period_s = state.at_s - earlier.at_s
+        slack_s = _SAME * period_s
+        if any(abs(a - b) > slack_s for a, b in zip(earlier.times_s, state.times_s, strict=True)):
+            return False
+        iterations = state.iteration - earlier.iteration
+        return all(
+            abs(a - b) <= slack_s or self._free(rank, earlier, period_s, iterations)
+            for rank, (a, b) in enumerate(zip(earlier.leads_s, state.leads_s, strict=True))
+        )
+
+    def _free(self, rank: int, earlier: _State, period_s: float, iterations: int) -> bool:
+        """Whether this rank's host, not felt in the last period, can never be felt again."""
+        return (
+            self._felt_s[rank] < earlier.at_s
+            and earlier.leads_s[rank] <= period_s
+            and iterations * self._host_s[rank] <= period_s
+        )
+
+    def _skip(self, earlier: _State, state: _State) -> None:
+        period_s = state.at_s - earlier.at_s
+        iterations = state.iteration - earlier.iteration
+        count = self._feed.left // iterations
+        section = self._feed.section
+        if count == 0 or section is None:
+            return
+        steps = iterations * section.stride
+        for task in self.alive.values():
+            if task.handle >= self._feed.first_handle:
+                task.base += count * steps
+        for rank, (a, b) in enumerate(zip(earlier.leads_s, state.leads_s, strict=True)):
+            if abs(a - b) > _SAME * period_s:
+                self._clock_s[rank] += count * (iterations * self._host_s[rank] - period_s)
+        self._feed.skip(count * iterations)
+        self._repeats.append(Repeat(state.at_s, period_s, count, steps))
