@@ -57,9 +57,10 @@ device; an assumption. The nodes' own cost is in the kernel floor, which was mea
 COLLECTIVE_FIXED_S = 40e-6
 """Device-side fixed cost of a torch-level transfer beyond the raw NCCL time: stream events on both
 sides and the copy into the communication buffer."""
-PERMUTE_FIXED_S = 45e-6
-"""An all-to-all also permutes heads and tokens before and after: together 80-90 us for each Ulysses
-all-to-all, independent of size (H100, 2 and 4 GPUs, derived from cache-dit and xDiT rows)."""
+PERMUTE_FIXED_S = 25e-6
+"""An all-to-all also permutes heads and tokens before and after. With COLLECTIVE_FIXED_S and some 20 us
+of the raw call this makes the 80-90 us, independent of size, that each Ulysses all-to-all costs on H100
+(2 and 4 GPUs, derived from cache-dit and xDiT rows)."""
 COLLECTIVE_BANDWIDTH_SHARE = 0.10
 """Memory bandwidth that an overlapped collective takes: an NVLink ring at 200 GB/s reads and writes
 about 2 x 200 GB/s of 2-3.4 TB/s. PCIe rings take less."""

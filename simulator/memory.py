@@ -1,0 +1,231 @@
+"""Peak memory of every rank of a schedule, in parts, and whether it fits.
+
+The peak is the maximum over three phases (text encoding, denoising, decoding) of what is resident plus
+that phase's activations; activations of different phases are never added. Buffers, communicators and
+the CUDA context stay for the whole request. Everything but context, communicators and slack follows
+from the graph and the profile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from paradiff.graph import Op, ScheduleGraph, Shape
+from paradiff.profiles import Profile, Stage
+from simulator.gpu import Gpu
+
+Phase = Literal["encode", "denoise", "decode"]
+PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
+ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+PER_STEP = ("denoiser", "scheduler", "guidance")
+
+CONTEXT_BYTES = 600e6
+"""CUDA context with loaded modules, cuBLAS and cuDNN handles and workspaces. An assumption: 0.3-1.0 GB
+by GPU and library versions, not seen by torch's own counters."""
+CONTEXT_SPREAD_BYTES = (300e6, 1000e6)
+ALLOCATOR_SLACK = 0.10
+"""Reserved but unused by torch's caching allocator, as a share of activations (blocks are rounded up and
+split); an assumption, between 0 and 0.25."""
+ALLOCATOR_SLACK_SPREAD = (0.0, 0.25)
+NCCL_CONNECTION_BYTES = 512 * 8 * 8 * 16 + 120 * 640 * 8 * 8 + (1 << 22)
+"""Buffers of one NCCL connection of one channel: LL 0.5 MiB, LL128 4.7 MiB, Simple 4 MiB
+(DEFAULT_LL_BUFFSIZE, DEFAULT_LL128_BUFFSIZE, DEFAULT_BUFFSIZE in nccl/src/init.cc)."""
+NCCL_CONNECTIONS = 2
+"""A ring's receiving and sending side; trees connect lazily and only for large all-reduces."""
+P2P_CHANNELS = 2
+"""Channels of a group of two ranks that only sends and receives (NCCL opens a few for each peer)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """Bytes of one rank in the phase where it peaks."""
+
+    phase: Phase
+    weights: float
+    """Denoiser parameters that the rank's ops touch."""
+    text_encoders: float
+    """Weights of every module before the denoiser (image encoders too)."""
+    vae: float
+    """Weights of every module after it (vocoders too)."""
+    buffers: float
+    activations: float
+    communicator: float
+    context: float
+    """CUDA context and allocator slack."""
+    low: float
+    high: float
+    """Nominal 90 % interval of the total: context and slack are the unknowns."""
+
+    @property
+    def total(self) -> float:
+        """Bytes at the peak."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Part -> bytes; they add up to ``total``."""
+        names = [f.name for f in fields(self) if f.name not in ("phase", "low", "high")]
+        return {name: float(getattr(self, name)) for name in names}
+
+
+def peak_memory(
+    graph: ScheduleGraph,
+    profile: Profile,
+    dtype: str,
+    *,
+    offload_text_encoders: bool = False,
+    phases: Sequence[Phase] = PHASES,
+    channels: int = 4,
+    ideal: bool = False,
+) -> tuple[RankMemory, ...]:
+    """Peak memory of every rank of ``graph``.
+
+    Without offload every module a rank runs stays resident throughout, as in diffusers' plain
+    pipelines. With ``offload_text_encoders`` prompts are encoded before the other modules are loaded.
+    ``phases`` leaves decoding out for a run that ends with the latent; its weights stay. ``channels``:
+    of a collective (one SM each, ``Gpu.collective_sms``). ``ideal`` leaves out context,
+    slack and communicators.
+    """
+    if dtype not in ITEMSIZE:
+        raise ValueError(f"dtype {dtype!r}: one of {', '.join(ITEMSIZE)}")
+    itemsize, used = ITEMSIZE[dtype], _usage(graph, profile)
+    communicators = _communicators(graph, channels)
+    buffers = graph.peak_bytes()
+    return tuple(
+        _rank_memory(
+            profile,
+            used[rank],
+            itemsize,
+            buffers[rank],
+            0.0 if ideal else communicators[rank],
+            phases,
+            offload_text_encoders,
+            ideal,
+        )
+        for rank in range(graph.world_size)
+    )
+
+
+def misfit(memory: Sequence[RankMemory], gpus: Sequence[Gpu]) -> str | None:
+    """Why the schedule does not fit (rank r on ``gpus[r]``), or None: the rank with the largest deficit.
+
+    ``needs 52.1 GiB of 44.7 GiB on rank 0 (l40) while denoising: buffers 36.0, text_encoders 9.5 GiB``
+    """
+    over = [
+        (m.total - gpu.memory.value, -r)
+        for r, (m, gpu) in enumerate(zip(memory, gpus, strict=True))
+    ]
+    deficit, rank = max(over)
+    if deficit <= 0:
+        return None
+    m, gpu = memory[-rank], gpus[-rank]
+    largest = sorted(m.parts().items(), key=lambda part: -part[1])[:3]
+    parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in largest if size)
+    doing = {"encode": "encoding text", "denoise": "denoising", "decode": "decoding"}[m.phase]
+    return (
+        f"needs {m.total / 2**30:.1f} GiB of {gpu.memory.value / 2**30:.1f} GiB on rank {rank} "
+        f"({gpu.name}) while {doing}: {parts} GiB"
+    )
+
+
+@dataclass(slots=True)
+class _Use:
+    """What one rank does with one stage: the segments it runs and its largest live set (elements)."""
+
+    segments: set[int]
+    live: int
+
+
+def _usage(graph: ScheduleGraph, profile: Profile) -> list[dict[str, _Use]]:
+    """Per rank: stage -> use. Every iteration of a section runs the same work."""
+    used: list[dict[str, _Use]] = [{} for _ in range(graph.world_size)]
+    peaks: dict[tuple[str, tuple[int, int], Shape], int] = {}
+    for op in _compute_ops(graph):
+        assert op.work is not None
+        stage = profile.stages[op.work.stage]
+        use = used[op.ranks[0]].setdefault(op.work.stage, _Use(set(), 0))
+        for lo, hi in op.work.ranges:
+            key = (op.work.stage, (lo, hi), op.work.shape)
+            if key not in peaks:
+                bound = stage.bind(op.work.shape._asdict())
+                peaks[key] = max((s.live(bound) for s in stage.segments[lo:hi]), default=0)
+            use.segments.update(range(lo, hi))
+            use.live = max(use.live, peaks[key])
+    return used
+
+
+def _compute_ops(graph: ScheduleGraph) -> Iterator[Op]:
+    for section in graph.sections:
+        if section.count:
+            yield from (op for op in section.ops if op.work is not None)
+
+
+def _communicators(graph: ScheduleGraph, channels: int) -> list[float]:
+    """Per rank: NCCL buffers, one communicator for each distinct group (created once, kept)."""
+    groups = {
+        (op.kind == "p2p", op.ranks)
+        for section in graph.sections
+        for op in section.ops
+        if op.kind in ("collective", "permute", "p2p") and len(op.ranks) > 1
+    }
+    held = [0.0] * graph.world_size
+    for p2p, ranks in groups:
+        size = NCCL_CONNECTION_BYTES * (P2P_CHANNELS if p2p else NCCL_CONNECTIONS * channels)
+        for rank in ranks:
+            held[rank] += size
+    return held
+
+
+def _rank_memory(
+    profile: Profile,
+    used: dict[str, _Use],
+    itemsize: int,
+    buffers: float,
+    communicator: float,
+    phases: Sequence[Phase],
+    offload: bool,
+    ideal: bool,
+) -> RankMemory:
+    """The phase with the largest total."""
+    stages = list(profile.stages)
+    before = stages[: stages.index("denoiser")]
+    weights, live = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0.0)
+    for name, use in used.items():
+        phase = _phase(name, before)
+        weights[phase] += itemsize * _held_params(profile.stages[name], use)
+        live[phase] = max(live[phase], float(itemsize * use.live))
+    candidates = []
+    for phase in phases:
+        encoding = phase == "encode"
+        slack, fixed = (0.0, 0.0) if ideal else (ALLOCATOR_SLACK, CONTEXT_BYTES)
+        resident = {
+            "weights": 0.0 if offload and encoding else weights["denoise"],
+            "text_encoders": 0.0 if offload and not encoding else weights["encode"],
+            "vae": 0.0 if offload and encoding else weights["decode"],
+            "buffers": 0.0 if offload and encoding else buffers,
+            "activations": live[phase],
+            "communicator": communicator,
+        }
+        known = sum(resident.values())
+        low, high = (
+            known + (0 if ideal else context + share * live[phase])
+            for context, share in zip(CONTEXT_SPREAD_BYTES, ALLOCATOR_SLACK_SPREAD, strict=True)
+        )
+        candidates.append(
+            RankMemory(
+                phase=phase, context=fixed + slack * live[phase], low=low, high=high, **resident
+            )
+        )
+    return max(candidates, key=lambda m: m.total)
+
+
+def _phase(stage: str, before: Sequence[str]) -> Phase:
+    return "encode" if stage in before else "denoise" if stage in PER_STEP else "decode"
+
+
+def _held_params(stage: Stage, use: _Use) -> int:
+    """Parameters a rank holds: the whole module if it runs all of it, else its segments' own."""
+    if len(use.segments) == len(stage.segments):
+        return stage.params
+    return sum(stage.segments[i].weights for i in use.segments)
