@@ -30,6 +30,8 @@ ROUTING_BYTES = 2.0**20
 """Routes minimise the time of a message of this size, so that wide links beat near ones."""
 
 _CACHE_LIMIT = 1 << 17
+_SAME = 1 + 1e-12
+"""Factor within which levels and times count as equal: rounding may not part what is symmetric."""
 
 Usage = tuple[tuple[int, float], ...]
 """Resources of a flow and what it takes of each per unit of rate, by ascending resource index."""
@@ -94,8 +96,10 @@ def _fill(
                 members.setdefault(resource, []).append(i)
     pending = {i for group in members.values() for i in group}
     while pending:
-        level, full = min((max(free[r], 0.0) / load[r], r) for r in load)
-        stopped = [i for i in members[full] if i in pending]
+        levels = {r: free[r] / load[r] for r in load}
+        level = min(levels.values())
+        full = [r for r in load if levels[r] <= level * _SAME]
+        stopped = sorted(pending.intersection(i for r in full for i in members[r]))
         pending.difference_update(stopped)
         for i in stopped:
             rates[i] = level
@@ -259,7 +263,7 @@ def simulate_flows(topology: Topology | Network, flows: Sequence[Flow]) -> tuple
             step = flows[waiting[-1]].start_s - now
         now += step
         for (i, seconds), rate in zip(need.items(), rates, strict=True):
-            if seconds <= step * (1 + 1e-12):
+            if seconds <= step * _SAME:
                 ends[i] = now + routes[i].latency_s
                 del left[i]
             else:

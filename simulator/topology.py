@@ -141,10 +141,12 @@ class Topology:
 
         A table of these very GPUs wins over one of the node, that over one for any group.
         """
+        tables = [t for t in self.collectives if t.kind == kind and t.ranks == len(devices)]
+        if not tables:
+            return None
         names = tuple(sorted(self.gpus[device] for device in devices))
         local = len({self.node_of(device).name for device in devices}) == 1
         scopes = (names, "node", "any") if local else (names, "any")
-        tables = [t for t in self.collectives if t.kind == kind and t.ranks == len(names)]
         for scope in scopes:
             for table in tables:
                 if table.scope == scope:

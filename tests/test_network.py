@@ -187,6 +187,11 @@ class TestMaxMin:
         # x + 2x = 1: both get 1/3.
         assert max_min_rates([((0, 1.0),), ((0, 2.0),)], {0: 1.0}) == pytest.approx((1 / 3, 1 / 3))
 
+    def test_symmetric_flows_get_the_very_same_rate(self) -> None:
+        # 1/3 and 1 - 1/3 - 1/3 differ in the last bit; resources that fill together are one round.
+        flows = [((i, 1.0), (3 + j, 1.0)) for i in range(3) for j in range(3)]
+        assert set(max_min_rates(flows, [1.0] * 6)) == {1 / 3}
+
     def test_no_flows_and_no_resources(self) -> None:
         assert max_min_rates([], []) == ()
         assert max_min_rates([()], []) == (math.inf,)

@@ -238,6 +238,24 @@ class TestShipped:
         ring = tuple(network.route(i, (i + 1) % 8).id for i in range(8))
         assert network.rates(ring) == pytest.approx([5e9] * 8)
 
+    def test_two_boxes(self) -> None:
+        network = Network(load_topology("pcie8x2"))
+        route = network.route(4, 15)
+        assert route.path == (
+            "gpu4",
+            "rc1",
+            "rc0",
+            "nic0",
+            "ethernet",
+            "nic1",
+            "rc2",
+            "rc3",
+            "gpu15",
+        )
+        assert network.rates((route.id,)) == (12e9,)
+        used = [network.resources[r].name for r, weight in route.resources if weight == 2]
+        assert used == ["host0.memory", "host1.memory"]
+
     def test_bridged_pairs(self) -> None:
         network = Network(load_topology("pcie4-a5000"))
         assert network.route(2, 3).path == ("gpu2", "gpu3")
