@@ -90,7 +90,9 @@ class Trace:
         """The same run with every repeated period written out; no repeats are left.
 
         What ended within the period before a repeat ends again once per copy; what ended later is
-        the continuation of the last copy (the engine has named it so) and moves by all of them.
+        the continuation of the last copy (the engine has named it so) and moves by all of them. The
+        states at both ends of a period are equal, but not how they came about: an op that was
+        running at the begin of the period has in each copy the start of the one running at its end.
         """
         spans = list(self.spans)
         for repeat in reversed(self.repeats):
@@ -101,14 +103,31 @@ class Trace:
 
 def _unfold(spans: list[Span], repeat: Repeat) -> Iterator[Span]:
     at, period, copies, steps = repeat
+    later = (copies + 1) * steps
+    open_at_end = {
+        (span.name, span.rank, span.step - later): span
+        for span in spans
+        if span.ready_s <= at < span.end_s and span.step is not None
+    }
     for span in spans:
         if span.end_s > at:
             yield _moved(span, copies * period, 0)
             continue
         yield span
         if span.end_s > at - period:
-            for i in range(1, copies + 1):
-                yield _moved(span, i * period, i * steps)
+            first = _moved(span, period, steps)
+            if span.ready_s <= at - period:
+                first = _joined(open_at_end[span.name, span.rank, span.step], first, at)
+            for i in range(copies):
+                yield _moved(first, i * period, i * steps)
+
+
+def _joined(head: Span, tail: Span, at: float) -> Span:
+    """A span that was ready, and may have begun, as ``head`` did before ``at``; then as ``tail``."""
+    start = head.start_s if head.start_s <= at else tail.start_s
+    busy_until = tail.start_s + tail.busy_s
+    busy = busy_until - start if busy_until > at else head.busy_s
+    return tail._replace(ready_s=head.ready_s, start_s=start, busy_s=busy)
 
 
 def _moved(span: Span, seconds: float, steps: int) -> Span:

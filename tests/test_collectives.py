@@ -79,7 +79,14 @@ def test_small_all_reduce_takes_a_tree_large_a_ring() -> None:
 def test_lowered_bytes_are_those_of_the_cost_algebra() -> None:
     network = Network(uniform(4))
     lowering = Lowering(network, range(4))
-    for call in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "permute"):
+    for call in (
+        "all_gather",
+        "reduce_scatter",
+        "all_reduce",
+        "all_to_all",
+        "broadcast",
+        "permute",
+    ):
         op = one_call(call, 4, 4000).sections[0].ops[0]
         sent = {rank: 0.0 for rank in range(4)}
         received = dict(sent)
@@ -127,7 +134,14 @@ def test_a_measured_table_wins_and_contention_remains() -> None:
 
 
 def test_a_group_of_one_costs_no_wire() -> None:
-    for call in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "broadcast", "permute"):
+    for call in (
+        "all_gather",
+        "all_reduce",
+        "reduce_scatter",
+        "all_to_all",
+        "broadcast",
+        "permute",
+    ):
         op = one_call(call, 1, 100).sections[0].ops[0]
         lowered = Lowering(Network(uniform(1)), (0,)).lower(op)
         assert (lowered.latency_s, lowered.flows) == (0.0, ()), call
