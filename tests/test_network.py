@@ -187,10 +187,18 @@ class TestMaxMin:
         # x + 2x = 1: both get 1/3.
         assert max_min_rates([((0, 1.0),), ((0, 2.0),)], {0: 1.0}) == pytest.approx((1 / 3, 1 / 3))
 
-    def test_symmetric_flows_get_the_very_same_rate(self) -> None:
-        # 1/3 and 1 - 1/3 - 1/3 differ in the last bit; resources that fill together are one round.
-        flows = [((i, 1.0), (3 + j, 1.0)) for i in range(3) for j in range(3)]
-        assert set(max_min_rates(flows, [1.0] * 6)) == {1 / 3}
+    def test_rounding_does_not_part_equal_rates(self) -> None:
+        # Resource 0 loses 3 x 0.1 to one flow of weight 3, resource 1 loses 0.1 three times; what
+        # is left differs in the last bit (0.7 and 0.7000000000000001). Both fill in one round.
+        slow = [
+            ((0, 3.0), (2, 1.0)),
+            ((1, 1.0), (3, 1.0)),
+            ((1, 1.0), (4, 1.0)),
+            ((1, 1.0), (5, 1.0)),
+        ]
+        rates = max_min_rates([*slow, ((0, 1.0),), ((1, 1.0),)], [1.0, 1.0, 0.1, 0.1, 0.1, 0.1])
+        assert rates[:4] == (0.1, 0.1, 0.1, 0.1)
+        assert rates[4] == rates[5] == pytest.approx(0.7)
 
     def test_no_flows_and_no_resources(self) -> None:
         assert max_min_rates([], []) == ()
