@@ -1,0 +1,206 @@
+"""Plans and boxes in words: the ranked table, the recommendation, why the rest cannot run.
+
+Decides wording and column order only; every number comes from the plan. ``table`` gives rows of text
+so that the terminal table and the plain one cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from simulator.planner import Candidate, Plan
+from simulator.topology import Link, Topology
+
+HEADER = (
+    "#", "strategy", "GPUs", "latency", "90 % interval", "speed-up",
+    "compute", "comm", "bubble", "host", "memory", "output", "basis",
+)  # fmt: skip
+TOPOLOGY_ONLY = "links only"
+LEFT = {"strategy", "output", "basis"}
+"""Columns that read better flush left."""
+
+
+def seconds(value: float | None) -> str:
+    """Three significant digits, never scientific: ``3.14 s``, ``0.0123 s``, ``812 s``."""
+    if value is None:
+        return "-"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 4
+    return f"{value:.{digits}f} s"
+
+
+def gigabytes(value: int | None) -> str:
+    """Decimal gigabytes, as GPU makers count them."""
+    return "-" if value is None else f"{value / 1e9:.1f} GB"
+
+
+def output_of(candidate: Candidate) -> str:
+    """What the picture is compared with one GPU's: ``exact``, or how stale."""
+    if candidate.exact:
+        return "exact"
+    steps = candidate.max_staleness_steps
+    if not steps:
+        return "approximate"
+    return f"stale {_count(steps, 'step')}"
+
+
+def table(plan: Plan, top: int) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the ``top`` feasible candidates, best first."""
+    shown = plan.ranked[:top]
+    with_links = any(c.topology_only_latency_s is not None for c in shown)
+    header = list(HEADER)
+    if with_links:
+        header.insert(header.index("speed-up"), TOPOLOGY_ONLY)
+    rows = []
+    for number, c in enumerate(shown, 1):
+        row = [
+            str(number),
+            c.spec,
+            str(c.n_gpus),
+            seconds(c.latency_s),
+            f"{seconds(c.latency_low_s)[:-2]} - {seconds(c.latency_high_s)}",
+            "-" if c.speedup is None else f"{c.speedup:.2f}x",
+            seconds(c.compute_s),
+            seconds(c.exposed_comm_s),
+            seconds(c.bubble_s),
+            seconds(c.host_s),
+            gigabytes(c.peak_memory_bytes),
+            output_of(c),
+            c.provenance or "-",
+        ]
+        if with_links:
+            row.insert(header.index(TOPOLOGY_ONLY), _links_only(c))
+        rows.append(row)
+    return header, rows
+
+
+def _links_only(candidate: Candidate) -> str:
+    """The prediction without the measured tables, and how far it is from the one with them."""
+    links, measured = candidate.topology_only_latency_s, candidate.latency_s
+    if links is None or not measured:
+        return "-"
+    return f"{seconds(links)} ({links / measured - 1:+.0%})"
+
+
+def plain(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Aligned columns without lines or colours, for pipes and files."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        cells = [
+            cell.ljust(width) if name in LEFT else cell.rjust(width)
+            for name, cell, width in zip(header, row, widths, strict=True)
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def title(plan: Plan) -> str:
+    """Model, box and workload in one line."""
+    w = plan.workload
+    frames = f", {w.frames} frames" if w.frames > 1 else ""
+    return (
+        f"{plan.model} on {plan.topology} ({plan.gpus} GPUs): {w.width}x{w.height}{frames}, "
+        f"{w.steps} steps, batch {w.batch}, {w.dtype}, {plan.runtime}; best {plan.objective} first"
+    )
+
+
+def baseline_line(plan: Plan) -> str:
+    """What one GPU does."""
+    base = plan.baseline
+    if base.latency_s is None or base.stages is None:
+        return f"one GPU: cannot hold it: {base.reason}"
+    s = base.stages
+    return (
+        f"one GPU: {seconds(base.latency_s)} (text encoders {seconds(s.text_encoder_s)}, denoising "
+        f"{seconds(s.denoise_s)}, VAE {seconds(s.vae_s)}), peak {gigabytes(base.peak_memory_bytes)}"
+    )
+
+
+def recommendation(plan: Plan) -> str:
+    """The first choice in a few sentences: how fast, why, what is exact, memory, basis."""
+    best = plan.ranked[0]
+    faster = f", {best.speedup:.2f} times one GPU" if best.speedup else ""
+    split = ""
+    if best.stages is not None:
+        s = best.stages
+        serial = s.text_encoder_s + s.vae_s
+        split = f" ({seconds(s.denoise_s)} denoising, {seconds(serial)} text encoders and VAE)"
+    return "\n".join(
+        [
+            f"Run {best.spec} on {_count(best.n_gpus or 0, 'GPU')}: "
+            f"{seconds(best.latency_s)}, 90 % between {seconds(best.latency_low_s)} and "
+            f"{seconds(best.latency_high_s)}{faster}{split}.",
+            f"Why: {plan.decided_by}.",
+            f"Output: {_output_sentence(plan)}",
+            f"Memory: {gigabytes(best.peak_memory_bytes)} of {gigabytes(plan.gpu_memory_bytes)} a GPU "
+            f"at its peak. Basis of the times: {best.provenance}.",
+            *(f"Note: {note}" for note in plan.notes),
+        ]
+    )
+
+
+def _output_sentence(plan: Plan) -> str:
+    best = plan.ranked[0]
+    if best.exact:
+        return "the same picture as one GPU, up to rounding."
+    steps = best.max_staleness_steps or 0
+    what = f"values up to {_count(steps, 'step')} old are read" if steps else "nothing is exchanged"
+    exact = next((c for c in plan.ranked if c.exact), None)
+    instead = (
+        "" if exact is None else f" Best that keeps it: {exact.spec}, {seconds(exact.latency_s)}."
+    )
+    return (
+        f"not the same picture as one GPU: {what} after "
+        f"{_count(best.synchronous_steps or 0, 'synchronous step')}; how much that changes it is not "
+        f"known for {plan.model}.{instead}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def rejected(candidates: Sequence[Candidate], limit: int = 6) -> Iterator[str]:
+    """Why the infeasible ones cannot run, those with one reason together."""
+    out = [c for c in candidates if not c.feasible]
+    ordered = sorted(out, key=lambda c: (c.reason or "", c.spec))
+    groups = [(r, [c.spec for c in g]) for r, g in groupby(ordered, key=lambda c: c.reason)]
+    for reason, specs in groups[:limit]:
+        more = f" and {len(specs) - 2} more" if len(specs) > 3 else ""
+        named = ", ".join(specs if not more else specs[:2])
+        alone = len(specs) == 1 and (reason or "").startswith(f"{specs[0]}:")
+        yield reason or named if alone else f"{named}{more}: {reason}"
+    if len(groups) > limit:
+        yield f"and {len(groups) - limit} more reasons; --format json lists all"
+
+
+def topology_tree(box: Topology) -> Iterator[str]:
+    """The box as a tree: each switch with its GPUs, then what joins the switches."""
+    price = "" if box.price_per_hour is None else f", {box.price_per_hour:g} USD per hour"
+    peers = "" if box.peer_to_peer else ", no peer-to-peer (transfers cross host memory)"
+    yield f"{box.name}: {len(box.gpus)} GPUs{peers}{price}"
+    profile = dict(zip(box.gpus, box.profiles, strict=True))
+    for node in box.nodes:
+        memory = node.host_memory_bytes_per_s
+        host = f", host memory {memory / 1e9:g} GB/s" if memory < float("inf") else ""
+        yield f"+- {node.name}{host}"
+        for gpu in node.gpus:
+            ends = [
+                f"{link.b if link.a == gpu else link.a} ({_cable(link)})"
+                for link in box.links
+                if gpu in (link.a, link.b)
+            ]
+            yield f"|  +- {gpu} {profile[gpu]} -- {', '.join(ends)}"
+    for link in box.links:
+        if link.a in box.switches and link.b in box.switches:
+            yield f"+- {link.a} -- {link.b} ({_cable(link)})"
+    for each in box.collectives:
+        low, high = each.sizes[0], each.sizes[-1]
+        yield f"+- measured {each.kind} over {each.ranks}: {low:g} to {high:g} bytes; {each.source}"
+    yield f"source: {' '.join(box.source.split())}"
+
+
+def _cable(link: Link) -> str:
+    half = ", half duplex" if link.duplex == "half" else ""
+    return (
+        f"{link.kind}, {link.bandwidth_bytes_per_s / 1e9:g} GB/s, {link.latency_s * 1e6:g} us{half}"
+    )

@@ -1,0 +1,556 @@
+"""From a model, a box and a workload to a ranked list of strategies, with the reasons.
+
+Decides which specs are tried, what puts one out, the order of the rest, and which sentence explains
+the order. Building, pricing and simulating happen elsewhere; this file only asks. The placement is
+the identity: rank r on device r.
+
+Intervals (nominally 90 %). On the critical rank every instant of the denoising loop has one class:
+compute, host, exposed communication, bubble. Each class is scaled by its own low and high factor and
+the loop is their sum. Kernels of one model on one GPU err together (one ceiling too high, one too
+low), so compute is taken as fully correlated: its factors are the sums of the low and high kernel
+times over the sum of the central ones, which the cost model gives. Bubbles follow compute, text
+encoders and VAE have factors of their own. Example: 2 s of compute at 0.9 to 1.2 and 1 s of
+communication at 0.7 to 1.6 give 3 s, 2.5 s to 4.0 s. Not in it: transfers that are hidden at the
+central estimate and would surface on a much slower network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from analysis.attribution import Breakdown, Stages, attribute
+from paradiff.graph import Op, ScheduleGraph
+from paradiff.profiles import Profile
+from paradiff.strategies import (
+    Infeasible,
+    Spec,
+    Workload,
+    build,
+    candidate_specs,
+    facts,
+    parse_spec,
+)
+from paradiff.trace import TRANSFERS, write_chrome_trace
+from simulator.costs import ComputeCost, CostModel, Runtime, Scope, StageSeconds
+from simulator.engine import simulate
+from simulator.gpu import load_gpu
+from simulator.memory import misfit, peak_memory
+from simulator.network import Network
+from simulator.topology import Topology
+
+Objective = Literal["latency", "throughput", "cost"]
+Part = Literal["compute", "host", "comm", "bubble", "text_encoder", "vae"]
+Factors = tuple[float, float]
+SCHEMA = "paradiff.plan/1"
+
+COMM_SPREAD: Mapping[bool, Factors] = {True: (0.85, 1.2), False: (0.65, 1.7)}
+"""Factors of exposed communication, by whether a measured table backs it. Log-log tables left one
+out miss by 2-4 % in the median and 25 % at the worst; boxes of one description differ by a factor
+of two in what NCCL reaches, which is what a topology without tables does not know."""
+HOST_SPREAD: Factors = (0.6, 1.8)
+"""Launch costs depend on the CPU: published ones range from 5 to 25 us where 8 us is assumed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """What to rank by, and what is out of the question."""
+
+    objective: Objective = "latency"
+    exact_only: bool = False
+    max_staleness: int | None = None
+    max_quality_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Everything a plan depends on. ``specs`` empty: enumerate. ``measured``: a one-GPU run's
+    seconds and what its clock covered."""
+
+    profile: Profile
+    topology: Topology
+    workload: Workload
+    gpus: int
+    runtime: Runtime = "eager"
+    specs: tuple[str, ...] = ()
+    goal: Goal = Goal()
+    measured: tuple[float, Scope] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """The whole request on one GPU. Times are None, with the reason, where one GPU cannot hold it."""
+
+    latency_s: float | None
+    peak_memory_bytes: int | None
+    stages: Stages | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One spec. The fields are the keys of the JSON contract; None is "not known" or "not run"."""
+
+    spec: str
+    feasible: bool
+    reason: str | None = None
+    nearest: str | None = None
+    latency_s: float | None = None
+    latency_low_s: float | None = None
+    latency_high_s: float | None = None
+    speedup: float | None = None
+    compute_s: float | None = None
+    exposed_comm_s: float | None = None
+    bubble_s: float | None = None
+    host_s: float | None = None
+    stages: Stages | None = None
+    n_gpus: int | None = None
+    synchronous_steps: int | None = None
+    throughput_per_s: float | None = None
+    cost: float | None = None
+    quality: float | None = None
+    comm_bytes_per_gpu: int | None = None
+    peak_memory_bytes: int | None = None
+    exact: bool | None = None
+    max_staleness_steps: int | None = None
+    placement: tuple[int, ...] | None = None
+    provenance: str | None = None
+    topology_only_latency_s: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of the contract; ``topology_only_latency_s`` only where there is one."""
+        out = asdict(self)
+        out["placement"] = None if self.placement is None else list(self.placement)
+        if self.topology_only_latency_s is None:
+            del out["topology_only_latency_s"]
+        return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The answer. ``ranked`` are the feasible candidates, best first; ``rejected`` the others."""
+
+    model: str
+    topology: str
+    gpus: int
+    gpu_memory_bytes: int
+    workload: Workload
+    runtime: str
+    objective: Objective
+    baseline: Baseline
+    ranked: tuple[Candidate, ...]
+    rejected: tuple[Candidate, ...]
+    decided_by: str
+    notes: tuple[str, ...]
+
+    def to_json(self, top: int | None = None) -> dict[str, Any]:
+        """The JSON of the contract, with at most ``top`` of the feasible candidates."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "topology": self.topology,
+            "gpus": self.gpus,
+            "runtime": self.runtime,
+            "objective": self.objective,
+            "workload": asdict(self.workload),
+            "baseline": asdict(self.baseline),
+            "candidates": [c.to_json() for c in (*self.ranked[:top], *self.rejected)],
+            "recommended": self.ranked[0].spec if self.ranked else None,
+            "runner_up": self.ranked[1].spec if len(self.ranked) > 1 else None,
+            "decided_by": self.decided_by,
+            "notes": list(self.notes),
+        }
+
+
+def plan(request: Request, progress: Callable[[int, int], None] | None = None) -> Plan:
+    """Rank the asked (or all enumerated) strategies. ``progress`` gets (done, total).
+
+    Raises ValueError where a measured latency contradicts the model. Example: sdxl on pcie8 tries
+    some forty specs and keeps those that build, fit in memory and pass the goal's filters.
+    """
+    planner = _Planner(request)
+    specs = request.specs or tuple(candidate_specs(request.profile, request.workload, request.gpus))
+    results = []
+    for done, text in enumerate(specs):
+        results.append(planner.candidate(text))
+        if progress is not None:
+            progress(done + 1, len(specs))
+    order = _order(request.goal.objective)
+    ranked = tuple(sorted((c for c in results if c.feasible), key=order))
+    return Plan(
+        model=request.profile.name,
+        topology=request.topology.name,
+        gpus=request.gpus,
+        gpu_memory_bytes=planner.memory_bytes,
+        workload=request.workload,
+        runtime=request.runtime,
+        objective=request.goal.objective,
+        baseline=planner.baseline,
+        ranked=ranked,
+        rejected=tuple(c for c in results if not c.feasible),
+        decided_by=planner.decided_by(ranked),
+        notes=tuple(_notes(request)),
+    )
+
+
+def _order(objective: Objective) -> Callable[[Candidate], tuple[float, ...]]:
+    """Sort key of feasible candidates; ties go to the faster, then to fewer GPUs."""
+
+    def key(c: Candidate) -> tuple[float, ...]:
+        latency, gpus, rate = c.latency_s or 0.0, c.n_gpus or 0, c.throughput_per_s or 1.0
+        first = {"latency": latency, "throughput": -rate, "cost": gpus / rate}[objective]
+        return (first, latency, gpus)
+
+    return key
+
+
+class _Run(NamedTuple):
+    """One spec, built and simulated: what candidates and explanations are made of."""
+
+    graph: ScheduleGraph
+    breakdown: Breakdown
+    factors: Mapping[Part, Factors]
+
+
+class _Planner:
+    """One request in work: prices, networks and the baseline are made once."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        names = request.topology.profiles
+        gpus = {name: load_gpu(name) for name in dict.fromkeys(names)}
+        self.gpus = tuple(gpus[name] for name in names)
+        self.memory_bytes = int(min(gpu.memory.value for gpu in self.gpus[: request.gpus]))
+        self.network = Network(request.topology)
+        self.costs = CostModel(request.profile, self.gpus, request.workload.dtype, request.runtime)
+        self.runs: dict[str, _Run] = {}
+        if request.measured is not None:
+            self.costs = self._calibrated(*request.measured)
+        self.baseline = self._baseline()
+
+    @cached_property
+    def links_only(self) -> Network:
+        """The box without its measured collectives."""
+        return Network(replace(self.request.topology, collectives=()))
+
+    def _calibrated(self, seconds: float, scope: Scope) -> CostModel:
+        serial = self._run(self._build("serial")).breakdown
+        stages = StageSeconds(**asdict(serial.stages), host_s=serial.host_s)
+        return self.costs.calibrated(seconds, scope, stages)
+
+    def _build(self, text: str) -> ScheduleGraph:
+        return build(parse_spec(text), self.request.profile, self.request.workload)
+
+    def _run(self, graph: ScheduleGraph) -> _Run:
+        breakdown = attribute(simulate(graph, self.network, self.costs))
+        return _Run(graph, breakdown, self._factors(graph, breakdown.rank))
+
+    def _baseline(self) -> Baseline:
+        try:
+            graph = self._build("serial")
+        except Infeasible as error:
+            return Baseline(None, None, None, str(error))
+        peak, misfits = self._memory(graph)
+        if misfits is not None:
+            return Baseline(None, peak, None, misfits)
+        stages = self._run(graph).breakdown.stages
+        return Baseline(_latency_s(stages), peak, stages, None)
+
+    # ------------------------------------------------------------------------------ one candidate
+
+    def candidate(self, text: str) -> Candidate:
+        """What becomes of one spec: its numbers, or why it cannot run or is not wanted."""
+        spec = parse_spec(text)
+        workload = self.request.workload
+        known = facts(spec, workload)
+        try:
+            if known.n_gpus > self.request.gpus:
+                raise Infeasible(f"needs {known.n_gpus} GPUs, there are {self.request.gpus}")
+            graph = build(spec, self.request.profile, workload)
+        except Infeasible as error:
+            return Candidate(
+                spec=text, feasible=False, reason=str(error), nearest=error.nearest,
+                n_gpus=known.n_gpus,
+            )  # fmt: skip
+        peak, misfits = self._memory(graph)
+        base = Candidate(
+            spec=text,
+            feasible=True,
+            n_gpus=known.n_gpus,
+            synchronous_steps=known.synchronous_steps,
+            exact=known.exact,
+            max_staleness_steps=graph.staleness(),
+            peak_memory_bytes=peak,
+            comm_bytes_per_gpu=round(max(graph.received_bytes().values())),
+            placement=tuple(range(graph.world_size)),
+        )
+        reason = misfits or self._unwanted(base)
+        if reason is not None:
+            return replace(base, feasible=False, reason=reason)
+        run = self.runs[text] = self._run(graph)
+        return self._timed(base, spec, run)
+
+    def _timed(self, base: Candidate, spec: Spec, run: _Run) -> Candidate:
+        """``base`` with everything that comes from the simulation."""
+        parts, stages = _parts(run.breakdown), run.breakdown.stages
+        low, high = (
+            sum(seconds * run.factors[part][side] for part, seconds in parts.items())
+            for side in (0, 1)
+        )
+        latency_s = _latency_s(stages)
+        rate = self.request.workload.batch * spec.mesh.dp / latency_s
+        one_gpu_s = self.baseline.latency_s
+        return replace(
+            base,
+            latency_s=latency_s,
+            latency_low_s=low,
+            latency_high_s=high,
+            speedup=None if one_gpu_s is None else one_gpu_s / latency_s,
+            compute_s=parts["compute"],
+            exposed_comm_s=parts["comm"],
+            bubble_s=parts["bubble"],
+            host_s=parts["host"],
+            stages=stages,
+            throughput_per_s=rate,
+            cost=self._cost(spec.n_gpus, rate),
+            provenance=self._provenance(run),
+            topology_only_latency_s=self._links_only_latency(run),
+        )
+
+    def _cost(self, n_gpus: int, rate: float) -> float | None:
+        """USD per request: the GPUs it takes at their share of the box, busy all the time."""
+        price = self.request.topology.price_per_hour
+        if price is None:
+            return None
+        return price * n_gpus / len(self.request.topology.gpus) / 3600 / rate
+
+    def _unwanted(self, c: Candidate) -> str | None:
+        """Why the goal leaves ``c`` out; None where it does not."""
+        goal, stale = self.request.goal, c.max_staleness_steps or 0
+        if c.exact:
+            return None
+        if goal.exact_only:
+            return "changes the picture, and --exact-only was asked"
+        if goal.max_staleness is not None and stale > goal.max_staleness:
+            return f"reads values {stale} steps old, --max-staleness {goal.max_staleness}"
+        if goal.max_quality_loss is not None:
+            return (
+                f"no measured quality for {self.request.profile.name}: only exact strategies "
+                "are known to lose nothing (--max-quality-loss)"
+            )
+        return None
+
+    def _memory(self, graph: ScheduleGraph) -> tuple[int, str | None]:
+        """Peak bytes of the fullest rank, and why that does not fit (None where it does)."""
+        used = peak_memory(
+            graph,
+            self.request.profile,
+            self.request.workload.dtype,
+            channels=self.gpus[0].collective_sms.value,
+            ideal=self.gpus[0].kernel_floor.value == 0,
+        )
+        return round(max(m.total for m in used)), misfit(used, self.gpus[: graph.world_size])
+
+    # ------------------------------------------------------------------------------ intervals, basis
+
+    def _prices(self, graph: ScheduleGraph, rank: int) -> Iterator[tuple[Part, int, ComputeCost]]:
+        """(part of the latency, how often, price) of every compute op of ``rank``."""
+        for section in graph.sections:
+            for op in section.ops:
+                if op.work is not None and op.ranks == (rank,):
+                    cost = self.costs.compute(op.work, rank)
+                    yield _part_of(op.work.stage), section.count, cost
+
+    def _factors(self, graph: ScheduleGraph, rank: int) -> dict[Part, Factors]:
+        """Low and high factor of each part of the latency; see the module docstring."""
+        sums: dict[Part, list[float]] = {}
+        for part, count, cost in self._prices(graph, rank):
+            known = sums.setdefault(part, [0.0, 0.0, 0.0])
+            for i, seconds in enumerate((cost.low_s, cost.device_s, cost.high_s)):
+                known[i] += count * seconds
+        factors: dict[Part, Factors] = {
+            part: (low / middle, high / middle) if middle > 0 else (1.0, 1.0)
+            for part, (low, middle, high) in sums.items()
+        }
+        compute = factors.get("compute", (1.0, 1.0))
+        tabled = all(self._measured(op) for op in _collectives(graph))
+        return {
+            "text_encoder": (1.0, 1.0),
+            "vae": (1.0, 1.0),
+            "compute": compute,
+            **factors,
+            "bubble": compute,
+            "comm": COMM_SPREAD[tabled],
+            "host": HOST_SPREAD,
+        }
+
+    def _provenance(self, run: _Run) -> str:
+        """What the denoising loop's kernel times mostly rest on, the weakest of the large shares."""
+        shares: dict[str, float] = {}
+        for part, count, cost in self._prices(run.graph, run.breakdown.rank):
+            if part == "compute":
+                shares[cost.provenance] = shares.get(cost.provenance, 0.0) + count * cost.device_s
+        total = sum(shares.values())
+        weakest = ("analytic", "interpolated", "table", "calibrated")
+        return next((p for p in weakest if shares.get(p, 0.0) > 0.1 * total), "analytic")
+
+    def _measured(self, op: Op) -> bool:
+        """Whether the topology has a table for this collective."""
+        box = self.request.topology
+        return box.measured_collective(op.call, op.ranks, op.nbytes) is not None
+
+    def _links_only_latency(self, run: _Run) -> float | None:
+        """What the links alone predict, for a candidate that a measured table has changed."""
+        if not any(self._measured(op) for op in _collectives(run.graph)):
+            return None
+        return simulate(run.graph, self.links_only, self.costs).makespan_s
+
+    # ------------------------------------------------------------------------------ why
+
+    def decided_by(self, ranked: Sequence[Candidate]) -> str:
+        """What separates the first from the second, or what measurement would."""
+        if not ranked:
+            return "nothing can run"
+        if len(ranked) == 1:
+            return f"{ranked[0].spec} is the only one left"
+        first, second = ranked[:2]
+        gaps = self._gaps(first, second)
+        total = sum(gaps.values())
+        unit = {"latency": "s", "throughput": "s per request", "cost": "GPU s per request"}
+        sentence = (
+            f"{second.spec} takes {total:.3g} {unit[self.request.goal.objective]} more"
+            f" ({_in_words(gaps)})"
+        )
+        apart = (first.latency_high_s or 0.0) < (second.latency_low_s or 0.0)
+        if apart:
+            return f"{sentence}; the intervals do not overlap"
+        return f"{sentence}; the intervals overlap: {self._deciding(first, second, gaps)}"
+
+    def _gaps(self, first: Candidate, second: Candidate) -> dict[Part, float]:
+        """Part by part, how much more of the objective's time ``second`` takes than ``first``."""
+
+        def weight(c: Candidate) -> float:
+            replicas = parse_spec(c.spec).mesh.dp
+            return {"latency": 1.0, "throughput": 1 / replicas, "cost": (c.n_gpus or 1) / replicas}[
+                self.request.goal.objective
+            ]
+
+        one, two = (_parts(self.runs[c.spec].breakdown) for c in (first, second))
+        return {part: weight(second) * two[part] - weight(first) * one[part] for part in one}
+
+    def _deciding(self, first: Candidate, second: Candidate, gaps: Mapping[Part, float]) -> str:
+        """The measurement that would settle the order.
+
+        An error common to one part (all compute f times as long) turns the order at
+        f = 1 - total / gap. The part whose f lies deepest inside its interval is the one to measure.
+        """
+        total = sum(gaps.values())
+        joint = {**gaps, "compute": gaps["compute"] + gaps["bubble"], "bubble": 0.0}
+        turning: list[tuple[float, Part, float]] = []
+        for part, gap in joint.items():
+            if abs(gap) < 1e-12 or not (factor := 1 - total / gap) > 0:
+                continue
+            low, high = self.runs[first.spec].factors[part]
+            reach = math.log(high if factor > 1 else low)
+            turning.append((abs(math.log(factor) / reach) if reach else math.inf, part, factor))
+        if not turning:
+            return "no common error of one kind turns the order; timing both would tell"
+        _, part, factor = min(turning)
+        return (
+            f"the order turns if {_NAMES[part]} takes {factor:.2f} times what is predicted;"
+            f" {self._measurement(part, first, second)} would tell"
+        )
+
+    def _measurement(self, part: Part, first: Candidate, second: Candidate) -> str:
+        if part != "comm":
+            return "a one-GPU run (--measured-latency)"
+        transfers = [
+            (section.count * op.nbytes, op)
+            for c in (first, second)
+            for section in self.runs[c.spec].graph.sections
+            for op in section.ops
+            if op.kind in TRANSFERS
+        ]
+        op = max(transfers, key=lambda each: each[0])[1]
+        size = op.nbytes * (len(op.ranks) if op.call == "all_gather" else 1)
+        tool = _NCCL_TESTS.get(op.call, "sendrecv_perf")
+        return f"nccl-tests {tool} with {size} bytes on GPUs {','.join(map(str, op.ranks))}"
+
+
+_NAMES: Mapping[Part, str] = {
+    "compute": "compute",
+    "host": "launching from the host",
+    "comm": "exposed communication",
+    "bubble": "waiting (bubbles)",
+    "text_encoder": "the text encoder",
+    "vae": "the VAE",
+}
+_NCCL_TESTS = {
+    "all_gather": "all_gather_perf",
+    "all_reduce": "all_reduce_perf",
+    "reduce_scatter": "reduce_scatter_perf",
+    "all_to_all": "alltoall_perf",
+    "broadcast": "broadcast_perf",
+}
+
+
+def _in_words(gaps: Mapping[Part, float]) -> str:
+    """The parts of a difference, largest first, those below a twentieth of the largest left out."""
+    largest = max(abs(gap) for gap in gaps.values())
+    named = sorted(gaps.items(), key=lambda item: -abs(item[1]))
+    return ", ".join(f"{gap:+.3g} {_NAMES[part]}" for part, gap in named if abs(gap) > largest / 20)
+
+
+def _part_of(stage: str) -> Part:
+    if stage.startswith("text_encoder"):
+        return "text_encoder"
+    return "compute" if stage in ("denoiser", "scheduler", "guidance") else "vae"
+
+
+def _parts(b: Breakdown) -> dict[Part, float]:
+    """The latency in parts that add up to it."""
+    return {
+        "compute": b.compute_s,
+        "host": b.host_s,
+        "comm": b.communication_s,
+        "bubble": b.bubble_s,
+        "text_encoder": b.stages.text_encoder_s,
+        "vae": b.stages.vae_s,
+    }
+
+
+def _latency_s(stages: Stages) -> float:
+    return stages.text_encoder_s + stages.denoise_s + stages.vae_s
+
+
+def _collectives(graph: ScheduleGraph) -> Iterator[Op]:
+    return (op for section in graph.sections for op in section.ops if op.kind == "collective")
+
+
+def _notes(request: Request) -> Iterator[str]:
+    """What the reader should know about how the question was understood."""
+    goal = request.goal
+    if goal.max_quality_loss is not None:
+        yield f"there is no quality data for {request.profile.name}; stale strategies were left out"
+    if goal.objective == "cost" and request.topology.price_per_hour is None:
+        yield f"{request.topology.name} has no price_per_hour; ranked by GPU seconds per request"
+
+
+# --------------------------------------------------------------------------------------- for files
+
+
+def fingerprint(request: Request, spec: str) -> str:
+    """The fingerprint of the schedule that ``spec`` means: what all ranks compare before a run."""
+    return build(parse_spec(spec), request.profile, request.workload).fingerprint()
+
+
+def write_trace(request: Request, spec: str, path: Path) -> None:
+    """Simulate ``spec`` step by step, nothing extrapolated, and write it for Perfetto."""
+    planner = _Planner(request)
+    graph = build(parse_spec(spec), request.profile, request.workload)
+    trace = simulate(graph, planner.network, planner.costs, periodic=False)
+    write_chrome_trace(trace, path)

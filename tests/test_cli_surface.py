@@ -1,0 +1,52 @@
+"""The options are a contract: this list changes only together with CHANGELOG.md."""
+
+from __future__ import annotations
+
+import re
+
+import typer
+from typer.testing import CliRunner
+
+from paradiff.cli import app, plan_app
+
+PLAN = {
+    "--topology", "--model", "--height", "--width", "--frames", "--steps", "--batch", "--dtype",
+    "--gpus", "--strategy", "--runtime", "--measured-latency", "--scope", "--objective",
+    "--exact-only", "--max-staleness", "--max-quality-loss", "--set", "--top", "--format",
+    "--output-dir",
+}  # fmt: skip
+CHOICES = {
+    "--dtype": ["fp16", "bf16", "fp32"],
+    "--runtime": ["eager", "compiled", "cuda-graph"],
+    "--scope": ["denoise", "latent", "pipeline"],
+    "--objective": ["latency", "throughput", "cost"],
+    "--format": ["table", "json"],
+}
+
+
+def options(command: object) -> set[str]:
+    return {name for p in command.params for name in p.opts if name.startswith("--")}  # type: ignore[attr-defined]
+
+
+def test_commands() -> None:
+    group = typer.main.get_command(app)
+    assert sorted(group.commands) == ["plan", "profile", "topology"]  # type: ignore[attr-defined]
+    assert sorted(group.commands["profile"].commands) == ["trace"]  # type: ignore[attr-defined]
+    assert sorted(group.commands["topology"].commands) == ["show"]  # type: ignore[attr-defined]
+
+
+def test_plan_options_are_the_same_under_both_names() -> None:
+    group = typer.main.get_command(app)
+    assert options(group.commands["plan"]) == PLAN  # type: ignore[attr-defined]
+    assert options(typer.main.get_command(plan_app)) == PLAN
+
+
+def test_choices() -> None:
+    shown = CliRunner().invoke(plan_app, ["--help"], env={"COLUMNS": "200"}).stdout
+    found = dict(re.findall(r"(--[a-z-]+) <([a-z0-9-]+(?:\|[a-z0-9-]+)+)>", shown))
+    assert {name: choices.split("|") for name, choices in found.items()} == CHOICES
+
+
+def test_only_the_topology_is_required() -> None:
+    command = typer.main.get_command(plan_app)
+    assert [p.opts[0] for p in command.params if p.required] == ["--topology"]

@@ -1,0 +1,205 @@
+"""What the planner adds to building and simulating: ranking, filters, intervals, reasons."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from paradiff.config import find
+from paradiff.profiles import Profile, load_profile
+from paradiff.strategies import Workload, candidate_specs
+from simulator.planner import Candidate, Goal, Plan, Request, plan
+from simulator.topology import load_topology
+
+STEPS = 8
+"""Enough for warm-up, steady state and tail; quick."""
+
+
+@cache
+def profile(name: str) -> Profile:
+    return load_profile(find("models", name, ".json"))
+
+
+def request(model: str = "sdxl", topology: str = "pcie8", **changes: object) -> Request:
+    p = profile(model)
+    sizes = {key: p.defaults[key] for key in ("height", "width", "frames")}
+    base = Request(
+        profile=p,
+        topology=load_topology(topology),
+        workload=Workload(**sizes, steps=STEPS),
+        gpus=8,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+@cache
+def whole(model: str) -> Plan:
+    """Every enumerated spec on pcie8."""
+    return plan(request(model))
+
+
+def by_spec(result: Plan) -> dict[str, Candidate]:
+    return {c.spec: c for c in (*result.ranked, *result.rejected)}
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize("model", ["sdxl", "pixart-alpha"])
+def test_times_add_up(model: str) -> None:
+    """Four classes make the loop, three stages the request; the latency lies in its interval."""
+    assert len(whole(model).ranked) > 15
+    for c in whole(model).ranked:
+        assert c.stages is not None
+        classes = (c.compute_s, c.exposed_comm_s, c.bubble_s, c.host_s)
+        assert all(part is not None and part >= 0 for part in classes), c
+        assert sum(filter(None, classes)) == pytest.approx(c.stages.denoise_s, rel=1e-9)
+        assert c.latency_s == pytest.approx(c.stages.total_s, rel=1e-12)
+        assert c.latency_low_s < c.latency_s < c.latency_high_s  # type: ignore[operator]
+
+
+def test_serial_is_the_baseline() -> None:
+    result = whole("sdxl")
+    serial = by_spec(result)["serial"]
+    assert serial.speedup == 1.0
+    assert serial.latency_s == result.baseline.latency_s
+    assert serial.peak_memory_bytes == result.baseline.peak_memory_bytes
+    assert (serial.exposed_comm_s, serial.comm_bytes_per_gpu) == (0.0, 0)
+
+
+def test_cfg_halves_what_travels_and_what_is_computed() -> None:
+    """SDXL 1024: eps of one branch is 4 x 128 x 128 x 2 B = 131072 B, once a step."""
+    cfg = by_spec(whole("sdxl"))["cfg=2"]
+    assert cfg.comm_bytes_per_gpu == STEPS * 131072
+    serial = by_spec(whole("sdxl"))["serial"]
+    assert 0.5 * serial.compute_s <= cfg.compute_s < 0.7 * serial.compute_s  # type: ignore[operator]
+    assert (cfg.n_gpus, cfg.exact, cfg.max_staleness_steps) == (2, True, 0)
+
+
+def test_every_enumerated_spec_is_answered_once() -> None:
+    r = request("pixart-alpha")
+    specs = list(candidate_specs(r.profile, r.workload, 8))
+    assert sorted(by_spec(whole("pixart-alpha"))) == sorted(specs)
+    assert all(c.reason for c in whole("pixart-alpha").rejected)
+
+
+def test_throughput_counts_replicas() -> None:
+    """data=8 serves eight requests in the time of one."""
+    many = by_spec(whole("sdxl"))["data=8"]
+    one = by_spec(whole("sdxl"))["serial"]
+    assert many.throughput_per_s == pytest.approx(8 / many.latency_s)  # type: ignore[operator]
+    assert one.throughput_per_s == pytest.approx(1 / one.latency_s)  # type: ignore[operator]
+
+
+def test_cost_is_the_share_of_the_box() -> None:
+    """9.12 USD an hour for 8 GPUs; cfg=2 takes 2 of them."""
+    cfg = by_spec(whole("sdxl"))["cfg=2"]
+    assert cfg.cost == pytest.approx(9.12 * 2 / 8 / 3600 * cfg.latency_s)  # type: ignore[operator]
+
+
+# ------------------------------------------------------------------------------------------ ranking
+
+
+@pytest.mark.parametrize(
+    ("objective", "value"),
+    [
+        ("latency", lambda c: c.latency_s),
+        ("throughput", lambda c: -c.throughput_per_s),
+        ("cost", lambda c: c.cost),
+    ],
+)
+def test_ranked_by_the_objective(objective: str, value: object) -> None:
+    specs = ("serial", "cfg=2", "data=8", "distrifusion=4,warmup=2", "parastep=2,warmup=2")
+    result = plan(request(specs=specs, goal=Goal(objective=objective)))  # type: ignore[arg-type]
+    values = [value(c) for c in result.ranked]  # type: ignore[operator]
+    assert values == sorted(values)
+    if objective == "throughput":
+        assert result.ranked[0].spec == "data=8"
+
+
+def test_decided_by_names_the_runner_up_and_a_reason() -> None:
+    result = whole("sdxl")
+    assert result.ranked[1].spec in result.decided_by
+    overlap = result.ranked[0].latency_high_s >= result.ranked[1].latency_low_s  # type: ignore[operator]
+    assert ("intervals overlap" in result.decided_by) == overlap
+
+
+def test_decided_by_asks_for_a_collective_where_the_wire_decides() -> None:
+    """DistriFusion exchanges 4.2 GB over 8 steps where CFG exchanges 1 MB: the network decides."""
+    result = plan(request(specs=("distrifusion=2,warmup=1", "cfg=2")))
+    assert "nccl-tests" in result.decided_by or "do not overlap" in result.decided_by
+
+
+# ------------------------------------------------------------------------------------------ filters
+
+
+def test_exact_only() -> None:
+    result = plan(request(goal=Goal(exact_only=True)))
+    assert result.ranked
+    assert all(c.exact for c in result.ranked)
+    reasons = {c.reason for c in result.rejected if c.exact is False}
+    assert reasons == {"changes the picture, and --exact-only was asked"}
+
+
+def test_max_staleness() -> None:
+    result = plan(request(goal=Goal(max_staleness=1)))
+    assert max(c.max_staleness_steps or 0 for c in result.ranked) == 1
+    stale = [c for c in result.rejected if "--max-staleness" in (c.reason or "")]
+    assert all((c.max_staleness_steps or 0) > 1 for c in stale)
+    assert stale
+
+
+def test_quality_is_not_invented() -> None:
+    result = plan(request(goal=Goal(max_quality_loss=0.1)))
+    assert all(c.exact for c in result.ranked)
+    assert any("no quality data" in note for note in result.notes)
+    assert all(c.quality is None for c in (*result.ranked, *result.rejected))
+
+
+def test_gpus_bounds_what_is_tried() -> None:
+    result = plan(request(gpus=2))
+    assert max(c.n_gpus or 0 for c in result.ranked) == 2
+    late = plan(request(gpus=2, specs=("data=8",)))
+    assert late.rejected[0].reason == "needs 8 GPUs, there are 2"
+
+
+# ----------------------------------------------------------------------------------- memory, tables
+
+
+def test_speedup_is_null_where_one_gpu_cannot_hold_the_model() -> None:
+    """FLUX.1-dev with T5 takes 34 GB of weights in bf16: not on an A5000 of 24 GB."""
+    result = plan(request("flux1-dev", "pcie4-a5000", gpus=4, specs=("serial", "pipefusion=4")))
+    assert result.baseline.latency_s is None
+    assert result.baseline.reason is not None
+    assert all(c.speedup is None for c in (*result.ranked, *result.rejected))
+    serial = by_spec(result)["serial"]
+    assert not serial.feasible
+    assert "GiB" in (serial.reason or "")
+    assert serial.peak_memory_bytes is not None
+    assert serial.peak_memory_bytes > 24e9
+
+
+def test_measured_all_to_all_turns_ulysses_into_a_loss() -> None:
+    """Published, PixArt-alpha 1024 on eight L40: ulysses=8 takes 5.62 s, one GPU 2.80 s."""
+    specs = ("serial", "ulysses=8", "cfg=2,pipefusion=4,patches=8")
+    r = request("pixart-alpha", "pcie8-l40s-alltoall", specs=specs)
+    result = plan(replace(r, workload=replace(r.workload, steps=20)))
+    found = by_spec(result)
+    serial_s = found["serial"].latency_s
+    assert found["ulysses=8"].latency_s > serial_s  # type: ignore[operator]
+    assert found["cfg=2,pipefusion=4,patches=8"].latency_s < serial_s  # type: ignore[operator]
+    assert found["ulysses=8"].topology_only_latency_s < found["ulysses=8"].latency_s  # type: ignore[operator]
+    assert found["serial"].topology_only_latency_s is None
+    assert "topology_only_latency_s" in found["ulysses=8"].to_json()
+    assert "topology_only_latency_s" not in found["serial"].to_json()
+
+
+def test_one_measured_number_calibrates() -> None:
+    result = plan(request(specs=("serial", "cfg=2"), measured=(3.0, "pipeline")))
+    assert result.baseline.latency_s == pytest.approx(3.0, rel=0.02)
+    plain = plan(request(specs=("serial", "cfg=2")))
+    ratio = {c.spec: c.latency_high_s / c.latency_low_s for c in result.ranked}  # type: ignore[operator]
+    assert all(ratio[c.spec] < c.latency_high_s / c.latency_low_s for c in plain.ranked)  # type: ignore[operator]
+    assert {c.provenance for c in result.ranked} == {"calibrated"}
