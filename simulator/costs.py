@@ -407,5 +407,8 @@ class _Pricer:
 
 
 def _times(count: int, seconds: float, contended_s: float, low: float, high: float) -> _Sum:
+    """``count`` launches. Fewer SMs never help, even where the model would then split k less."""
     device_s = count * seconds
-    return _Sum(device_s, count * contended_s, count, low * device_s, high * device_s)
+    return _Sum(
+        device_s, max(device_s, count * contended_s), count, low * device_s, high * device_s
+    )
