@@ -104,7 +104,7 @@ class Trace:
 def _unfold(spans: list[Span], repeat: Repeat) -> Iterator[Span]:
     at, period, copies, steps = repeat
     later = (copies + 1) * steps
-    open_at_end = {
+    open_at_end: dict[tuple[str, int, int | None], Span] = {
         (span.name, span.rank, span.step - later): span
         for span in spans
         if span.ready_s <= at < span.end_s and span.step is not None

@@ -88,7 +88,7 @@ def test_lowered_bytes_are_those_of_the_cost_algebra() -> None:
         "permute",
     ):
         op = one_call(call, 4, 4000).sections[0].ops[0]
-        sent = {rank: 0.0 for rank in range(4)}
+        sent = dict.fromkeys(range(4), 0.0)
         received = dict(sent)
         for source, destination, nbytes in lowering.lower(op).flows:
             sent[source] += nbytes

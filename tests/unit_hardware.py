@@ -157,36 +157,3 @@ def run(
 def by_id(trace: Trace) -> list[Span]:
     """Spans in an order that does not depend on time."""
     return sorted(trace.spans, key=lambda span: (span.id, span.rank))
-
-
-def _on(text: str, rank: int) -> str:
-    """``kv#-1`` on rank 2 is ``kv@r2#-1``."""
-    name, mark, version = text.partition("#")
-    return f"{name}@r{rank}{mark}{version}"
-
-
-def run(
-    graph: ScheduleGraph,
-    topology: Topology | None = None,
-    costs: UnitCosts | None = None,
-    backend: str = "nccl",
-) -> Trace:
-    """Simulate folded and in full, check both traces, insist that they agree; the folded one."""
-    topology = topology or Topology.uniform(graph.world_size)
-    costs = costs or UnitCosts()
-    folded = simulate(graph, topology, costs, backend=backend)
-    full = simulate(graph, topology, costs, backend=backend, periodic=False)
-    check_trace(graph, folded)
-    check_trace(graph, full)
-    assert not full.repeats
-    assert folded.makespan_s == pytest.approx(full.makespan_s, rel=1e-9)
-    slack_s = 1e-9 * full.makespan_s
-    for a, b in zip(by_id(folded.expanded()), by_id(full), strict=True):
-        assert a[:6] == b[:6]
-        assert a[6:] == pytest.approx(b[6:], rel=0, abs=slack_s), f"{a}\n{b}"
-    return folded
-
-
-def in_order(trace: Trace) -> list[Span]:
-    """Spans in an order that does not depend on how ties were broken."""
-    return sorted(trace.spans, key=lambda span: (span.start_s, span.id, span.rank))
