@@ -291,7 +291,7 @@ class CostModel:
 def _provenance(total: _Sum) -> Provenance:
     """The weakest source behind at least a tenth of the time."""
     analytic_s = total.device_s - total.table_s - total.interpolated_s
-    if analytic_s > 0.1 * total.device_s:
+    if analytic_s > 0.1 * total.device_s or not total.device_s:
         return "analytic"
     return "interpolated" if total.interpolated_s > 0.1 * total.device_s else "table"
 

@@ -166,12 +166,12 @@ def _compute_ops(graph: ScheduleGraph) -> Iterator[Op]:
 
 def _communicators(graph: ScheduleGraph, channels: int) -> list[float]:
     """Per rank: NCCL buffers, one communicator for each distinct group (created once, kept)."""
-    groups = {
+    groups = dict.fromkeys(
         (op.kind == "p2p", op.ranks)
         for section in graph.sections
         for op in section.ops
         if op.kind in ("collective", "permute", "p2p") and len(op.ranks) > 1
-    }
+    )
     held = [0.0] * graph.world_size
     for p2p, ranks in groups:
         size = NCCL_CONNECTION_BYTES * (P2P_CHANNELS if p2p else NCCL_CONNECTIONS * channels)
