@@ -52,6 +52,8 @@ COMM_SPREAD: Mapping[bool, Factors] = {True: (0.85, 1.2), False: (0.65, 1.7)}
 """Factors of exposed communication, by whether a measured table backs it. Log-log tables left one
 out miss by 2-4 % in the median and 25 % at the worst; boxes of one description differ by a factor
 of two in what NCCL reaches, which is what a topology without tables does not know."""
+FAR = 3.0
+"""An error of this many half intervals (in logarithms) is not worth a warning."""
 HOST_SPREAD: Factors = (0.6, 1.8)
 """Launch costs depend on the CPU: published ones range from 5 to 25 us where 8 us is assumed."""
 
@@ -443,31 +445,36 @@ class _Planner:
         return {part: weight(second) * two[part] - weight(first) * one[part] for part in one}
 
     def _deciding(self, first: Candidate, second: Candidate, gaps: Mapping[Part, float]) -> str:
-        """The measurement that would settle the order.
+        """The measurement that would settle an order whose intervals overlap.
 
-        An error common to one part (all compute f times as long) turns the order at
-        f = 1 - total / gap. The part whose f lies deepest inside its interval is the one to measure.
+        Both plans share their errors. An error common to one part (all compute f times as long)
+        turns the order at f = 1 - total / gap; the part whose f lies deepest inside its interval is
+        the one to measure. Where no factor turns it, the largest part of the difference is.
         """
         total = sum(gaps.values())
         joint = {**gaps, "compute": gaps["compute"] + gaps["bubble"], "bubble": 0.0}
+        factors = self.runs[first.spec].factors
         turning: list[tuple[float, Part, float]] = []
         for part, gap in joint.items():
-            if abs(gap) < 1e-12 or not (factor := 1 - total / gap) > 0:
-                continue
-            low, high = self.runs[first.spec].factors[part]
-            reach = math.log(high if factor > 1 else low)
-            turning.append((abs(math.log(factor) / reach) if reach else math.inf, part, factor))
+            turn = 1 - total / gap if abs(gap) > 1e-12 else 0.0
+            reach = math.log(factors[part][turn > 1])
+            if turn > 0 and reach and (depth := math.log(turn) / reach) < FAR:
+                turning.append((depth, part, turn))
         if not turning:
-            return "no common error of one kind turns the order; timing both would tell"
-        _, part, factor = min(turning)
-        return (
-            f"the order turns if {_NAMES[part]} takes {factor:.2f} times what is predicted;"
-            f" {self._measurement(part, first, second)} would tell"
-        )
+            largest = max(joint, key=lambda part: joint[part])
+            measure = self._measurement(largest, first, second)
+            return f"no error common to both turns the order; to be sure, {measure}"
+        depth, part, turn = min(turning)
+        measure = self._measurement(part, first, second)
+        needed = f"{_NAMES[part]} takes {turn:.2f} times what is predicted"
+        if depth > 1:
+            low, high = factors[part]
+            needed += f", outside its interval of {low:.2f} to {high:.2f}"
+        return f"the order turns if {needed}; to be sure, {measure}"
 
     def _measurement(self, part: Part, first: Candidate, second: Candidate) -> str:
         if part != "comm":
-            return "a one-GPU run (--measured-latency)"
+            return "measure one GPU (--measured-latency)"
         transfers = [
             (section.count * op.nbytes, op)
             for c in (first, second)
@@ -478,7 +485,8 @@ class _Planner:
         op = max(transfers, key=lambda each: each[0])[1]
         size = op.nbytes * (len(op.ranks) if op.call == "all_gather" else 1)
         tool = _NCCL_TESTS.get(op.call, "sendrecv_perf")
-        return f"nccl-tests {tool} with {size} bytes on GPUs {','.join(map(str, op.ranks))}"
+        gpus = ",".join(map(str, op.ranks))
+        return f"measure nccl-tests {tool} with {size} bytes on GPUs {gpus}"
 
 
 _NAMES: Mapping[Part, str] = {

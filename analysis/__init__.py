@@ -1,0 +1,1 @@
+"""What a trace says: attribution of time, and plans and boxes in words."""
