@@ -336,18 +336,43 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
 
 def profile_from_json(data: Mapping[str, Any]) -> Profile:
     """Read the JSON form. Raises InvalidProfile with what is missing or wrong."""
-    if data.get("schema") != SCHEMA:
-        raise InvalidProfile(f"schema {data.get('schema')!r}: this version reads {SCHEMA!r}")
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise InvalidProfile(f"schema {schema!r}: this version reads {SCHEMA!r}")
     try:
-        return _read_profile(data)
+        profile = _read_profile(data)
     except InvalidProfile:
         raise
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise InvalidProfile(f"missing or malformed entry: {error!r}") from error
+    _check(profile)
+    return profile
+
+
+def _check(profile: Profile) -> None:
+    """What types cannot say: a denoiser is there, cuts cover its segments in order, and so on."""
+    if profile.kind not in ("unet", "transformer"):
+        raise InvalidProfile(f"kind {profile.kind!r}: one of unet, transformer")
+    if profile.geometry.guidance not in ("cfg", "embedded", "none"):
+        raise InvalidProfile(f"guidance {profile.geometry.guidance!r}: cfg, embedded or none")
+    if "denoiser" not in profile.stages:
+        raise InvalidProfile(f"stages {list(profile.stages)}: no denoiser")
+    missing = {"height", "width", "frames", "steps"} - profile.defaults.keys()
+    if missing:
+        raise InvalidProfile(f"defaults: no {', '.join(sorted(missing))}")
+    for stage in profile.stages.values():
+        end = 0
+        for cut in stage.cuts:
+            if not end <= cut.lo < cut.hi <= len(stage.segments):
+                raise InvalidProfile(f"stage {stage.name}, cut {cut.name}: {cut.lo} to {cut.hi}")
+            end = cut.hi
+    for degree, owners in profile.asyncdiff.items():
+        if len(owners) != len(profile.denoiser.cuts):
+            raise InvalidProfile(f"asyncdiff {degree}: {len(owners)} owners for its cuts")
 
 
 def _read_profile(data: Mapping[str, Any]) -> Profile:
-    kernels = [tuple(_read_kernel(row) for row in rows) for rows in data["kernels"]]
+    kernels = dict(enumerate(tuple(map(_read_kernel, rows)) for rows in data["kernels"]))
 
     def point(row: Mapping[str, Any] | None) -> Point | None:
         if row is None:
@@ -360,21 +385,21 @@ def _read_profile(data: Mapping[str, Any]) -> Profile:
     def stage(name: str, row: Mapping[str, Any]) -> Stage:
         return Stage(
             name=name,
-            params=row["params"],
+            params=_natural(row["params"]),
             repeat=parse_expr(row["repeat"]),
             shape=tuple((symbol, parse_expr(e)) for symbol, e in row["shape"].items()),
             segments=tuple(
                 Segment(
                     name=s["name"],
                     kernels=kernels[s["kernels"]],
-                    weights=s["weights"],
+                    weights=_natural(s["weights"]),
                     live=parse_expr(s["live"]),
                     point=point(s.get("point")),
                 )
                 for s in row["segments"]
             ),
             cuts=tuple(
-                Cut(n, parent, lo, hi, parse_expr(out), parse_expr(text))
+                Cut(n, parent, _natural(lo), _natural(hi), parse_expr(out), parse_expr(text))
                 for n, parent, lo, hi, out, text in row["cuts"]
             ),
             parents=tuple((n, parse_expr(e)) for n, e in row["parents"].items()),
@@ -386,17 +411,17 @@ def _read_profile(data: Mapping[str, Any]) -> Profile:
         kind=data["kind"],
         source=data["source"],
         geometry=Geometry(
-            g["channels"],
-            g["scale"],
-            g["temporal_scale"],
-            g["row_multiple"],
-            tuple(g["text_tokens"]),
-            g["guidance"],
+            channels=_natural(g["channels"]),
+            scale=_natural(g["scale"]),
+            temporal_scale=_natural(g["temporal_scale"]),
+            row_multiple=_natural(g["row_multiple"]),
+            text_tokens=tuple(map(_natural, g["text_tokens"])),
+            guidance=g["guidance"],
         ),
-        defaults=data["defaults"],
+        defaults={key: _natural(value) for key, value in data["defaults"].items()},
         stages={name: stage(name, row) for name, row in data["stages"].items()},
         text_mode=data["text_mode"],
-        asyncdiff={int(n): tuple(owners) for n, owners in data["asyncdiff"].items()},
+        asyncdiff={int(n): tuple(map(_natural, o)) for n, o in data["asyncdiff"].items()},
     )
 
 
@@ -404,7 +429,13 @@ def _read_kernel(row: list[Any]) -> Kernel:
     kind, count, *dims = row
     if kind not in KERNEL_DIMS or len(dims) != len(KERNEL_DIMS[kind]):
         raise InvalidProfile(f"kernel {row!r}: kinds and dimensions are {dict(KERNEL_DIMS)}")
-    return Kernel(kind, count, tuple(parse_expr(d) for d in dims))
+    return Kernel(kind, _natural(count), tuple(parse_expr(d) for d in dims))
+
+
+def _natural(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InvalidProfile(f"{value!r}: a non-negative integer is meant")
+    return value
 
 
 def load_profile(path: Path) -> Profile:

@@ -73,14 +73,32 @@ CATALOGUE: Mapping[str, Entry] = {
         vae="kl-4",
         scheduler="sdxl",
         asyncdiff={
-            2: {"": 1, "down_blocks.2": 0, "mid_block": 0, "up_blocks.0.resnets.0": 0,
-                "up_blocks.0.attentions.0": 0, "up_blocks.0.resnets.1": 0,
-                "up_blocks.0.attentions.1": 0},
-            3: {"": 2, "down_blocks.2": 0, "mid_block": 0, "up_blocks.0": 1,
-                "up_blocks.0.resnets.0": 0},
-            4: {"": 3, "down_blocks.1": 0, "down_blocks.1.resnets.0": 3, "down_blocks.2": 0,
-                "mid_block": 1, "up_blocks.0": 2, "up_blocks.0.resnets.0": 1,
-                "up_blocks.0.attentions.0": 1},
+            2: {
+                "": 1,
+                "down_blocks.2": 0,
+                "mid_block": 0,
+                "up_blocks.0.resnets.0": 0,
+                "up_blocks.0.attentions.0": 0,
+                "up_blocks.0.resnets.1": 0,
+                "up_blocks.0.attentions.1": 0,
+            },
+            3: {
+                "": 2,
+                "down_blocks.2": 0,
+                "mid_block": 0,
+                "up_blocks.0": 1,
+                "up_blocks.0.resnets.0": 0,
+            },
+            4: {
+                "": 3,
+                "down_blocks.1": 0,
+                "down_blocks.1.resnets.0": 3,
+                "down_blocks.2": 0,
+                "mid_block": 1,
+                "up_blocks.0": 2,
+                "up_blocks.0.resnets.0": 1,
+                "up_blocks.0.attentions.0": 1,
+            },
         },
     ),
     "sd21": Entry(
@@ -97,13 +115,38 @@ CATALOGUE: Mapping[str, Entry] = {
         vae="kl-4",
         scheduler="sd21",
         asyncdiff={
-            2: {"": 1, "conv_in": 0, "down_blocks": 0, "mid_block": 0, "up_blocks.0": 0,
-                "up_blocks.1": 0, "up_blocks.1.attentions.2": 1, "up_blocks.1.upsamplers": 1},
-            3: {"": 2, "conv_in": 0, "down_blocks": 0, "mid_block": 1, "up_blocks.0": 1,
-                "up_blocks.1": 1, "up_blocks.2": 1},
-            4: {"": 3, "conv_in": 0, "down_blocks.0": 0, "down_blocks.1": 0, "down_blocks.2": 1,
-                "down_blocks.3": 1, "mid_block": 1, "up_blocks.0": 1, "up_blocks.1": 1,
-                "up_blocks.2": 2, "up_blocks.3.resnets.0": 2},
+            2: {
+                "": 1,
+                "conv_in": 0,
+                "down_blocks": 0,
+                "mid_block": 0,
+                "up_blocks.0": 0,
+                "up_blocks.1": 0,
+                "up_blocks.1.attentions.2": 1,
+                "up_blocks.1.upsamplers": 1,
+            },
+            3: {
+                "": 2,
+                "conv_in": 0,
+                "down_blocks": 0,
+                "mid_block": 1,
+                "up_blocks.0": 1,
+                "up_blocks.1": 1,
+                "up_blocks.2": 1,
+            },
+            4: {
+                "": 3,
+                "conv_in": 0,
+                "down_blocks.0": 0,
+                "down_blocks.1": 0,
+                "down_blocks.2": 1,
+                "down_blocks.3": 1,
+                "mid_block": 1,
+                "up_blocks.0": 1,
+                "up_blocks.1": 1,
+                "up_blocks.2": 2,
+                "up_blocks.3.resnets.0": 2,
+            },
         },
     ),
     "svd": Entry(
@@ -116,12 +159,28 @@ CATALOGUE: Mapping[str, Entry] = {
         scheduler="svd",
         asyncdiff={
             2: {"": 0, "up_blocks.2": 1, "up_blocks.3": 1, "conv_norm_out": 1, "conv_out": 1},
-            3: {"": 0, "down_blocks.3": 1, "mid_block": 1, "up_blocks": 1, "up_blocks.3": 2,
-                "conv_norm_out": 2, "conv_out": 2},
-            4: {"": 1, "conv_in": 0, "down_blocks.0": 0, "down_blocks.1.resnets.0": 0,
-                "down_blocks.1.attentions.0": 0, "up_blocks.2": 2, "up_blocks.3": 3,
-                "up_blocks.3.resnets.0": 2, "up_blocks.3.attentions.0": 2,
-                "conv_norm_out": 3, "conv_out": 3},
+            3: {
+                "": 0,
+                "down_blocks.3": 1,
+                "mid_block": 1,
+                "up_blocks": 1,
+                "up_blocks.3": 2,
+                "conv_norm_out": 2,
+                "conv_out": 2,
+            },
+            4: {
+                "": 1,
+                "conv_in": 0,
+                "down_blocks.0": 0,
+                "down_blocks.1.resnets.0": 0,
+                "down_blocks.1.attentions.0": 0,
+                "up_blocks.2": 2,
+                "up_blocks.3": 3,
+                "up_blocks.3.resnets.0": 2,
+                "up_blocks.3.attentions.0": 2,
+                "conv_norm_out": 3,
+                "conv_out": 3,
+            },
         },
     ),
     "audioldm2-large": Entry(
@@ -210,8 +269,9 @@ CATALOGUE: Mapping[str, Entry] = {
 # ------------------------------------------------------------------------------------------ probes
 
 
-def shape(b: int, f: int, r: int, w: int, t: int = 0, s: int = 0, *, k: int | None = None,
-          h: int = 0) -> Shape:
+def shape(
+    b: int, f: int, r: int, w: int, t: int = 0, s: int = 0, *, k: int | None = None, h: int = 0
+) -> Shape:
     """All symbols; ``k`` is ``r`` unless the probe is a strip."""
     return {"b": b, "f": f, "r": r, "w": w, "k": r if k is None else k, "t": t, "s": s, "h": h}
 
@@ -219,9 +279,14 @@ def shape(b: int, f: int, r: int, w: int, t: int = 0, s: int = 0, *, k: int | No
 def unet_probes(base: Shape, video: bool, second_text: bool) -> tuple[Shape, ...]:
     """Whole latents with every remainder modulo 8, then strips: border, middle, uneven last."""
     rows = [
-        (2, 37, 27, 37, 5, 0), (3, 22, 45, 22, 9, 0), (2, 51, 19, 51, 11, 0),
-        (1, 61, 30, 61, 7, 0), (4, 20, 36, 20, 13, 0),
-        (2, 16, 21, 43, 6, 1), (1, 24, 28, 77, 10, 2), (3, 13, 35, 29, 4, 1),
+        (2, 37, 27, 37, 5, 0),
+        (3, 22, 45, 22, 9, 0),
+        (2, 51, 19, 51, 11, 0),
+        (1, 61, 30, 61, 7, 0),
+        (4, 20, 36, 20, 13, 0),
+        (2, 16, 21, 43, 6, 1),
+        (1, 24, 28, 77, 10, 2),
+        (3, 13, 35, 29, 4, 1),
     ]
     return (base, *_varied(rows, video, second_text))
 
@@ -229,8 +294,13 @@ def unet_probes(base: Shape, video: bool, second_text: bool) -> tuple[Shape, ...
 def transformer_probes(base: Shape, video: bool) -> tuple[Shape, ...]:
     """Even rows and columns (patches of 2); strips see more rows than they own."""
     rows = [
-        (2, 22, 14, 22, 5, 0), (3, 10, 34, 10, 9, 0), (1, 46, 26, 46, 13, 0), (4, 38, 58, 38, 3, 0),
-        (2, 6, 22, 34, 7, 1), (1, 8, 10, 62, 11, 2), (3, 14, 46, 26, 4, 1),
+        (2, 22, 14, 22, 5, 0),
+        (3, 10, 34, 10, 9, 0),
+        (1, 46, 26, 46, 13, 0),
+        (4, 38, 58, 38, 3, 0),
+        (2, 6, 22, 34, 7, 1),
+        (1, 8, 10, 62, 11, 2),
+        (3, 14, 46, 26, 4, 1),
     ]
     return (base, *_varied(rows, video, second_text=False))
 

@@ -10,8 +10,10 @@ handler is asked, and may replace what the layer would have used:
 - ``moments``: mean and mean of squares of a GroupNorm;
 - ``enter`` and ``leave``: a unit (a transformer block, a U-Net sub-block) begins or ends.
 
+Positions follow from the rows: a handler that runs a strip says which rows it has (``span``), and
+patch embeddings then run at full height and are sliced. (Flux takes its positions as an argument.)
 Positional tables that a model computes when its shape is not the configured one go through
-``table``, so that a handler can leave them out of its account or slice them.
+``table``, so that a handler can leave them out of its account.
 
 It does not know devices, ranks or costs.
 """
@@ -60,8 +62,9 @@ class Site:
 class Handler:
     """What to do at each point; this base leaves the forward as it is."""
 
-    def attention(self, name: str, call: Callable[[], Tensor], query: Tensor, key: Tensor,
-                  value: Tensor) -> Tensor:
+    def attention(
+        self, name: str, call: Callable[[], Tensor], query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
         """Every attention, exchange or not; ``key`` and ``value`` are what ``kv`` made of them."""
         return call()
 
@@ -83,6 +86,10 @@ class Handler:
     def leave(self, name: str, output: Any) -> Any:
         """A unit has run; returns its output or another in its place."""
         return output
+
+    def span(self) -> tuple[int, int] | None:
+        """First latent row of the strip and rows of the whole latent; None: it is whole."""
+        return None
 
     def table(self, compute: Callable[[], Any]) -> Any:
         """A positional table for the shape at hand."""
@@ -116,8 +123,8 @@ def unit_parents(model: nn.Module) -> dict[str, str]:
     return {
         name: name
         for name, _ in model.named_modules()
-        if name.count(".") == 1 and name.split(".")[0] in ("transformer_blocks",
-                                                           "single_transformer_blocks")
+        if name.count(".") == 1
+        and name.split(".")[0] in ("transformer_blocks", "single_transformer_blocks")
     }
 
 
@@ -138,6 +145,34 @@ def exchange_sites(model: nn.Module) -> list[Site]:
         elif isinstance(module, nn.GroupNorm):
             sites.append(Site(name, "moments", groups=module.num_groups))
     return sites
+
+
+class _KeyCounts(Handler):
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def attention(
+        self, name: str, call: Callable[[], Tensor], query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        self.counts[name] = key.shape[-2]
+        return call()
+
+
+def image_attentions(model: nn.Module, run: Callable[[int], object]) -> dict[str, int]:
+    """The ``kv`` points: attention -> text tokens among its keys, found by running twice.
+
+    ``run(scale)`` runs a forward whose latent has ``scale`` times as many rows. Keys that are text
+    (cross attention) or frames (temporal attention) do not grow; of joint ones, with T text and I
+    image tokens, k1 = T + I and k2 = T + 2 I, so T = 2 k1 - k2.
+    """
+    counts = []
+    for scale in (1, 2):
+        handler = _KeyCounts()
+        with torch.no_grad(), intercept(model, handler):
+            run(scale)
+        counts.append(handler.counts)
+    once, twice = counts
+    return {name: 2 * k - twice[name] for name, k in once.items() if name and twice[name] != k}
 
 
 # --------------------------------------------------------------------------------------- intercept
@@ -170,10 +205,14 @@ def intercept(
         for site in exchange_sites(model):
             make = _with_halo if site.kind == "halo" else _with_moments
             wrap(site.name, partial(make, handler, site, modules[site.name]))
+        for name, module in modules.items():
+            if type(module).__name__ in ("PatchEmbed", "CogVideoXPatchEmbed"):
+                wrap(name, partial(_with_positions, handler, module.patch_size))
         for name in units:
             wrap(name, partial(_unit_scope, handler, name))
-        sdpa = partial(_attend, handler, inside, kv or {}, text_first,
-                       F.scaled_dot_product_attention)
+        sdpa = partial(
+            _attend, handler, inside, kv or {}, text_first, F.scaled_dot_product_attention
+        )
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", sdpa))
         stack.enter_context(_tables(handler))
         yield
@@ -247,8 +286,15 @@ def _with_halo(handler: Handler, site: Site, conv: Any, forward: Callable[..., A
         rows = [zeros if above is None else above, x, zeros if below is None else below]
         padding = (*conv.padding[:-2], 0, conv.padding[-1])
         convolve = F.conv3d if x.ndim == 5 else F.conv2d
-        return convolve(torch.cat(rows, dim=-2), conv.weight, conv.bias, conv.stride, padding,
-                        conv.dilation, conv.groups)
+        return convolve(
+            torch.cat(rows, dim=-2),
+            conv.weight,
+            conv.bias,
+            conv.stride,
+            padding,
+            conv.dilation,
+            conv.groups,
+        )
 
     return run
 
@@ -271,6 +317,27 @@ def _with_moments(handler: Handler, site: Site, norm: Any, forward: Callable[...
     return run
 
 
+def _with_positions(handler: Handler, patch: int, forward: Callable[..., Any]) -> Any:
+    """Embed the strip inside a latent of full height, whose other rows are zero, and slice."""
+
+    @wraps(forward)
+    def run(*args: Tensor) -> Tensor:
+        span = handler.span()
+        if span is None:
+            return forward(*args)
+        *text, image = args
+        first, total = span
+        rows, columns = image.shape[-2:]
+        whole = F.pad(image, (0, 0, first, total - first - rows))
+        tokens = forward(*text, whole)
+        before = sum(each.shape[1] for each in text)
+        grid = tokens[:, before:].unflatten(1, (-1, total // patch, columns // patch))
+        strip = grid[:, :, first // patch : (first + rows) // patch].flatten(1, 3)
+        return torch.cat((tokens[:, :before], strip), dim=1)
+
+    return run
+
+
 @contextmanager
 def _tables(handler: Handler) -> Iterator[None]:
     """Route the sine-cosine tables of PatchEmbed and CogVideoXPatchEmbed through the handler.
@@ -287,6 +354,8 @@ def _tables(handler: Handler) -> Iterator[None]:
 
         return mock.patch.object(owner, attribute, run)
 
-    with routed(embeddings, "get_2d_sincos_pos_embed", Tensor.float):
-        with routed(embeddings.CogVideoXPatchEmbed, "_get_positional_embeddings", Tensor.detach):
-            yield
+    with (
+        routed(embeddings, "get_2d_sincos_pos_embed", Tensor.float),
+        routed(embeddings.CogVideoXPatchEmbed, "_get_positional_embeddings", Tensor.detach),
+    ):
+        yield

@@ -73,7 +73,7 @@ def plan_of(name: str, entry: Entry, vae_config: Config | None = None) -> Plan:
         probes = transformer_probes(base, video)
     if entry.class_name in ("FluxTransformer2DModel", "UNetSpatioTemporalConditionModel"):
         probes = _batched(probes)
-    denoiser = StageSpec("denoiser", build, DENOISERS[entry.class_name], probes, levels, True)
+    denoiser = StageSpec("denoiser", build, stages.call_denoiser, probes, levels, True)
     vae = VAES[entry.vae] if vae_config is None else (VAES[entry.vae][0], vae_config)
     configurations: dict[str, Any] = {
         "denoiser": {"class": entry.class_name, **entry.config},
@@ -133,9 +133,7 @@ def _text_stages(entry: Entry, base: Shape) -> list[StageSpec]:
         specs.append(StageSpec(stage, build, call, probes, shape=shape))
     if entry.class_name == "AudioLDM2UNet2DConditionModel":
         call = stages.call_language_model
-        specs.append(
-            StageSpec("text_encoder_3", _language_model, call, text_probes(base["t"]))
-        )
+        specs.append(StageSpec("text_encoder_3", _language_model, call, text_probes(base["t"])))
     if entry.class_name == "UNetSpatioTemporalConditionModel":
         probes = latent_probes({**base, "f": 1}, video=False, unit=1)
         call = stages.call_image_encoder
@@ -185,15 +183,23 @@ def _cogvideox_chunks(base: Shape, build: Callable[[], tuple[Any, ...]]) -> list
     def first(name: str, frames: int, repeat: str) -> StageSpec:
         probes = latent_probes({**base, "f": frames}, video=False, unit=1, frames=frames)
         probes = _batched(probes)
-        return StageSpec(name, build, stages.call_first_chunk, probes, repeat=repeat,
-                         shape=(("f", str(frames)),), owns_parameters=False)
+        return StageSpec(
+            name,
+            build,
+            stages.call_first_chunk,
+            probes,
+            repeat=repeat,
+            shape=(("f", str(frames)),),
+            owns_parameters=False,
+        )
 
     probes = _batched(latent_probes({**base, "f": 2}, video=False, unit=1, frames=2))
     return [
         first("vae_first_odd", 3, "2*f2 - f"),
         first("vae_first_even", 2, "f + 1 - 2*f2"),
-        StageSpec("vae", build, stages.call_next_chunk, probes, repeat="f - f2 - 1",
-                  shape=(("f", "2"),)),
+        StageSpec(
+            "vae", build, stages.call_next_chunk, probes, repeat="f - f2 - 1", shape=(("f", "2"),)
+        ),
     ]
 
 
@@ -253,8 +259,11 @@ def _user_plan(path: Path) -> Plan:
         asyncdiff={},
     )
     side = plain.get("sample_size")
-    if isinstance(side, int) and class_name in ("UNet2DConditionModel", "PixArtTransformer2DModel",
-                                                "SD3Transformer2DModel"):
+    if isinstance(side, int) and class_name in (
+        "UNet2DConditionModel",
+        "PixArtTransformer2DModel",
+        "SD3Transformer2DModel",
+    ):
         pixels = side * entry.geometry.scale
         entry = replace(entry, size=(pixels, pixels, *entry.size[2:]))
     name = path.resolve().name if path.is_dir() else file.stem

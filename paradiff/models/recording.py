@@ -17,7 +17,6 @@ from math import prod
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,9 +113,11 @@ class Recorder(TorchDispatchMode):
     @contextmanager
     def replaced_functions(self) -> Iterator[None]:
         """Linear layers and attention that allocate their output and are recorded whole."""
-        with mock.patch.object(F, "linear", self._linear):
-            with mock.patch.object(F, "scaled_dot_product_attention", self.attend):
-                yield
+        with (
+            mock.patch.object(F, "linear", self._linear),
+            mock.patch.object(F, "scaled_dot_product_attention", self.attend),
+        ):
+            yield
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         with self.silence():
@@ -129,8 +130,9 @@ class Recorder(TorchDispatchMode):
         self._add(Launch("gemm", dims))
         return out
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, name: str = "",
-               **__: Any) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, name: str = "", **__: Any
+    ) -> Tensor:
         """Stand-in for a fused attention: output laid out as the fused kernels lay it out."""
         heads, q, width = query.shape[-3], query.shape[-2], value.shape[-1]
         batch = tuple(query.shape[:-3])
@@ -143,8 +145,9 @@ class Recorder(TorchDispatchMode):
         self._add(Launch("attention", ((batch,), *(((n,),) for n in numbers)), attention=name))
         return out
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (),
-                           kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         name = func.overloadpacket.__name__
         if name == "_local_scalar_dense" and _on_meta(args[0]):
             return False  # "is the mask all ones?": prompts are padded
@@ -164,8 +167,9 @@ class Recorder(TorchDispatchMode):
             self._add(self._launch(name, func, args, inputs, outputs))
         return out
 
-    def _launch(self, name: str, func: Any, args: Any, inputs: list[Tensor],
-                outputs: list[Tensor]) -> Launch:
+    def _launch(
+        self, name: str, func: Any, args: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> Launch:
         if name in GEMMS:
             return _gemm(name, args)
         if name == "convolution":
@@ -200,14 +204,16 @@ class RecordingHandler(Handler):
     ``visible`` gives the image tokens whose keys an attention sees; ``neighbours`` is the symbol h.
     """
 
-    def __init__(self, recorder: Recorder, visible: Callable[[str], int | None],
-                 neighbours: int) -> None:
+    def __init__(
+        self, recorder: Recorder, visible: Callable[[str], int | None], neighbours: int
+    ) -> None:
         self._recorder = recorder
         self._visible = visible
         self._neighbours = neighbours
 
-    def attention(self, name: str, call: Callable[[], Tensor], query: Tensor, key: Tensor,
-                  value: Tensor) -> Tensor:
+    def attention(
+        self, name: str, call: Callable[[], Tensor], query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
         self._recorder.quiet = 0
         return self._recorder.attend(query, key, value, name=name)
 

@@ -86,78 +86,73 @@ def _timestep(b: int) -> Tensor:
     return empty(b, dtype=torch.float32)
 
 
-def call_unet(modules: tuple[Any, ...], s: Shape) -> Call:
-    model, b, c = modules[0], s["b"], modules[0].config
+def inputs_unet(model: Any, s: Shape) -> dict[str, Any]:
+    b, c = s["b"], model.config
     extra = {}
     if c.addition_embed_type == "text_time":
         pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
         extra = {"text_embeds": empty(b, pooled), "time_ids": empty(b, 6)}
-    return model, (), {
+    return {
         "sample": empty(b, c.in_channels, s["r"], s["w"]),
         "timestep": _timestep(b)[0],
         "encoder_hidden_states": empty(b, s["t"], c.cross_attention_dim),
         "added_cond_kwargs": extra or None,
-        "return_dict": False,
     }
 
 
-def call_svd(modules: tuple[Any, ...], s: Shape) -> Call:
-    model, b, c = modules[0], s["b"], modules[0].config
+def inputs_svd(model: Any, s: Shape) -> dict[str, Any]:
+    b, c = s["b"], model.config
     ids = c.projection_class_embeddings_input_dim // c.addition_time_embed_dim
-    return model, (), {
+    return {
         "sample": empty(b, s["f"], c.in_channels, s["r"], s["w"]),
         "timestep": _timestep(b)[0],
         "encoder_hidden_states": empty(b, s["t"], c.cross_attention_dim),
         "added_time_ids": empty(b, ids),
-        "return_dict": False,
     }
 
 
-def call_audioldm2(modules: tuple[Any, ...], s: Shape) -> Call:
+def inputs_audioldm2(model: Any, s: Shape) -> dict[str, Any]:
     """Cross dimensions of a block are (None, GPT2, T5, ...): the first stream is GPT2's 8 tokens."""
-    model, b, c = modules[0], s["b"], modules[0].config
+    b, c = s["b"], model.config
     widths = [width for width in c.cross_attention_dim[0] if width is not None]
-    return model, (), {
+    return {
         "sample": empty(b, c.in_channels, s["r"], s["w"]),
         "timestep": _timestep(b)[0],
         "encoder_hidden_states": empty(b, s["s"], widths[0]),
         "encoder_hidden_states_1": empty(b, s["t"], widths[1]),
         "encoder_attention_mask_1": empty(b, s["t"]),
-        "return_dict": False,
     }
 
 
-def call_pixart(modules: tuple[Any, ...], s: Shape) -> Call:
-    model, b, c = modules[0], s["b"], modules[0].config
+def inputs_pixart(model: Any, s: Shape) -> dict[str, Any]:
+    b, c = s["b"], model.config
     extra = {}
     if model.use_additional_conditions:
         extra = {"resolution": empty(b, 2), "aspect_ratio": empty(b, 1)}
-    return model, (), {
+    return {
         "hidden_states": empty(b, c.in_channels, s["r"], s["w"]),
         "encoder_hidden_states": empty(b, s["t"], c.caption_channels),
         "encoder_attention_mask": empty(b, s["t"]),
         "timestep": _timestep(b),
         "added_cond_kwargs": extra,
-        "return_dict": False,
     }
 
 
-def call_sd3(modules: tuple[Any, ...], s: Shape) -> Call:
-    model, b, c = modules[0], s["b"], modules[0].config
-    return model, (), {
+def inputs_sd3(model: Any, s: Shape) -> dict[str, Any]:
+    b, c = s["b"], model.config
+    return {
         "hidden_states": empty(b, c.in_channels, s["r"], s["w"]),
         "encoder_hidden_states": empty(b, s["t"], c.joint_attention_dim),
         "pooled_projections": empty(b, c.pooled_projection_dim),
         "timestep": _timestep(b),
-        "return_dict": False,
     }
 
 
-def call_flux(modules: tuple[Any, ...], s: Shape) -> Call:
+def inputs_flux(model: Any, s: Shape) -> dict[str, Any]:
     """The pipeline packs 2 x 2 latent pixels into one token."""
-    model, b, c = modules[0], s["b"], modules[0].config
+    b, c = s["b"], model.config
     tokens = s["r"] // 2 * (s["w"] // 2)
-    return model, (), {
+    return {
         "hidden_states": empty(b, tokens, c.in_channels),
         "encoder_hidden_states": empty(b, s["t"], c.joint_attention_dim),
         "pooled_projections": empty(b, c.pooled_projection_dim),
@@ -165,31 +160,36 @@ def call_flux(modules: tuple[Any, ...], s: Shape) -> Call:
         "guidance": empty(b, dtype=torch.float32) if c.guidance_embeds else None,
         "img_ids": empty(tokens, 3),
         "txt_ids": empty(s["t"], 3),
-        "return_dict": False,
     }
 
 
-def call_cogvideox(modules: tuple[Any, ...], s: Shape) -> Call:
+def inputs_cogvideox(model: Any, s: Shape) -> dict[str, Any]:
     """Its positional table has room for exactly one text length, which a probe has to set."""
-    model, b, c = modules[0], s["b"], modules[0].config
+    b, c = s["b"], model.config
     model.patch_embed.max_text_seq_length = s["t"]
-    return model, (), {
+    return {
         "hidden_states": empty(b, s["f"], c.in_channels, s["r"], s["w"]),
         "encoder_hidden_states": empty(b, s["t"], c.text_embed_dim),
         "timestep": _timestep(b),
-        "return_dict": False,
     }
 
 
-DENOISERS: Mapping[str, Callable[[tuple[Any, ...], Shape], Call]] = {
-    "UNet2DConditionModel": call_unet,
-    "UNetSpatioTemporalConditionModel": call_svd,
-    "AudioLDM2UNet2DConditionModel": call_audioldm2,
-    "PixArtTransformer2DModel": call_pixart,
-    "SD3Transformer2DModel": call_sd3,
-    "FluxTransformer2DModel": call_flux,
-    "CogVideoXTransformer3DModel": call_cogvideox,
+DENOISERS: Mapping[str, Callable[[Any, Shape], dict[str, Any]]] = {
+    "UNet2DConditionModel": inputs_unet,
+    "UNetSpatioTemporalConditionModel": inputs_svd,
+    "AudioLDM2UNet2DConditionModel": inputs_audioldm2,
+    "PixArtTransformer2DModel": inputs_pixart,
+    "SD3Transformer2DModel": inputs_sd3,
+    "FluxTransformer2DModel": inputs_flux,
+    "CogVideoXTransformer3DModel": inputs_cogvideox,
 }
+
+
+def call_denoiser(modules: tuple[Any, ...], s: Shape) -> Call:
+    """One network call with the inputs that its class takes."""
+    model = modules[0]
+    return model, (), {**DENOISERS[type(model).__name__](model, s), "return_dict": False}
+
 
 # ----------------------------------------------------------------- text and image encoders, decoders
 
@@ -228,10 +228,14 @@ def call_language_model(modules: tuple[Any, ...], s: Shape) -> Call:
         return torch.cat(generated, dim=1)
 
     c = projection.config
-    return generate, (
-        empty(s["b"], 1, c.text_encoder_dim),
-        empty(s["b"], s["t"], c.text_encoder_1_dim),
-    ), {}
+    return (
+        generate,
+        (
+            empty(s["b"], 1, c.text_encoder_dim),
+            empty(s["b"], s["t"], c.text_encoder_1_dim),
+        ),
+        {},
+    )
 
 
 def call_image_encoder(modules: tuple[Any, ...], s: Shape) -> Call:

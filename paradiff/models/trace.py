@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from paradiff.models.plans import Plan, plan_for
 from paradiff.models.fitting import Fitter, Quantity, Shape, expr, value
 from paradiff.models.interception import exchange_sites, intercept, unit_parents
+from paradiff.models.plans import Plan, plan_for
 from paradiff.models.recording import Launch, Mark, Recorder, Recording, RecordingHandler
 from paradiff.models.stages import StageSpec, versions
 from paradiff.profiles import (
@@ -162,7 +162,7 @@ def _times(*factors: Expr) -> Expr:
     return expr(terms)
 
 
-def _aligned(recordings: Sequence[Recording]) -> "Aligned":
+def _aligned(recordings: Sequence[Recording]) -> Aligned:
     """Recordings side by side. Raises InvalidProfile at the first launch where they part."""
     first = recordings[0]
     for other in recordings[1:]:
@@ -219,7 +219,6 @@ class _Assembly:
         self._fitted: dict[tuple[Quantity, ...], Expr] = {}
         self._sizes = [value((shape,)) for shape in aligned.base.tensors]
         self._open = _Open("")
-        self._cut: str | None = None
         self._waiting_weights = 0
 
     def build(self, stage: str, parents: Mapping[str, str]) -> None:
@@ -232,10 +231,9 @@ class _Assembly:
                 self._launch(index, events)
             elif first.what == "enter" and first.name in parents:
                 self._split(first.name)
-                self._cut, lo = first.name, len(self.segments)
+                lo = len(self.segments)
             elif first.what == "leave" and first.name in parents:
                 self._split(f"after {first.name}")
-                self._cut = None
                 self._leave(first.name, parents[first.name], lo, events)
             elif first.what == "leave":
                 self.parents[first.name] = self._quantity([e.sizes for e in events])
@@ -243,6 +241,8 @@ class _Assembly:
                 point = Point(first.what, self._quantity([e.sizes for e in events]))
                 self._split(first.name, point)
         self._split("")
+        if self.cuts and self.cuts[-1].hi < len(self.segments):
+            self.segments[-1] = replace(self.segments[-1], name="tail")
         order = list(dict.fromkeys(parents[c.name] for c in self.cuts))
         self.parents = {name: self.parents[name] for name in order if parents}
         if self._waiting_weights and self.segments:
@@ -321,8 +321,9 @@ class _Assembly:
 
 def _check_points_run(model: Any, recording: Recording) -> None:
     """Every exchange point of the module tree must have been met exactly once."""
-    met = Counter(e.name for e in recording.events if isinstance(e, Mark) and e.what in (
-        "halo", "moments"))
+    met = Counter(
+        e.name for e in recording.events if isinstance(e, Mark) and e.what in ("halo", "moments")
+    )
     expected = Counter(site.name for site in exchange_sites(model) if not site.is_input)
     if met != expected:
         raise InvalidProfile(f"points met and expected differ: {met - expected}, {expected - met}")
