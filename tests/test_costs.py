@@ -326,17 +326,26 @@ def test_gemm_model_against_tables(gpu: str) -> None:
     assert covered(errors, SPREAD["gemm"]) >= 0.85
 
 
+def test_attention_model_against_kernels_without_a_mask() -> None:
+    """FA2, FA3 and cuDNN on H100, 512 to 16384 tokens: the loss at short lengths, not the ceiling
+    (the ceiling is the profile's figure at 8192). Median error below 7 %."""
+    errors = TOOL.attention_residuals("h100-sxm")
+    assert len(errors) == 18
+    assert statistics.median(abs(e) for e in errors) < math.log(1.07)
+    assert covered(errors, SPREAD["attention"]) == 1.0
+
+
 @pytest.mark.parametrize("gpu", TOOL.GPUS)
 def test_attention_model_against_causal_tables(gpu: str) -> None:
     """Long causal attention, at least 4 heads: median error below 13 %."""
-    errors = TOOL.attention_residuals(gpu)
+    errors = TOOL.causal_residuals(gpu)
     assert statistics.median(abs(e) for e in errors) < math.log(1.13)
     assert covered(errors, SPREAD["attention"]) >= 0.75
 
 
 def test_pooled_coverage_of_the_analytic_intervals() -> None:
     gemm = [e for gpu in TOOL.GPUS for e in TOOL.gemm_residuals(gpu)]
-    attention = [e for gpu in TOOL.GPUS for e in TOOL.attention_residuals(gpu)]
+    attention = [e for gpu in TOOL.GPUS for e in TOOL.causal_residuals(gpu)]
     assert covered(gemm, SPREAD["gemm"]) >= 0.9
     assert covered(attention, SPREAD["attention"]) >= 0.88
 

@@ -32,7 +32,10 @@ GEMM_START = {
     "PROLOGUE_K": 90.0, "GEMM_BANDWIDTH": 0.83, "SPLIT_S": 1e-6, "GEMM_FIXED_S": 2.3e-6,
 }  # fmt: skip
 TILES = {"large": 256 * 128, "medium": 128 * 128, "small": 128 * 64, "tiny": 64 * 64}
-ATTENTION_START = {"ATTENTION_CTA_S": 8e-6, "ATTENTION_FIXED_S": 5e-6, "ALONE": 1.8}
+CTA_START = {"ATTENTION_CTA_S": 2e-6}
+CAUSAL_START = {"DIAGONAL_S": 8e-6, "ATTENTION_FIXED_S": 5e-6, "ALONE": 1.8}
+DIAGONAL_S = 8.8e-6
+"""What the masked diagonal costs a causal CTA beyond a block of keys (fitted; models do not need it)."""
 
 
 class Row(NamedTuple):
@@ -51,8 +54,8 @@ def gemm_rows(gpu: str) -> list[Row]:
     ]
 
 
-def attention_rows(gpu: str) -> list[Row]:
-    """The causal attention table: sizes (batch, seq, heads, head_dim), at least 4 heads.
+def attention_rows(gpu: str, *, causal: bool) -> list[Row]:
+    """The attention table: sizes (batch, seq, heads, head_dim); of causal ones at least 4 heads.
 
     Diffusion models run grids of hundreds of CTAs; below 4 heads and 2048 tokens the serving kernels
     of these tables split differently from SDPA's.
@@ -61,7 +64,11 @@ def attention_rows(gpu: str) -> list[Row]:
     rows = []
     for r in _read(gpu, "attention"):
         sizes = tuple(int(r[c]) for c in columns)
-        if sizes[1] >= 2048 and sizes[2] >= 4:
+        if causal != (r["causal"] == "yes"):
+            continue
+        if not causal:
+            rows.append(Row(sizes, float(r["time_us"]) * 1e-6, r["kernel"]))
+        elif sizes[1] >= 2048 and sizes[2] >= 4:
             hopper = gpu.startswith("h")
             kernel = TABLE_KERNELS.get(r["kernel"], "flash2") if hopper else "flash2"
             rows.append(Row(sizes, float(r["time_us"]) * 1e-6, kernel))
@@ -84,11 +91,22 @@ def gemm_residuals(gpu: str) -> list[float]:
 
 
 def attention_residuals(gpu: str) -> list[float]:
+    """log(model / measured) of every attention without a mask (H100: three kernels, six lengths)."""
+    errors = []
+    for row in attention_rows(gpu, causal=False):
+        batch, seq, heads, dim = row.sizes
+        c = chip(gpu, row.kernel)
+        seconds = kernels.attention_s(c, batch, heads, seq, seq, dim, dim, 2)
+        errors.append(math.log(seconds / row.seconds))
+    return errors
+
+
+def causal_residuals(gpu: str) -> list[float]:
     """log(model / measured) of every causal attention."""
     chips = {kernel: chip(gpu, kernel) for kernel in ("flash2", "flash3")}
     return [
         math.log(causal_attention_s(chips[r.kernel], *r.sizes) / r.seconds)
-        for r in attention_rows(gpu)
+        for r in attention_rows(gpu, causal=True)
     ]
 
 
@@ -103,8 +121,9 @@ def causal_attention_s(c: Chip, batch: int, seq: int, heads: int, dim: int) -> f
     if blocks * sequences < 0.8 * slots:
         split = max(1, min(slots // (blocks * sequences), seq // kernels.SPLIT_BLOCK))
     flops = 4 * kernels.ROWS * kernels.padded(dim)
+    overhead_s = kernels.ATTENTION_CTA_S + DIAGONAL_S
     keys = [min(seq, kernels.ROWS * (i + 1)) + kernels.SPLIT_BLOCK for i in range(blocks)]
-    lengths = [flops * k / split / rate + kernels.ATTENTION_CTA_S for k in reversed(keys)]
+    lengths = [flops * k / split / rate + overhead_s for k in reversed(keys)]
     copies = sequences * split
     if blocks * copies <= c.sms:
         busy_s = lengths[0] * kernels.ALONE / 2
@@ -126,11 +145,14 @@ def _list_schedule(lengths: Sequence[float], copies: int, slots: int) -> float:
 
 def _set(names: Sequence[str], values: Sequence[float]) -> None:
     for name, value in zip(names, values, strict=True):
-        if name in TILES:
+        if name == "DIAGONAL_S":
+            globals()[name] = float(value)
+        elif name in TILES:
             kernels.TILE_EFFICIENCY[TILES[name]] = float(value)
         else:
             setattr(kernels, name, float(value))
     kernels.gemm_s.cache_clear()
+    kernels.attention_s.cache_clear()
 
 
 def fit(start: dict[str, float], residuals: object, gpus: Sequence[str]) -> list[float]:
@@ -160,20 +182,24 @@ def quantiles(errors: Sequence[float]) -> str:
 def main() -> None:
     for title, start, residuals in (
         ("GEMM", GEMM_START, gemm_residuals),
-        ("attention (causal tables)", ATTENTION_START, attention_residuals),
+        ("attention", CTA_START, attention_residuals),
+        ("attention, causal", CAUSAL_START, causal_residuals),
     ):
         left_out: list[float] = []
-        shown = {}
-        for gpu in GPUS:
-            fit(start, residuals, [g for g in GPUS if g != gpu])
+        shown: dict[str, list[float]] = {}
+        having = [gpu for gpu in GPUS if residuals(gpu)]
+        for gpu in having if len(having) > 1 else ():
+            fit(start, residuals, [g for g in having if g != gpu])
             shown[gpu] = residuals(gpu)
             left_out += shown[gpu]
-        values = fit(start, residuals, GPUS)
+        values = fit(start, residuals, having)
         print(title, dict(zip(start, (float(f"{v:.3g}") for v in values), strict=True)))
-        for gpu in GPUS:
+        for gpu in having:
             print(f"  {gpu:14} all in: {quantiles(residuals(gpu))}")
-            print(f"  {gpu:14} left out: {quantiles(shown[gpu])}")
-        print(f"  pooled, left out: {quantiles(left_out)}")
+            if gpu in shown:
+                print(f"  {gpu:14} left out: {quantiles(shown[gpu])}")
+        if left_out:
+            print(f"  pooled, left out: {quantiles(left_out)}")
 
 
 if __name__ == "__main__":
