@@ -111,6 +111,18 @@ def test_overlap_on_a_stream_is_seen_across_ranks() -> None:
         check_trace(graph, bad)
 
 
+def test_clocks_of_ranks_may_be_apart(graph: ScheduleGraph) -> None:
+    # Rank 1's clock is 0.25 s ahead: every comparison within a rank still holds.
+    good = run(graph).expanded()
+    spans = tuple(
+        s._replace(ready_s=s.ready_s + 0.25, start_s=s.start_s + 0.25, end_s=s.end_s + 0.25)
+        if s.rank == 1
+        else s
+        for s in good.spans
+    )
+    check_trace(graph, replace(good, spans=spans, makespan_s=good.makespan_s + 0.25))
+
+
 def test_expansion_copies_the_period() -> None:
     # One op of 2 s a step on an otherwise idle rank, period 2, steps 0..4 with 2..3 folded away:
     # steps 0 and 1 are written down, then the last, which the engine has named 4.
