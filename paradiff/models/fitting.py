@@ -15,7 +15,7 @@ from fractions import Fraction
 from itertools import combinations, product
 from math import prod
 
-from paradiff.profiles import SYMBOLS, Expr
+from paradiff.profiles import SYMBOLS, Expr, InvalidProfile
 
 Shape = tuple[int, ...]
 Quantity = tuple[Shape, ...]
@@ -23,7 +23,7 @@ Quantity = tuple[Shape, ...]
 Monomial = tuple[tuple[str, int], ...]
 
 
-class FitError(ValueError):
+class FitError(InvalidProfile):
     """A recorded dimension is no (unique) combination of the symbols."""
 
 

@@ -164,13 +164,19 @@ def inputs_flux(model: Any, s: Shape) -> dict[str, Any]:
 
 
 def inputs_cogvideox(model: Any, s: Shape) -> dict[str, Any]:
-    """Its positional table has room for exactly one text length, which a probe has to set."""
-    b, c = s["b"], model.config
+    """The positional table has room for exactly one text length, which a probe has to set; models
+    with rotary embeddings are given theirs."""
+    b, c, rotary = s["b"], model.config, None
     model.patch_embed.max_text_seq_length = s["t"]
+    if c.use_rotary_positional_embeddings:
+        tokens = s["f"] * (s["r"] // c.patch_size) * (s["w"] // c.patch_size)
+        table = empty(tokens, c.attention_head_dim, dtype=torch.float32)
+        rotary = (table, torch.empty_like(table))
     return {
         "hidden_states": empty(b, s["f"], c.in_channels, s["r"], s["w"]),
         "encoder_hidden_states": empty(b, s["t"], c.text_embed_dim),
         "timestep": _timestep(b),
+        "image_rotary_emb": rotary,
     }
 
 

@@ -46,9 +46,16 @@ ShapeSymbols = Mapping[str, int]
 def trace_profile(name_or_config_path: str) -> Profile:
     """Trace a shipped model by name, or a diffusers ``config.json`` (or the folder it lies in).
 
-    Raises InvalidProfile for a name that is not known or a class that is not supported.
+    Raises InvalidProfile for a name that is not known, a class that is not supported, and a
+    configuration that cannot be built or run the way the pipeline of its class does.
     """
-    return trace_plan(plan_for(name_or_config_path))
+    plan = plan_for(name_or_config_path)
+    try:
+        return trace_plan(plan)
+    except InvalidProfile:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise InvalidProfile(f"{name_or_config_path}: does not build or run: {error}") from error
 
 
 def trace_plan(plan: Plan) -> Profile:

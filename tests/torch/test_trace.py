@@ -20,7 +20,7 @@ from paradiff.models.plans import plan_for
 from paradiff.models.recording import Launch, Recording
 from paradiff.models.stages import StageSpec
 from paradiff.models.trace import dump_profile, record, trace_plan, trace_profile, write_profile
-from paradiff.profiles import Expr, InvalidProfile, Profile, Stage, load_profile
+from paradiff.profiles import Expr, InvalidProfile, Kernel, Profile, Stage, load_profile
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
@@ -273,6 +273,71 @@ def test_user_configuration(pipeline: Path, tmp_path: Path) -> None:
     write_profile(profile, path)
     assert load_profile(path) == profile
     assert [p.name for p in tmp_path.glob("*.json")] == ["profile.json"]
+
+
+OWN = [
+    # Same table as SIZES: configurations of published models that are not in the catalogue.
+    (
+        {
+            "_class_name": "UNet2DConditionModel",
+            "sample_size": 64,
+            "cross_attention_dim": 768,
+            "attention_head_dim": 8,
+        },
+        "859.5",
+        "0.402",  # SD1.5 at 512 x 512
+    ),
+    (
+        {
+            "_class_name": "CogVideoXTransformer3DModel",
+            "num_attention_heads": 48,
+            "num_layers": 42,
+            "use_rotary_positional_embeddings": True,
+        },
+        "5570.3",
+        "166.1",  # CogVideoX-5b, 49 frames, 480 x 720
+    ),
+    ({"_class_name": "FluxTransformer2DModel"}, "11891.2", "37.19"),  # FLUX.1-schnell
+    (
+        {
+            "_class_name": "SD3Transformer2DModel",
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+        "8056.6",
+        "15.56",  # SD3.5-large at 1024 x 1024
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "params", "tmac"), OWN, ids=[config["_class_name"] for config, *_ in OWN]
+)
+def test_user_configuration_of_a_published_model(
+    tmp_path: Path, config: dict[str, Any], params: str, tmac: str
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    spec = next(spec for spec in plan_for(str(file)).stages if spec.is_denoiser)
+    modules = spec.build()
+    whole = spec.probes[0]
+    flops = 0
+    for (kind, dims), count in launches(record(spec, modules, {**whole, "b": 1})).items():
+        kernel = Kernel(kind, count, tuple(Expr(((d, ()),)) for d in dims))
+        flops += kernel.flops(whole)
+    digits = len(tmac.partition(".")[2])
+    assert f"{sum(p.numel() for p in modules[0].parameters()) / 1e6:.1f}" == params
+    assert f"{flops / 2e12:.{digits}f}" == tmac
+
+
+def test_configuration_that_does_not_run_is_reported(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"_class_name": "UNet2DConditionModel", "class_embed_type": "timestep"}')
+    with pytest.raises(InvalidProfile, match=f"{file}: does not build or run: class_labels"):
+        trace_profile(str(file))
 
 
 @pytest.mark.parametrize(
