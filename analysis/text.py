@@ -22,9 +22,11 @@ LEFT = {"strategy", "output", "basis"}
 
 
 def seconds(value: float | None) -> str:
-    """Three significant digits, never scientific: ``3.14 s``, ``0.0123 s``, ``812 s``."""
+    """About three digits, never scientific: ``3.14 s``, ``0.0123 s``, ``812 s``, ``0 s``."""
     if value is None:
         return "-"
+    if value < 5e-5:
+        return "0 s"
     digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 4
     return f"{value:.{digits}f} s"
 
