@@ -31,20 +31,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, ulp
 from typing import NamedTuple, Protocol
 
 from simpy import Environment
-from simpy.events import NORMAL, Event, EventPriority
+from simpy.events import Event, EventPriority
 
 from paradiff.graph import Dependencies, Instance, Op, ScheduleGraph, Section, Work
 from paradiff.trace import Repeat, Span, Trace
 from simulator.collectives import BACKENDS, Backend, Lowering
+from simulator.fluid import Alarm, Bundle, Drain, Fluid, on_grid
 from simulator.network import Network
 from simulator.topology import Topology
 
-_GRID_PER_S = 2.0**40
-_QUANTUM_S = 2.0**-40
 _SAME = 1e-11
 """States are equal if no time in them differs by more than this share of the period."""
 _AFTER_ALL = EventPriority(9)
@@ -122,10 +121,8 @@ class _Plan:
     device_s: float
     contended_s: float
     head_s: float
-    routes: tuple[int, ...]
-    sizes: list[float]
-    mask: int
-    flow_id: int
+    bundle: Bundle | None
+    """The flows of a transfer; None where nothing takes time to drain."""
     host: tuple[tuple[int, float], ...]
     uses_sms: bool
     blocking: bool
@@ -172,148 +169,6 @@ class _Task:
     routes: tuple[int, ...]
     mask: int
     flow_id: int
-
-
-class _Alarm(Event):
-    """Calls ``action(alarm)`` after ``delay_s``; void once the task's token has moved on."""
-
-    def __init__(
-        self, env: Environment, delay_s: float, action: Callable[[_Alarm], None], task: _Task
-    ) -> None:
-        self.env = env
-        self.callbacks = [action]
-        self._value = None
-        self._ok = True
-        self.task = task
-        self.token = task.token
-        env.schedule(self, NORMAL, delay_s)
-
-
-def _on_grid(seconds: float) -> float:
-    return round(seconds * _GRID_PER_S) * _QUANTUM_S
-
-
-class _Fluid:
-    """The transfers that flow now, and their rates. Calls ``drained`` when one has no bytes left."""
-
-    def __init__(
-        self, env: Environment, network: Network, drained: Callable[[_Task], None]
-    ) -> None:
-        self._env = env
-        self._network = network
-        self._drained = drained
-        self._active: dict[int, _Task] = {}
-        self._ids: dict[tuple[int, ...], int] = {}
-        self._masks: dict[int, int] = {}
-        self._rates: dict[tuple[int, ...], list[tuple[float, ...]]] = {}
-
-    def route(self, source: int, destination: int) -> int | None:
-        """Route id, None where the transfer crosses nothing of finite bandwidth."""
-        route = self._network.route(source, destination)
-        capacities = self._network.capacities
-        mask = sum(1 << r for r, _ in route.resources if capacities[r] < inf)
-        self._masks[route.id] = mask
-        return route.id if mask else None
-
-    def mask(self, routes: tuple[int, ...]) -> int:
-        """Resources of ``routes`` as bits."""
-        mask = 0
-        for route in routes:
-            mask |= self._masks[route]
-        return mask
-
-    def flow_id(self, routes: tuple[int, ...]) -> int:
-        """A small number for a tuple of routes."""
-        return self._ids.setdefault(routes, len(self._ids))
-
-    def join(self, task: _Task) -> None:
-        """The flows of ``task`` start."""
-        plan = task.plan
-        task.routes, task.mask, task.flow_id = plan.routes, plan.mask, plan.flow_id
-        task.remaining, task.rates = plan.sizes, ()
-        task.mark_s = self._env.now
-        self._active[task.handle] = task
-        self._solve(task.mask)
-
-    def _solve(self, mask: int) -> None:
-        """New rates for whatever shares a resource, directly or not, with ``mask``."""
-        members: list[_Task] = []
-        rest = list(self._active.values())
-        grown = True
-        while grown and rest:
-            grown = False
-            apart = []
-            for task in rest:
-                if task.mask & mask:
-                    mask |= task.mask
-                    members.append(task)
-                    grown = True
-                else:
-                    apart.append(task)
-            rest = apart
-        if not members:
-            return
-        if len(members) > 1:
-            members.sort(key=_by_flow)
-        key = tuple([task.flow_id for task in members])
-        rates = self._rates.get(key)
-        if rates is None:
-            rates = self._rates[key] = self._share(members)
-        for task, new in zip(members, rates, strict=True):
-            if task.rates != new:
-                self._retime(task, new)
-
-    def _share(self, members: list[_Task]) -> list[tuple[float, ...]]:
-        flat = self._network.rates(tuple([route for task in members for route in task.routes]))
-        shares, at = [], 0
-        for task in members:
-            shares.append(flat[at : at + len(task.routes)])
-            at += len(task.routes)
-        return shares
-
-    def _retime(self, task: _Task, rates: tuple[float, ...]) -> None:
-        now = self._env.now
-        if task.mark_s != now:
-            _settle(task, now)
-        task.rates = rates
-        task.token += 1
-        delay_s = min([left / rate for left, rate in zip(task.remaining, rates, strict=True)])
-        delay_s = _on_grid(delay_s) if delay_s > 0 else 0.0
-        task.due_s = now + delay_s
-        _Alarm(self._env, delay_s, self._some_drained, task)
-
-    def _some_drained(self, alarm: _Alarm) -> None:
-        task = alarm.task
-        if alarm.token != task.token:
-            return
-        _settle(task, self._env.now)
-        mask = task.mask
-        live = [
-            (route, left)
-            for route, left, rate in zip(task.routes, task.remaining, task.rates, strict=True)
-            if left > rate * 4 * _QUANTUM_S
-        ]
-        if not live:
-            del self._active[task.handle]
-            self._solve(mask)
-            self._drained(task)
-            return
-        task.routes = tuple([route for route, _ in live])
-        task.remaining = [left for _, left in live]
-        task.mask, task.flow_id, task.rates = self.mask(task.routes), self.flow_id(task.routes), ()
-        self._solve(mask)
-
-
-def _by_flow(task: _Task) -> int:
-    return task.flow_id
-
-
-def _settle(task: _Task, now: float) -> None:
-    elapsed = now - task.mark_s
-    task.remaining = [
-        left - rate * elapsed for left, rate in zip(task.remaining, task.rates, strict=True)
-    ]
-    task.mark_s = now
 
 
 class _State(NamedTuple):
@@ -428,7 +283,7 @@ class _Engine:
         self._costs = costs
         self.backend: Backend = lowering.backend
         self._env = Environment()
-        self._fluid = _Fluid(self._env, lowering.network, self._device_done)
+        self._fluid = Fluid(self._env, lowering.network, self._device_done)
         ranks = range(graph.world_size)
         self._clock_s = [0.0] * graph.world_size
         """Per rank: when its host is free to issue."""
@@ -487,19 +342,19 @@ class _Engine:
         if transfer:
             lowered = self._lowering.lower(op)
             fixed_s = self._costs.transfer_fixed_s(op) if lowered.measured is None else 0.0
-            head_s = _on_grid(fixed_s + lowered.latency_s)
+            head_s = on_grid(fixed_s + lowered.latency_s)
             for source, destination, nbytes in lowered.flows:
                 route = self._fluid.route(source, destination)
                 if route is not None:
                     routes.append(route)
                     sizes.append(nbytes)
-            issue_s = _on_grid(self._costs.transfer_host_s(op))
+            issue_s = on_grid(self._costs.transfer_host_s(op))
             host = tuple((rank, issue_s) for rank in op.ranks)
         elif op.work is not None:
             rank = op.ranks[0]
             cost = self._costs.compute(op.work, self._lowering.placement[rank])
-            device_s, contended_s = _on_grid(cost.device_s), _on_grid(cost.contended_s)
-            host = ((rank, _on_grid(cost.host_s)),)
+            device_s, contended_s = on_grid(cost.device_s), on_grid(cost.contended_s)
+            host = ((rank, on_grid(cost.host_s)),)
         else:
             host = tuple((rank, 0.0) for rank in op.ranks)
         key = tuple(routes)
@@ -569,9 +424,9 @@ class _Engine:
             return
         self._host_felt(task)
         task.phase, task.due_s = _ISSUING, task.issue_begin_s
-        _Alarm(self._env, task.issue_begin_s - now, self._issue_began, task)
+        Alarm(self._env, task.issue_begin_s - now, self._issue_began, task)
 
-    def _issue_began(self, alarm: _Alarm) -> None:
+    def _issue_began(self, alarm: Alarm) -> None:
         self._host_felt(alarm.task)
         self._start(alarm.task)
 
@@ -585,7 +440,7 @@ class _Engine:
             task.due_s = now + task.pace_s
             if plan.contended_s != plan.device_s:
                 self._computing[rank][task.handle] = task
-            _Alarm(self._env, task.pace_s, self._computed, task)
+            Alarm(self._env, task.pace_s, self._computed, task)
         else:
             task.phase, task.due_s = _HEAD, now + plan.head_s
             if plan.uses_sms:
@@ -593,7 +448,7 @@ class _Engine:
                     self._sms[rank] += 1
                     if self._sms[rank] == 1 and self._computing[rank]:
                         self._change_speed(rank)
-            _Alarm(self._env, plan.head_s, self._head_done, task)
+            Alarm(self._env, plan.head_s, self._head_done, task)
         if task.handle >= self._frontier:
             self._iteration_began()
 
@@ -605,18 +460,18 @@ class _Engine:
                 task.left -= (now - task.mark_s) / task.pace_s
             task.mark_s = now
             task.pace_s = task.plan.contended_s if slow else task.plan.device_s
-            delay_s = _on_grid(max(task.left, 0.0) * task.pace_s)
+            delay_s = on_grid(max(task.left, 0.0) * task.pace_s)
             task.due_s = now + delay_s
             task.token += 1
-            _Alarm(self._env, delay_s, self._computed, task)
+            Alarm(self._env, delay_s, self._computed, task)
 
-    def _computed(self, alarm: _Alarm) -> None:
+    def _computed(self, alarm: Alarm) -> None:
         task = alarm.task
         if alarm.token == task.token:
             self._computing[task.plan.op.ranks[0]].pop(task.handle, None)
             self._device_done(task)
 
-    def _head_done(self, alarm: _Alarm) -> None:
+    def _head_done(self, alarm: Alarm) -> None:
         task = alarm.task
         if task.plan.routes:
             task.phase = _FLOWING
@@ -635,11 +490,11 @@ class _Engine:
         if task.issue_end_s > now:
             self._host_felt(task)
             task.phase, task.due_s = _TAIL, task.issue_end_s
-            _Alarm(self._env, task.issue_end_s - now, self._issue_ended, task)
+            Alarm(self._env, task.issue_end_s - now, self._issue_ended, task)
         else:
             self._finish(task)
 
-    def _issue_ended(self, alarm: _Alarm) -> None:
+    def _issue_ended(self, alarm: Alarm) -> None:
         self._host_felt(alarm.task)
         self._finish(alarm.task)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from paradiff.profiles import Cut, Geometry, Kernel, Point, Profile, Segment, Stage, parse_expr
 
 E = parse_expr
@@ -99,4 +101,28 @@ def unet(attentions: int = 2) -> Profile:
         },
         text_mode=None,
         asyncdiff={},
+    )
+
+
+def plain(blocks: int = 4) -> Profile:
+    """A transformer with work in its blocks alone: no guidance, hidden 8 wide like its 8 channels.
+
+    Embedding, head, text, scheduler and VAE cost nothing, so a run is its blocks and its transfers.
+    """
+    base = transformer(blocks)
+    free = ("embed", "head")
+    segments = tuple(
+        replace(s, kernels=work("0*b")) if s.name in free else s for s in base.denoiser.segments
+    )
+    stages = {name: one(name, "0*b") for name in ("text_encoder", "vae", "scheduler")}
+    return replace(
+        base,
+        name="plain-dit",
+        geometry=Geometry(8, 1, 1, 1, (0,), "none"),
+        stages={
+            "text_encoder": stages["text_encoder"],
+            "denoiser": replace(base.denoiser, segments=segments),
+            "vae": stages["vae"],
+            "scheduler": stages["scheduler"],
+        },
     )
