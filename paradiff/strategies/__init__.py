@@ -83,7 +83,7 @@ STRATEGIES: Mapping[str, Strategy] = {
         {
             "warmup": INTEGER,
             "patches": INTEGER,
-            "stages": COUNTS,
+            "stages": f"balanced|{COUNTS}",
             "text": "patch0_frozen|per_patch",
             "prepost": "true|false",
         },
@@ -242,41 +242,65 @@ def _check_axes(spec: Spec, profile: Profile) -> None:
 
 
 def candidate_specs(profile: Profile, workload: Workload, max_gpus: int) -> Iterator[str]:
-    """Specs worth comparing on up to ``max_gpus``: every power-of-two mesh and published parameter.
+    """Specs worth comparing on up to ``max_gpus``: powers of two, and the widest legal degree.
 
-    Illegal ones are yielded too: that they are illegal, and why, is part of the answer.
+    Illegal powers of two are yielded too: that they are illegal, and why, is part of the answer.
     """
     yield "serial"
-    widths = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= max_gpus]
-    branches = (1, 2) if profile.geometry.guidance == "cfg" else (1,)
-    for cfg in branches:
+    powers = [n for n in (2, 4, 8, 16, 32, 64) if n <= max_gpus]
+    for cfg in (1, 2) if profile.geometry.guidance == "cfg" else (1,):
         prefix = "cfg=2," if cfg == 2 else ""
         if cfg == 2 and max_gpus >= 2:
             yield "cfg=2"
-        inner = [n for n in widths if 2 <= n <= max_gpus // cfg]
-        for n in inner:
+        room = max_gpus // cfg
+        for n in [p for p in powers if p <= room]:
             yield from (prefix + each for each in _pass_specs(profile, workload, n))
-    yield from _step_specs(workload, max_gpus, [n for n in widths if n >= 2])
+        yield from (prefix + each for each in _widest(profile, workload, room, powers))
+    yield from _step_specs(workload, max_gpus, powers)
     if max_gpus > 1:
         yield f"data={max_gpus}"
 
 
-def _pass_specs(profile: Profile, workload: Workload, n: int) -> Iterator[str]:
+def _strip_specs(profile: Profile, workload: Workload, n: int) -> Iterator[str]:
     warmup = min(4, workload.steps - 1)
     if profile.kind == "unet":
         yield f"patch={n}"
-        yield f"distrifusion={n},warmup={warmup}"
         yield f"pcpp={n},portion=0.3,slice=sender,warmup={warmup}"
-        return
     yield f"distrifusion={n},warmup={warmup}"
+
+
+def _pass_specs(profile: Profile, workload: Workload, n: int) -> Iterator[str]:
+    """All passes on exactly ``n`` GPUs, a power of two."""
+    yield from _strip_specs(profile, workload, n)
+    if profile.kind == "unet":
+        return
     for ulysses in [u for u in (1, 2, 4, 8, 16, 32, 64) if u <= n]:
         ring = n // ulysses
         axes = [f"ulysses={ulysses}"] * (ulysses > 1) + [f"ring={ring}"] * (ring > 1)
         yield ",".join(axes)
-    for stages in [s for s in (2, 4, 8, 16) if s <= n]:
-        for sp in [f",ulysses={n // stages}"] if stages < n else [""]:
-            for patches in sorted({stages, 2 * stages}):
-                yield f"pipefusion={stages}{sp},patches={patches},warmup=1"
+    blocks = len(profile.denoiser.cuts)
+    for stages in [s for s in (2, 4, 8, 16) if s <= min(n, blocks)]:
+        sequence = f",ulysses={n // stages}" if stages < n else ""
+        uneven = blocks % stages or len({c.hi - c.lo for c in profile.denoiser.cuts}) > 1
+        balance = ",stages=balanced" if uneven else ""
+        for patches in (stages, 2 * stages):
+            yield f"pipefusion={stages}{sequence},patches={patches}{balance},warmup=1"
+
+
+def _widest(profile: Profile, workload: Workload, room: int, powers: list[int]) -> Iterator[str]:
+    """The largest degree up to ``room`` that rows (and heads) allow, where it is no power of two."""
+    rows = workload.height // profile.geometry.scale // profile.geometry.row_multiple
+    whole = workload.height % (profile.geometry.scale * profile.geometry.row_multiple) == 0
+    strips = max((n for n in range(1, room + 1) if whole and rows % n == 0), default=1)
+    if strips > 1 and strips not in powers:
+        yield from _strip_specs(profile, workload, strips)
+    if profile.kind == "transformer":
+        heads = next(p.heads for _, p in profile.denoiser.points("kv"))
+        both = [n for n in range(2, room + 1) if rows % n == 0 and heads % n == 0]
+        if both and both[-1] not in powers:
+            yield f"ulysses={both[-1]}"
+        if strips > 1 and strips not in powers:
+            yield f"ring={strips}"
 
 
 def _step_specs(workload: Workload, max_gpus: int, widths: list[int]) -> Iterator[str]:

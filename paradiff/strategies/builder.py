@@ -382,6 +382,32 @@ class Builder:
         )
 
 
+def balanced_owners(build: Builder, components: int) -> tuple[int, ...]:
+    """Owner of each block, contiguous, with the smallest largest FLOP count (exact, by bisection)."""
+    shape = build.shape(build.rows)._asdict()
+    segments = build.denoiser.segments
+    cost = [
+        sum(k.flops(shape) for s in segments[c.lo : c.hi] for k in s.kernels)
+        for c in build.denoiser.cuts
+    ]
+
+    def assign(limit: int) -> list[int]:
+        owners, load, owner = [], 0, 0
+        for i, each in enumerate(cost):
+            must = len(cost) - i == components - 1 - owner and load
+            if load and (load + each > limit or must):
+                owner, load = owner + 1, 0
+            owners.append(owner)
+            load += each
+        return owners
+
+    low, high = max(cost), sum(cost)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if assign(middle)[-1] < components else (middle + 1, high)
+    return tuple(assign(low))
+
+
 @dataclass
 class Forward:
     """Segments ``[lo, hi)`` of one denoiser call on a group of ranks, emitted in lock step.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paradiff.graph import Ref, Shape
-from paradiff.strategies.builder import Builder, Forward, Infeasible, Lane
+from paradiff.strategies.builder import Builder, Forward, Infeasible, Lane, balanced_owners
 from paradiff.strategies.layers import SequenceParallel, attend, local_shape, plan_sequence
 from paradiff.strategies.passes import Options, noise
 
@@ -34,6 +34,47 @@ def stage_ranges(build: Builder, counts: Sequence[int]) -> tuple[tuple[int, int]
         at += count
         ends.append(cuts[at - 1].hi)
     return tuple(zip([0, *ends], [*ends, len(build.denoiser.segments)], strict=True))
+
+
+def block_counts(build: Builder, stages: str | None) -> tuple[int, ...]:
+    """Blocks of each stage: given, balanced by FLOPs, or ceil(L/N) for all but the last (default).
+
+    Where the default would leave the last stage empty, the split is as even as it can be.
+    """
+    n, blocks = build.mesh.pp, len(build.denoiser.cuts)
+    even = tuple(blocks * (d + 1) // n - blocks * d // n for d in range(n))
+    if stages == "balanced":
+        owners = balanced_owners(build, n)
+        return tuple(owners.count(d) for d in range(n))
+    if stages is None:
+        most = -(-blocks // n)
+        last = blocks - most * (n - 1)
+        return (*[most] * (n - 1), last) if last > 0 else even
+    counts = tuple(int(c) for c in stages.split(":"))
+    if len(counts) != n or sum(counts) != blocks or min(counts) < 1:
+        raise Infeasible(
+            f"stages={stages}: {n} positive counts that sum to {blocks} are needed",
+            f"stages={':'.join(map(str, even))}",
+        )
+    return counts
+
+
+def check_patches(build: Builder, patches: int) -> None:
+    """Raise Infeasible unless the rows make ``patches`` patches that the sequence group can share."""
+    unit, sp = build.profile.geometry.row_multiple, build.mesh.sp
+    if build.rows % (unit * sp):
+        degree = max(d for d in range(1, sp) if build.rows % (unit * d) == 0)
+        raise Infeasible(
+            f"sequence degree {sp} inside a pipeline: {build.rows} latent rows do not divide by"
+            f" {unit} x {sp}",
+            f"a sequence degree of {degree}",
+        )
+    most = build.rows // (unit * sp)
+    if not 1 <= patches <= most:
+        raise Infeasible(
+            f"patches={patches}: {build.rows} latent rows make at most {most} patches of {unit * sp}",
+            f"patches={min(max(patches, 1), most)}",
+        )
 
 
 def patch_rows(build: Builder, patches: int) -> tuple[int, ...]:
@@ -62,25 +103,8 @@ def plan_pipeline(build: Builder, options: Options) -> Pipeline:
             f"pipefusion={n}: {profile.name} has {blocks} blocks and a pipeline at least 2 stages",
             f"pipefusion={min(max(n, 2), blocks)}",
         )
-    even = -(-blocks // n)
-    counts = [int(c) for c in options["stages"].split(":")] if "stages" in options else None
-    if counts is None:
-        counts = [even] * (n - 1) + [blocks - even * (n - 1)]
-        if counts[-1] < 1:
-            counts = [blocks * (d + 1) // n - blocks * d // n for d in range(n)]
-    if len(counts) != n or sum(counts) != blocks or min(counts) < 1:
-        nearest = ":".join(str(blocks * (d + 1) // n - blocks * d // n) for d in range(n))
-        raise Infeasible(
-            f"stages={options.get('stages')}: {n} positive counts that sum to {blocks} are needed",
-            f"stages={nearest}",
-        )
     patches = int(options.get("patches", n))
-    unit = profile.geometry.row_multiple * build.mesh.sp
-    if not 1 <= patches <= build.rows // unit or build.rows % unit:
-        raise Infeasible(
-            f"patches={patches}: {build.rows} latent rows in multiples of {unit}",
-            f"patches={max(1, min(patches, build.rows // unit))}",
-        )
+    check_patches(build, patches)
     warmup = int(options.get("warmup", "1"))
     if not 1 <= warmup <= steps:
         raise Infeasible(
@@ -88,7 +112,7 @@ def plan_pipeline(build: Builder, options: Options) -> Pipeline:
             f"warmup={min(max(1, warmup), steps)}",
         )
     return Pipeline(
-        stages=stage_ranges(build, counts),
+        stages=stage_ranges(build, block_counts(build, options.get("stages"))),
         patches=patch_rows(build, patches),
         sp=plan_sequence(build, options.get("rotate", "p2p"), patches),
         text_mode=options.get("text", profile.text_mode),

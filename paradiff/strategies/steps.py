@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from paradiff.graph import Ref
 from paradiff.profiles import Cut
-from paradiff.strategies.builder import Builder, Infeasible
+from paradiff.strategies.builder import Builder, Infeasible, balanced_owners
 from paradiff.strategies.passes import Options, noise
 
 # ---------------------------------------------------------------------------------- AsyncDiff
@@ -23,32 +23,6 @@ class Component:
 
     ranges: tuple[tuple[int, int], ...]
     modules: tuple[tuple[str, int], ...]
-
-
-def balanced_owners(build: Builder, components: int) -> tuple[int, ...]:
-    """Owner of each cut, contiguous, with the smallest largest FLOP count (exact, by bisection)."""
-    shape = build.shape(build.rows)._asdict()
-    segments = build.denoiser.segments
-    cost = [
-        sum(k.flops(shape) for s in segments[c.lo : c.hi] for k in s.kernels)
-        for c in build.denoiser.cuts
-    ]
-
-    def assign(limit: int) -> list[int]:
-        owners, load, owner = [], 0, 0
-        for i, each in enumerate(cost):
-            must = len(cost) - i == components - 1 - owner and load
-            if load and (load + each > limit or must):
-                owner, load = owner + 1, 0
-            owners.append(owner)
-            load += each
-        return owners
-
-    low, high = max(cost), sum(cost)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if assign(middle)[-1] < components else (middle + 1, high)
-    return tuple(assign(low))
 
 
 def owners_of(build: Builder, components: int, cuts: str) -> tuple[int, ...]:
