@@ -384,10 +384,19 @@ def test_interpolation_is_honest_about_a_shape_left_out(gpu: str) -> None:
 @pytest.mark.parametrize(
     ("name", "gpu", "runtime", "pixels", "steps", "measured_s"),
     [
-        ("pixart-alpha", "l40", "eager", 1024, 20, 2.80),  # XD-162, latent output
+        ("pixart-alpha", "l40", "eager", 1024, 20, 2.80),  # XD-162
         ("pixart-alpha", "l40", "eager", 2048, 20, 21.6),  # XD-169
+        ("pixart-alpha", "l40", "eager", 4096, 20, 244.89),  # XD-176
+        ("pixart-alpha", "l40", "compiled", 1024, 20, 2.54),  # XD-203
+        ("pixart-alpha", "l40", "compiled", 2048, 20, 20.75),  # XD-211
         ("pixart-alpha", "l20", "eager", 1024, 20, 3.34),  # XL-053
         ("pixart-alpha", "l20", "eager", 2048, 20, 26.43),  # XL-061
+        ("pixart-alpha", "l20", "eager", 4096, 20, 306.6),  # XL-069
+        ("sd3-medium", "l40", "eager", 1024, 20, 3.92),  # XD-223
+        ("sd3-medium", "l40", "compiled", 1024, 20, 3.59),  # XD-227
+        ("flux1-dev", "l40", "eager", 1024, 4, 3.18),  # XD-074, schnell: the same transformer
+        ("flux1-dev", "l40", "eager", 2048, 4, 14.71),  # XD-086
+        ("flux1-dev", "l20", "eager", 1024, 28, 23.16),  # CF-017
         ("sdxl", "a100-80g-sxm", "cuda-graph", 1024, 50, 5.02),  # DF-001
         ("sdxl", "a100-80g-sxm", "cuda-graph", 2048, 50, 23.7),  # DF-012
     ],
@@ -395,14 +404,19 @@ def test_interpolation_is_honest_about_a_shape_left_out(gpu: str) -> None:
 def test_published_single_gpu_runs_lie_in_the_interval(
     name: str, gpu: str, runtime: str, pixels: int, steps: int, measured_s: float
 ) -> None:
-    """Zero-shot: nothing here was fitted to these runs. Error below 25 %, interval contains."""
+    """Zero-shot, latent output: every such run whose model and GPU have profiles. Error below 25 %.
+
+    No constant was fitted to them; which launches ``compiled`` lets survive was chosen after seeing
+    XD-203 (9 % faster than eager), so the compiled rows are no independent evidence.
+    """
     profile = load_profile(MODELS / f"{name}.json")
     costs = CostModel(profile, [load_gpu(gpu)], "fp16", runtime)  # type: ignore[arg-type]
     total = [0.0, 0.0, 0.0]
     for stage in profile.stages:
         if not stage.startswith("vae"):
             loop = stage in ("denoiser", "scheduler", "guidance")
-            shape = latent(profile, pixels, 2 if stage == "denoiser" else 1)
+            branches = 2 if profile.geometry.guidance == "cfg" else 1
+            shape = latent(profile, pixels, branches if stage == "denoiser" else 1)
             cost = costs.compute(whole(profile, stage, shape), 0)
             for i, seconds in enumerate((cost.low_s, cost.device_s, cost.high_s)):
                 total[i] += (steps if loop else 1) * seconds

@@ -12,7 +12,6 @@ from paradiff.profiles import Profile, load_profile
 from paradiff.strategies import Workload, build, parse_spec
 from simulator.gpu import load_gpu
 from simulator.memory import (
-    CONTEXT_BYTES,
     NCCL_CONNECTION_BYTES,
     NCCL_CONNECTIONS,
     RankMemory,
@@ -148,29 +147,42 @@ def test_unknown_dtype() -> None:
 
 # --------------------------------------------------------------------------- against published peaks
 
-
-@pytest.mark.parametrize(
-    ("name", "pixels", "spec", "measured_gb"),
-    [  # xDiT docs, L40, read from labelled figures; latent output
-        ("pixart-alpha", 1024, "serial", 13.1),  # XD-001
-        ("pixart-alpha", 1024, "ulysses=8", 12.99),  # XD-002
-        ("pixart-alpha", 4096, "serial", 16.6),  # XD-007
-        ("pixart-alpha", 4096, "ulysses=8", 13.78),  # XD-008
-        ("sd3-medium", 1024, "serial", 17.93),  # XD-013
-        ("sd3-medium", 1024, "pipefusion=8,patches=8", 14.49),  # XD-015
-        ("sd3-medium", 2048, "serial", 18.92),  # XD-017
-        ("sd3-medium", 2048, "cfg=2,pipefusion=4,patches=4", 15.88),  # XD-020
-    ],
+XDIT_PEAKS_GB = {  # xDiT docs, L40, latent output, XD-001..020 (tensor parallelism left out)
+    ("pixart-alpha", 1024): (13.1, 12.99, 13.0, 12.32, 15.28),
+    ("pixart-alpha", 4096): (16.6, 13.78, 13.98, 16.14, 51.02),
+    ("sd3-medium", 1024): (17.93, 17.67, 14.49, 14.85),
+    ("sd3-medium", 2048): (18.92, 17.87, 16.0, 15.88),
+}
+XDIT_SPECS = (
+    "serial",
+    "ulysses=8",
+    "pipefusion=8,patches=8",
+    "cfg=2,pipefusion=4,patches=4",
+    "distrifusion=8",
 )
-def test_published_peaks_lie_in_the_interval(
-    name: str, pixels: int, spec: str, measured_gb: float
-) -> None:
-    """Nothing is fitted to these. Error below 12 %, all of one sign: 1.0-1.6 GB are missing."""
-    profile = load_profile(MODELS / f"{name}.json")
-    memory = peak_memory(
-        plan(profile, spec, square(pixels, 20)), profile, "fp16", phases=("encode", "denoise")
-    )
-    peak = worst(memory)
-    assert peak.low < measured_gb * 1e9 < peak.high
-    assert abs(peak.total / (measured_gb * 1e9) - 1) < 0.12
-    assert peak.context >= CONTEXT_BYTES
+OUTSIDE = {
+    ("pixart-alpha", 1024, "pipefusion=8,patches=8"),  # 16 % too low
+    ("pixart-alpha", 1024, "distrifusion=8"),  # 17 % too low
+    ("pixart-alpha", 4096, "pipefusion=8,patches=8"),  # 24 % too high
+    ("pixart-alpha", 4096, "distrifusion=8"),  # 43 % too low; 51 GB were read off a 48 GB card
+}
+
+
+def test_published_peaks_and_the_four_that_are_missed() -> None:
+    """All 18 rows: 14 inside the interval, the misses by name.
+
+    The central values follow no row. The upper end of CONTEXT_SPREAD_BYTES does: it was set after
+    seeing that these rows lie 1.0-1.6 GB above their parts, so coverage here is no evidence.
+    """
+    outside, errors = set(), []
+    for (name, pixels), measured in XDIT_PEAKS_GB.items():
+        profile = load_profile(MODELS / f"{name}.json")
+        for spec, gigabytes in zip(XDIT_SPECS, measured, strict=False):
+            graph = plan(profile, spec, square(pixels, 20))
+            peak = worst(peak_memory(graph, profile, "fp16", phases=("encode", "denoise")))
+            errors.append(abs(peak.total / (gigabytes * 1e9) - 1))
+            if not peak.low < gigabytes * 1e9 < peak.high:
+                outside.add((name, pixels, spec))
+    assert len(errors) == 18
+    assert outside == OUTSIDE
+    assert sorted(errors)[9] < 0.11
