@@ -32,6 +32,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from paradiff.graph import Op, ScheduleGraph
+from paradiff.trace import TRANSFERS
 from simulator.network import Network
 
 
@@ -201,7 +202,7 @@ def link_bytes(graph: ScheduleGraph, lowering: Lowering) -> dict[str, float]:
     total: dict[str, float] = {}
     for section in graph.sections:
         for op in section.ops:
-            if op.kind not in ("collective", "permute", "p2p"):
+            if op.kind not in TRANSFERS:
                 continue
             for source, destination, nbytes in lowering.lower(op).flows:
                 for index, weight in network.route(source, destination).resources:

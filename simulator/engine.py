@@ -29,7 +29,7 @@ are renamed to later steps, and a ``Repeat`` in the trace stands for the rest.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf, ulp
 from typing import NamedTuple, Protocol
@@ -38,14 +38,15 @@ from simpy import Environment
 from simpy.events import Event, EventPriority
 
 from paradiff.graph import Dependencies, Instance, Op, ScheduleGraph, Section, Work
-from paradiff.trace import Repeat, Span, Trace
+from paradiff.trace import TRANSFERS, Repeat, Span, Trace
 from simulator.collectives import BACKENDS, Backend, Lowering
 from simulator.fluid import Alarm, Bundle, Drain, Fluid, on_grid
 from simulator.network import Network
 from simulator.topology import Topology
 
 _SAME = 1e-11
-"""States are equal if no time in them differs by more than this share of the period."""
+"""States are equal if no time in them differs by more than this share of the period (and than a few
+units in the last place of the clock, which count once it has passed the exact range)."""
 _AFTER_ALL = EventPriority(9)
 
 # Phases of a task; those after ISSUING have begun.
@@ -136,9 +137,8 @@ class _Task:
     """One occurrence of an op while it is unfinished."""
 
     __slots__ = (
-        "base", "busy_s", "due_s", "flow_id", "handle", "issue_begin_s", "issue_end_s", "left", "mark_s",
-        "mask", "next", "pace_s", "phase", "plan", "rates", "ready_s", "remaining", "routes", "start_s",
-        "token", "waiting",
+        "base", "busy_s", "drain", "due_s", "handle", "issue_begin_s", "issue_end_s", "left", "mark_s",
+        "next", "pace_s", "phase", "plan", "ready_s", "start_s", "token", "waiting",
     )  # fmt: skip
 
     def __init__(self, plan: _Plan, base: int, handle: int) -> None:
@@ -158,17 +158,13 @@ class _Task:
     due_s: float
     """When the current phase ends, as things stand."""
     mark_s: float
-    """Instant that ``left`` or ``remaining`` refer to."""
+    """Instant that ``left`` refers to."""
     left: float
     """Share of the computation still to do."""
     pace_s: float
     """Seconds for the whole computation at the current speed."""
-    remaining: list[float]
-    """Bytes left of each live flow."""
-    rates: tuple[float, ...]
-    routes: tuple[int, ...]
-    mask: int
-    flow_id: int
+    drain: Drain[_Task]
+    """Of a transfer whose bytes flow."""
 
 
 class _State(NamedTuple):
@@ -178,6 +174,11 @@ class _State(NamedTuple):
     at_s: float
     times_s: list[float]
     leads_s: list[float]
+
+
+def _period_and_slack(earlier: _State, state: _State) -> tuple[float, float]:
+    period_s = state.at_s - earlier.at_s
+    return period_s, _SAME * period_s + 4 * ulp(state.at_s)
 
 
 class _Feed:
@@ -283,7 +284,7 @@ class _Engine:
         self._costs = costs
         self.backend: Backend = lowering.backend
         self._env = Environment()
-        self._fluid = Fluid(self._env, lowering.network, self._device_done)
+        self._fluid: Fluid[_Task] = Fluid(self._env, lowering.network, self._device_done)
         ranks = range(graph.world_size)
         self._clock_s = [0.0] * graph.world_size
         """Per rank: when its host is free to issue."""
@@ -334,40 +335,26 @@ class _Engine:
 
     def plan(self, op: Op) -> _Plan:
         """Cost and lowering of ``op``."""
-        device_s = contended_s = head_s = 0.0
-        routes: list[int] = []
-        sizes: list[float] = []
-        host: tuple[tuple[int, float], ...] = ()
-        transfer = op.kind in ("collective", "permute", "p2p")
+        device_s = contended_s = head_s = issue_s = 0.0
+        bundle = None
+        transfer = op.kind in TRANSFERS
         if transfer:
             lowered = self._lowering.lower(op)
             fixed_s = self._costs.transfer_fixed_s(op) if lowered.measured is None else 0.0
             head_s = on_grid(fixed_s + lowered.latency_s)
-            for source, destination, nbytes in lowered.flows:
-                route = self._fluid.route(source, destination)
-                if route is not None:
-                    routes.append(route)
-                    sizes.append(nbytes)
             issue_s = on_grid(self._costs.transfer_host_s(op))
-            host = tuple((rank, issue_s) for rank in op.ranks)
+            bundle = self._fluid.bundle(lowered.flows)
         elif op.work is not None:
-            rank = op.ranks[0]
-            cost = self._costs.compute(op.work, self._lowering.placement[rank])
+            cost = self._costs.compute(op.work, self._lowering.placement[op.ranks[0]])
             device_s, contended_s = on_grid(cost.device_s), on_grid(cost.contended_s)
-            host = ((rank, on_grid(cost.host_s)),)
-        else:
-            host = tuple((rank, 0.0) for rank in op.ranks)
-        key = tuple(routes)
+            issue_s = on_grid(cost.host_s)
         return _Plan(
             op=op,
             device_s=device_s,
             contended_s=contended_s,
             head_s=head_s,
-            routes=key,
-            sizes=sizes,
-            mask=self._fluid.mask(key),
-            flow_id=self._fluid.flow_id(key),
-            host=host,
+            bundle=bundle,
+            host=tuple((rank, issue_s) for rank in op.ranks),
             uses_sms=transfer and self.backend.uses_sms,
             blocking=self.backend.blocking(op),
         )
@@ -427,13 +414,13 @@ class _Engine:
         Alarm(self._env, task.issue_begin_s - now, self._issue_began, task)
 
     def _issue_began(self, alarm: Alarm) -> None:
-        self._host_felt(alarm.task)
-        self._start(alarm.task)
+        self._host_felt(alarm.subject)
+        self._start(alarm.subject)
 
     def _start(self, task: _Task) -> None:
         plan = task.plan
         now = task.start_s = self._env.now
-        if plan.op.kind == "compute" or plan.op.kind == "host":
+        if plan.op.kind not in TRANSFERS:
             rank = plan.op.ranks[0]
             task.phase, task.mark_s, task.left = _COMPUTING, now, 1.0
             task.pace_s = plan.contended_s if self._sms[rank] else plan.device_s
@@ -466,18 +453,19 @@ class _Engine:
             Alarm(self._env, delay_s, self._computed, task)
 
     def _computed(self, alarm: Alarm) -> None:
-        task = alarm.task
+        task: _Task = alarm.subject
         if alarm.token == task.token:
             self._computing[task.plan.op.ranks[0]].pop(task.handle, None)
             self._device_done(task)
 
     def _head_done(self, alarm: Alarm) -> None:
-        task = alarm.task
-        if task.plan.routes:
-            task.phase = _FLOWING
-            self._fluid.join(task)
-        else:
+        task: _Task = alarm.subject
+        bundle = task.plan.bundle
+        if bundle is None:
             self._device_done(task)
+        else:
+            task.phase = _FLOWING
+            task.drain = self._fluid.start(bundle, task)
 
     def _device_done(self, task: _Task) -> None:
         now = self._env.now
@@ -495,8 +483,8 @@ class _Engine:
             self._finish(task)
 
     def _issue_ended(self, alarm: Alarm) -> None:
-        self._host_felt(alarm.task)
-        self._finish(alarm.task)
+        self._host_felt(alarm.subject)
+        self._finish(alarm.subject)
 
     def _finish(self, task: _Task) -> None:
         plan, end_s = task.plan, self._env.now
@@ -545,9 +533,8 @@ class _Engine:
         for handle, task in self.alive.items():
             key.append((handle - first) * _PHASES + task.phase)
             if task.phase == _FLOWING:
-                key.append(task.routes)
-                flows = zip(task.remaining, task.rates, strict=True)
-                times_s += [left / rate - (now - task.mark_s) for left, rate in flows]
+                key.append(task.drain.bundle.routes)
+                times_s += task.drain.left_s(now)
             elif task.phase != _WAITING:
                 times_s.append(task.due_s - now)
         leads_s = [
@@ -563,8 +550,7 @@ class _Engine:
         earlier_states.append(state)
 
     def _same(self, earlier: _State, state: _State) -> bool:
-        period_s = state.at_s - earlier.at_s
-        slack_s = _SAME * period_s
+        period_s, slack_s = _period_and_slack(earlier, state)
         if any(abs(a - b) > slack_s for a, b in zip(earlier.times_s, state.times_s, strict=True)):
             return False
         iterations = state.iteration - earlier.iteration
@@ -582,7 +568,7 @@ class _Engine:
         )
 
     def _skip(self, earlier: _State, state: _State) -> None:
-        period_s = state.at_s - earlier.at_s
+        period_s, slack_s = _period_and_slack(earlier, state)
         iterations = state.iteration - earlier.iteration
         count = self._feed.left // iterations
         section = self._feed.section
@@ -593,7 +579,7 @@ class _Engine:
             if task.handle >= self._feed.first_handle:
                 task.base += count * steps
         for rank, (a, b) in enumerate(zip(earlier.leads_s, state.leads_s, strict=True)):
-            if abs(a - b) > _SAME * period_s:
+            if abs(a - b) > slack_s:
                 self._clock_s[rank] += count * (iterations * self._host_s[rank] - period_s)
         self._feed.skip(count * iterations)
         self._repeats.append(Repeat(state.at_s, period_s, count, steps))

@@ -186,6 +186,15 @@ def test_even_advance_with_a_growing_lag_is_not_folded() -> None:
     assert repeat.at_s > 10 * per_step
 
 
+@pytest.mark.parametrize("unit_s", [1e-7, 1e-3, 1.0, 1234.567])
+def test_folding_at_any_scale(unit_s: float) -> None:
+    # From 30 microseconds a step to 10 days: far below and far beyond the exact range of the clock.
+    topology = Topology.uniform(4, bandwidth_bytes_per_s=1 / unit_s)
+    trace = run(displaced(4, 300, 110, 60), topology, UnitCosts(unit_s=unit_s))
+    assert trace.makespan_s == pytest.approx((300 + 330 * 180) * unit_s, rel=1e-7)
+    assert sum(repeat.copies for repeat in trace.repeats) > 40
+
+
 def asyncdiff(
     components: int, stride: int, seconds: int, nbytes: int, rounds: int
 ) -> ScheduleGraph:
