@@ -178,8 +178,11 @@ def plan(
             ),
             measured=None if measured_latency is None else (measured_latency, scope),
         )
-        with _progress(enabled=format_ == "table") as advance:
-            result = planner.plan(request, advance)
+        try:
+            with _progress(enabled=format_ == "table") as advance:
+                result = planner.plan(request, advance)
+        except planner.Contradiction as error:
+            raise ConfigError(f"--measured-latency: {error}") from None
     if output_dir is not None and result.ranked:
         inputs = {"model": _portable(model), "topology": _portable(topology), "set": set_ or []}
         _write_results(output_dir, request, result, inputs, top)
@@ -416,7 +419,8 @@ def trace(
         try:
             profile = trace_profile(source)
         except (ValueError, OSError) as error:
-            raise ConfigError(f"{source}: {error}") from None
+            where = "" if str(error).startswith(source) else f"{source}: "
+            raise ConfigError(f"{where}{error}") from None
         target = output or Path(f"{profile.name}.json")
         staged = target.with_name(f".{target.name}.{os.getpid()}")
         try:

@@ -58,6 +58,10 @@ HOST_SPREAD: Factors = (0.6, 1.8)
 """Launch costs depend on the CPU: published ones range from 5 to 25 us where 8 us is assumed."""
 
 
+class Contradiction(ValueError):
+    """A measured latency that leaves no time for the denoising loop."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
     """What to rank by, and what is out of the question."""
@@ -171,7 +175,7 @@ class Plan:
 def plan(request: Request, progress: Callable[[int, int], None] | None = None) -> Plan:
     """Rank the asked (or all enumerated) strategies. ``progress`` gets (done, total).
 
-    Raises ValueError where a measured latency contradicts the model. Example: sdxl on pcie8 tries
+    Raises Contradiction where a measured latency cannot be. Example: sdxl on pcie8 tries
     some forty specs and keeps those that build, fit in memory and pass the goal's filters.
     """
     planner = _Planner(request)
@@ -242,7 +246,10 @@ class _Planner:
     def _calibrated(self, seconds: float, scope: Scope) -> CostModel:
         serial = self._run(self._build("serial")).breakdown
         stages = StageSeconds(**asdict(serial.stages), host_s=serial.host_s)
-        return self.costs.calibrated(seconds, scope, stages)
+        try:
+            return self.costs.calibrated(seconds, scope, stages)
+        except ValueError as error:
+            raise Contradiction(str(error)) from error
 
     def _build(self, text: str) -> ScheduleGraph:
         return build(parse_spec(text), self.request.profile, self.request.workload)

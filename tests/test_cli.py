@@ -255,6 +255,7 @@ def test_profile_that_is_none(content: bytes, tmp_path: Path) -> None:
         (["--topology", "pcie8", "--set", "nonsense"], "PATH=VALUE"),
         (["--topology", "pcie8", "--measured-latency", "-1"], "measured-latency"),
         (["--topology", "pcie8", "--measured-latency", "nan"], "measured-latency"),
+        (["--topology", "pcie8", "--measured-latency", "0.001"], "measured-latency.*0.001 s"),
     ],
     ids=lambda value: " ".join(value[2:] or value) if isinstance(value, list) else "",
 )
