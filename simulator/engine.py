@@ -137,8 +137,8 @@ class _Task:
     """One occurrence of an op while it is unfinished."""
 
     __slots__ = (
-        "base", "busy_s", "drain", "due_s", "handle", "issue_begin_s", "issue_end_s", "left", "mark_s",
-        "next", "pace_s", "phase", "plan", "ready_s", "start_s", "token", "waiting",
+        "base", "busy_s", "drain", "due_s", "handle", "issue_begin_s", "issue_end_s", "issue_ends_s",
+        "left", "mark_s", "next", "pace_s", "phase", "plan", "ready_s", "start_s", "token", "waiting",
     )  # fmt: skip
 
     def __init__(self, plan: _Plan, base: int, handle: int) -> None:
@@ -149,6 +149,7 @@ class _Task:
         self.waiting = 0
         self.next: list[_Task] = []
         self.issue_begin_s = self.issue_end_s = 0.0
+        self.issue_ends_s: list[tuple[int, float]] = []
         self.token = 0
 
     # Set when the phase is entered that needs them.
@@ -340,8 +341,8 @@ class _Engine:
         transfer = op.kind in TRANSFERS
         if transfer:
             lowered = self._lowering.lower(op)
-            fixed_s = self._costs.transfer_fixed_s(op) if lowered.measured is None else 0.0
-            head_s = on_grid(fixed_s + lowered.latency_s)
+            # tables hold raw NCCL times: what torch adds to a call comes on top of them too
+            head_s = on_grid(self._costs.transfer_fixed_s(op) + lowered.latency_s)
             issue_s = on_grid(self._costs.transfer_host_s(op))
             bundle = self._fluid.bundle(lowered.flows)
         elif op.work is not None:
@@ -385,6 +386,7 @@ class _Engine:
             task.issue_begin_s = begin
         if end > task.issue_end_s:
             task.issue_end_s = end
+        task.issue_ends_s.append((rank, end))
         if task.plan.blocking:
             self._held[rank] = True
 
@@ -398,8 +400,10 @@ class _Engine:
             self._issue(task, rank, seconds)
 
     def _host_felt(self, task: _Task) -> None:
-        for rank in task.plan.op.ranks:
-            self._felt_s[rank] = self._env.now
+        """Some host delays ``task``: not one that had issued it by the time it was ready."""
+        for rank, end_s in task.issue_ends_s:
+            if end_s > task.ready_s:
+                self._felt_s[rank] = self._env.now
 
     # ---------------------------------------------------------------------------------- phases
 

@@ -328,6 +328,23 @@ def test_a_host_that_loses_its_lead_is_felt_late() -> None:
     assert run(g.build()).makespan_s == 3010.0
 
 
+def test_a_host_that_gains_on_one_that_paces_does_not_prevent_folding() -> None:
+    # Rank 0's host needs 4 s a step and holds the swap back, rank 1's host 1 s: it gains 3 s a step,
+    # is felt at first and never again once it is ahead.
+    g = Graph(2)
+    for r in range(2):
+        g.compute("start", r, 1, writes=["x#-1"])
+    g.section("start", 0)
+    for r in range(2):
+        g.compute("step", r, 1, reads=["x#-1"], writes=["y"], host=0 if r else 3)
+    g.collective("permute", "swap", (0, 1), 1, "y", "x")
+    g.section("loop", 0, 60)
+    trace = run(g.build(), costs=UnitCosts(host_s=1.0))
+    (repeat,) = trace.repeats
+    assert repeat.period_s == 4.0
+    assert repeat.copies > 40
+
+
 def test_blocking_hosts_issue_only_when_compute_ends() -> None:
     # gloo: rank 0 computes 4 s, then issues the send (1 s of host, 5 bytes), then computes 4 s: the
     # send goes on beside it. On rank 1 the receiver issues at once and computes after.
