@@ -328,6 +328,23 @@ def test_a_host_that_loses_its_lead_is_felt_late() -> None:
     assert run(g.build()).makespan_s == 3010.0
 
 
+def test_a_period_in_which_a_host_was_felt_is_not_copied() -> None:
+    # Rank 0 paces at 10 s; in mid-step it sends to rank 1, whose op is ready at 6 s. In the first step
+    # rank 1's host, busy until 8 s, posts the receive only then: ready at 9 s, unseen at the boundaries
+    # of the step; later never.
+    g = Graph(2)
+    g.compute("busy", 1, 0, host=8, stream="side")
+    g.section("debt", 0)
+    g.compute("a", 0, 5, writes=["a"])
+    g.send("send", 0, 1, 1, "a", "b")
+    g.compute("late", 1, 1, reads=["b"], host=1)
+    g.compute("b", 0, 5)
+    g.section("loop", 1, 30)
+    trace = run(g.build())  # compares every span with the full run
+    late = [s.start_s for s in trace.expanded().spans if s.name == "late@r1"]
+    assert late == [9.0] + [6.0 + 10 * i for i in range(1, 30)]
+
+
 def test_a_host_that_gains_on_one_that_paces_does_not_prevent_folding() -> None:
     # Rank 0's host needs 4 s a step and holds the swap back, rank 1's host 1 s: it gains 3 s a step,
     # is felt at first and never again once it is ahead.
