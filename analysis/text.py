@@ -19,6 +19,8 @@ HEADER = (
 TOPOLOGY_ONLY = "links only"
 LEFT = {"strategy", "output", "basis"}
 """Columns that read better flush left."""
+EXPENDABLE = ("basis", "host", "bubble", "compute", "comm", "90 % interval", "memory")
+"""Columns that a narrow terminal goes without, the first of them first."""
 
 
 def seconds(value: float | None) -> str:
@@ -93,6 +95,20 @@ def plain(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
             for name, cell, width in zip(header, row, widths, strict=True)
         ]
         yield "  ".join(cells).rstrip()
+
+
+def fitted(
+    header: Sequence[str], rows: Sequence[Sequence[str]], width: int
+) -> tuple[list[str], list[list[str]]]:
+    """The table without as many of the EXPENDABLE columns as it takes to fit into ``width``."""
+    kept = list(header)
+    for name in EXPENDABLE:
+        wide = (max(len(row[header.index(n)]) for row in (header, *rows)) + 3 for n in kept)
+        if sum(wide) <= width:
+            break
+        kept.remove(name)
+    at = [header.index(name) for name in kept]
+    return kept, [[row[i] for i in at] for row in rows]
 
 
 def title(plan: Plan) -> str:

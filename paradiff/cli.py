@@ -286,19 +286,21 @@ def _print_plan(plan: Plan, top: int, *, asked: bool) -> None:
         from rich.console import Console
         from rich.table import Table
 
+        console = Console()
+        names, cells = text.fitted(header, rows, console.width)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in header:
+        for name in names:
             left = name in text.LEFT
             table.add_column(name, justify="left" if left else "right", overflow="fold")
-        for row in rows:
+        for row in cells:
             table.add_row(*row)
-        Console().print(table)
+        console.print(table)
     else:
         typer.echo("\n".join(text.plain(header, rows)) + "\n")
     typer.echo(text.recommendation(plan))
     hidden = len(plan.ranked) - len(rows)
     if hidden > 0:
-        typer.echo(f"\n{hidden} slower ones are not shown (--top N, --format json).")
+        typer.echo(f"\n{hidden} more are not shown (--top N, --format json).")
     if plan.rejected:
         typer.echo(
             "\nNot possible here:" if asked else f"\nNot possible here: {len(plan.rejected)}"

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 
+from analysis import text
 from paradiff.config import find
 from paradiff.profiles import Profile, load_profile
 from paradiff.strategies import Workload, candidate_specs
@@ -209,3 +210,28 @@ def test_one_measured_number_calibrates() -> None:
     ratio = {c.spec: c.latency_high_s / c.latency_low_s for c in result.ranked}  # type: ignore[operator]
     assert all(ratio[c.spec] < c.latency_high_s / c.latency_low_s for c in plain.ranked)  # type: ignore[operator]
     assert {c.provenance for c in result.ranked} == {"calibrated"}
+
+
+# --------------------------------------------------------------------------------------------- text
+
+
+def test_a_narrow_terminal_loses_columns_not_letters() -> None:
+    header, rows = text.table(whole("sdxl"), 10)
+    assert text.fitted(header, rows, 500) == (header, rows)
+    names, cells = text.fitted(header, rows, 110)
+    assert {"strategy", "latency", "speed-up", "output"} <= set(names) < set(header)
+    assert max(len("   ".join(row)) for row in cells) <= 110
+    for name, row in zip(names, zip(*cells, strict=True), strict=True):
+        assert list(row) == [full[header.index(name)] for full in rows]
+
+
+def test_plain_columns_line_up() -> None:
+    """Numbers end where their heading ends, names begin where theirs begins."""
+    header, rows = text.table(whole("sdxl"), 5)
+    lines = list(text.plain(header, rows))
+    assert len(lines) == 6
+    assert {line.index(row[1]) for line, row in zip(lines[1:], rows, strict=True)} == {
+        lines[0].index("strategy")
+    }
+    end = lines[0].index("latency") + len("latency")
+    assert all(line[:end].endswith(row[3]) for line, row in zip(lines[1:], rows, strict=True))
