@@ -329,20 +329,19 @@ def test_a_host_that_loses_its_lead_is_felt_late() -> None:
 
 
 def test_a_period_in_which_a_host_was_felt_is_not_copied() -> None:
-    # Rank 0 paces at 10 s; in mid-step it sends to rank 1, whose op is ready at 6 s. In the first step
-    # rank 1's host, busy until 8 s, posts the receive only then: ready at 9 s, unseen at the boundaries
-    # of the step; later never.
+    # Rank 0 paces at 10 s a step and sends to rank 1 early: there, an op is ready at 2 s of the step.
+    # In the first step rank 1's host needs until 4 s to issue it; it was felt, but nothing of that is
+    # left at the end of the step, and from then on the host is ahead: the op ends at 2 s.
     g = Graph(2)
-    g.compute("busy", 1, 0, host=8, stream="side")
-    g.section("debt", 0)
-    g.compute("a", 0, 5, writes=["a"])
+    g.compute("a", 0, 1, writes=["a"])
     g.send("send", 0, 1, 1, "a", "b")
-    g.compute("late", 1, 1, reads=["b"], host=1)
-    g.compute("b", 0, 5)
-    g.section("loop", 1, 30)
+    g.compute("late", 1, 0, reads=["b"], host=4)
+    g.compute("b", 0, 9)
+    g.section("loop", 0, 30)
     trace = run(g.build())  # compares every span with the full run
-    late = [s.start_s for s in trace.expanded().spans if s.name == "late@r1"]
-    assert late == [9.0] + [6.0 + 10 * i for i in range(1, 30)]
+    late = [s.end_s for s in trace.expanded().spans if s.name == "late@r1"]
+    assert late == [4.0] + [2.0 + 10 * i for i in range(1, 30)]
+    assert trace.repeats
 
 
 def test_a_host_that_gains_on_one_that_paces_does_not_prevent_folding() -> None:
