@@ -119,10 +119,11 @@ def misfit(memory: Sequence[RankMemory], gpus: Sequence[Gpu]) -> str | None:
         (m.total - gpu.memory.value, -r)
         for r, (m, gpu) in enumerate(zip(memory, gpus, strict=True))
     ]
-    deficit, rank = max(over)
+    deficit, minus_rank = max(over)
     if deficit <= 0:
         return None
-    m, gpu = memory[-rank], gpus[-rank]
+    rank = -minus_rank
+    m, gpu = memory[rank], gpus[rank]
     largest = sorted(m.parts().items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in largest if size)
     doing = {"encode": "encoding text", "denoise": "denoising", "decode": "decoding"}[m.phase]

@@ -137,6 +137,9 @@ def test_what_does_not_fit_says_why() -> None:
         "GiB of 44.7 GiB on rank 0 (l40) while decoding: activations 24.0, buffers 15.8" in reason
     )
     assert misfit(memory, [load_gpu("h200")] * 8) is None
+    smaller = misfit(memory, [*[load_gpu("h200")] * 7, load_gpu("a5000")])
+    assert smaller is not None
+    assert "on rank 7 (a5000) while" in smaller
 
 
 def test_unknown_dtype() -> None:
