@@ -48,8 +48,8 @@ class Flow(NamedTuple):
 class Lowered:
     """One call: ``latency_s`` of algorithm steps, then all ``flows`` at once.
 
-    ``measured`` names the source of the table whose time the call takes when alone (fixed cost
-    included); None where the model holds.
+    ``measured`` names the source of the table whose time the call takes when alone; None where the
+    model holds. What the framework adds to a call is in neither (``Costs.transfer_fixed_s``).
     """
 
     latency_s: float

@@ -51,8 +51,8 @@ CEILING_SPREAD = (0.85, 1.18)
 is 0.72 (A100), 0.76 (L40S), 0.93 (A5000), 1.00 (RTX 4090)."""
 
 COLLECTIVE_HOST_S = {"eager": 40e-6, "compiled": 40e-6, "cuda-graph": 2e-6}
-"""Host time to issue a collective or a batch of P2Ps through torch.distributed: at least 40 us beyond
-the raw NCCL call (PEERS 5.3); recorded in a graph, a node."""
+"""Host time to issue a collective or a batch of P2Ps through torch.distributed: an assumption (20 to
+80 us are seen from Python to the enqueued kernel); recorded in a graph, a node."""
 GRAPH_LAUNCH_NODES = 10
 """Launching a whole CUDA graph costs the host about as much as ten of its nodes (1 us each) cost the
 device; an assumption. The nodes' own cost is in the kernel floor, which was measured inside graphs."""
@@ -163,7 +163,7 @@ def chip_of(gpu: Gpu, dtype: str, attention_kernel: str = "auto") -> Chip:
         memory_bytes_per_s=gpu.memory_bandwidth.value,
         l2_bytes=gpu.l2.value,
         floor_s=gpu.kernel_floor.value,
-        attention=seen.value / gpu.matmul.bf16.value,
+        attention=seen.value / gpu.matmul.half,
         attention_dim=seen.head_dim,
         ideal=gpu.kernel_floor.value == 0,
     )
