@@ -12,7 +12,8 @@ Decides routes and rates; knows nothing of collectives, streams or ops. The mode
 - A transfer that is not NVLink all the way, on a box without GPU peer-to-peer, is staged: one DMA
   writes it to host memory, another reads it back. It takes twice its rate from ``host_memory``
   (stored once, loaded once) of each node it touches and pays the latency of the route twice, once
-  per copy; the copies are pipelined, so the links are crossed once.
+  per copy; the copies are pipelined, so the links are crossed once. Where a node says what its
+  memory hangs on, the route goes up to there: a PCIe switch below cannot turn the transfer around.
 - Latency is paid at the end of a route and occupies nothing.
 """
 
@@ -184,20 +185,43 @@ class Network:
         return share
 
     def _new_route(self, source: int, destination: int) -> Route:
-        path = self._path(self.topology.gpus[source], self.topology.gpus[destination])
-        links = [self._links[a][b] for a, b in pairwise(path)]
+        gpus = self.topology.gpus
+        path = self._path(gpus[source], gpus[destination])[2]
+        staged = not self.topology.peer_to_peer and not all(k.is_nvlink for k in self._along(path))
+        if staged:
+            path = self._staged_path(source, destination)
+        links = self._along(path)
         latency_s = sum(link.latency_s for link in links)
         usage: dict[int, float] = {}
         for link, a in zip(links, path, strict=False):
-            usage[self._index[_direction(link, a)]] = 1.0
-        staged = not self.topology.peer_to_peer and not all(link.is_nvlink for link in links)
+            resource = self._index[_direction(link, a)]
+            usage[resource] = usage.get(resource, 0.0) + 1.0
         if staged:
             latency_s *= 2
             for device in (source, destination):
                 usage[self._index[f"{self.topology.node_of(device).name}.memory"]] = 2.0
         return Route(len(self._by_id), tuple(sorted(usage.items())), latency_s, path, staged)
 
-    def _path(self, source: str, destination: str) -> tuple[str, ...]:
+    def _along(self, path: Sequence[str]) -> list[Link]:
+        return [self._links[a][b] for a, b in pairwise(path)]
+
+    def _staged_path(self, source: int, destination: int) -> tuple[str, ...]:
+        """The best path through host memory of the source's node, and of the destination's where
+        that is another. Direct where the nodes do not say what their memory hangs on."""
+        here, there = self.topology.node_of(source), self.topology.node_of(destination)
+        ends = self.topology.gpus[source], self.topology.gpus[destination]
+        stops: list[tuple[str, ...]] = [()]
+        for node in dict.fromkeys((here, there)):
+            if node.memory_at:
+                stops = [(*before, at) for before in stops for at in node.memory_at]
+        routes = []
+        for between in stops:
+            legs = [self._path(a, b) for a, b in pairwise((ends[0], *between, ends[1]))]
+            path = (ends[0], *(vertex for leg in legs for vertex in leg[2][1:]))
+            routes.append((sum(leg[0] for leg in legs), sum(leg[1] for leg in legs), path))
+        return min(routes)[2]
+
+    def _path(self, source: str, destination: str) -> tuple[int, float, tuple[str, ...]]:
         """Dijkstra over (GPUs passed through, time of a routing message, names of the path)."""
         gpus = set(self.topology.gpus)
         heap: list[tuple[int, float, tuple[str, ...]]] = [(0, 0.0, (source,))]
@@ -206,7 +230,7 @@ class Network:
             transits, cost, path = heapq.heappop(heap)
             here = path[-1]
             if here == destination:
-                return path
+                return transits, cost, path
             if here in done:
                 continue
             done.add(here)

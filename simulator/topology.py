@@ -60,6 +60,9 @@ class Node:
     name: str
     gpus: tuple[str, ...]
     host_memory_bytes_per_s: float = math.inf
+    memory_at: tuple[str, ...] = ()
+    """Switches that host memory hangs on (root complexes, sockets): staged transfers pass one of
+    them. Empty: not known, they go the direct way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +124,8 @@ class Topology:
         known = {*self.gpus, *self.switches}
         if stray := [end for link in self.links for end in (link.a, link.b) if end not in known]:
             raise ValueError(f"link to {stray[0]!r}, which is neither GPU nor switch")
+        if stray := [at for node in self.nodes for at in node.memory_at if at not in self.switches]:
+            raise ValueError(f"memory at {stray[0]!r}, which is not a switch")
 
     def graph(self) -> nx.Graph:
         """Vertices with ``kind`` ("gpu", "switch"), edges with their ``link``."""
@@ -183,13 +188,14 @@ class Topology:
 
 # The YAML form.
 
-_RANGE = re.compile(r"([A-Za-z_][\w-]*?)(\d+)\.\.\1(\d+)", re.ASCII)
+_RANGE = re.compile(r"([A-Za-z_][\w-]*?)(\d+)\.\.\1(\d+)(?:/([1-9]\d*))?", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 MAX_GPUS = 1024
 
 
 def expand(text: str) -> tuple[str, ...]:
-    """``gpu0..gpu3`` as its names in order; any other name as itself. ValueError if malformed."""
+    """``gpu0..gpu3`` as its names in order, ``nic0..nic56/8`` as every eighth; any other name as
+    itself. ValueError if malformed."""
     found = _RANGE.fullmatch(text)
     if found is None:
         if ".." in text or not _NAME.fullmatch(text):
@@ -198,7 +204,7 @@ def expand(text: str) -> tuple[str, ...]:
     first, last = int(found[2]), int(found[3])
     if not 0 <= last - first < MAX_GPUS:
         raise ValueError(f"not a range ({text!r}), allowed: ascending, {MAX_GPUS} names at most")
-    return tuple(f"{found[1]}{i}" for i in range(first, last + 1))
+    return tuple(f"{found[1]}{i}" for i in range(first, last + 1, int(found[4] or 1)))
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -220,17 +226,50 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 GpuEntry = Annotated[tuple[tuple[str, str | None], ...], BeforeValidator(_gpu_entry)]
 
 
-class NodeFile(Strict):
-    """One machine."""
+def _check_runs(longer: int, shorter: int, at: Path_) -> None:
+    """Names are dealt out in runs of equal length, one run for each name of the shorter range."""
+    if longer % shorter:
+        lengths = f"{longer} and {shorter} names"
+        raise problem("uneven ranges", lengths, "the longer a multiple of the shorter", at)
 
-    name: str
+
+class NodeFile(Strict):
+    """One machine, or as many as ``name`` has names, each with its run of the GPUs."""
+
+    name: Names
     gpus: tuple[GpuEntry, ...] = Field(min_length=1)
     host_memory: BytesPerSecond | None = None
+    memory_at: tuple[Names, ...] = ()
     source: str = ""
+
+    @model_validator(mode="after")
+    def _even(self) -> NodeFile:
+        _check_runs(sum(map(len, self.gpus)), len(self.name), ("gpus",))
+        _check_runs(sum(map(len, self.memory_at)), len(self.name), ("memory_at",))
+        return self
+
+    def nodes(self) -> Iterator[Node]:
+        """The machines."""
+        gpus = [name for entry in self.gpus for name, _ in entry]
+        at = [name for names in self.memory_at for name in names]
+        count = len(self.name)
+        for i, name in enumerate(self.name):
+            yield Node(
+                name=name,
+                gpus=_run(gpus, i, count),
+                host_memory_bytes_per_s=self.host_memory or math.inf,
+                memory_at=_run(at, i, count),
+            )
+
+
+def _run(names: Sequence[str], i: int, count: int) -> tuple[str, ...]:
+    """Run number ``i`` of ``count`` equal ones."""
+    return tuple(names[i * len(names) // count : (i + 1) * len(names) // count])
 
 
 class LinkFile(Strict):
-    """Cables: one where both ends are single, one from each name of a range otherwise."""
+    """Cables, as many as the longer end has names: its names are dealt out in equal runs, one run
+    for each name of the other end."""
 
     ends: tuple[Names, Names]
     kind: str
@@ -240,9 +279,9 @@ class LinkFile(Strict):
     source: str = ""
 
     @model_validator(mode="after")
-    def _one_range(self) -> LinkFile:
-        if min(len(self.ends[0]), len(self.ends[1])) > 1:
-            raise problem("two ranges", allowed="a range at one end only", at=("ends",))
+    def _even(self) -> LinkFile:
+        shorter, longer = sorted(map(len, self.ends))
+        _check_runs(longer, shorter, ("ends",))
         return self
 
 
@@ -279,6 +318,7 @@ class TopologyFile(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> TopologyFile:
         _check_names(self)
+        _check_memory_at(self)
         _check_links(self)
         _check_connected(self)
         _check_profiles(self)
@@ -300,26 +340,19 @@ class TopologyFile(Strict):
     def cables(self) -> Iterator[tuple[str, str, int]]:
         """Both ends of every cable and the index of its entry in ``links``."""
         for i, link in enumerate(self.links):
-            for a in link.ends[0]:
-                for b in link.ends[1]:
-                    yield a, b, i
+            left, right = link.ends
+            count = max(len(left), len(right))
+            for k in range(count):
+                yield left[k * len(left) // count], right[k * len(right) // count], i
 
     def topology(self) -> Topology:
         """As the program uses it."""
         entries = tuple(self.gpu_entries())
-        nodes = tuple(
-            Node(
-                name=node.name,
-                gpus=tuple(name for entry in node.gpus for name, _ in entry),
-                host_memory_bytes_per_s=node.host_memory or math.inf,
-            )
-            for node in self.nodes
-        )
         return Topology(
             name=self.name,
             gpus=tuple(name for name, _, _ in entries),
             profiles=tuple(profile for _, profile, _ in entries),
-            nodes=nodes,
+            nodes=tuple(node for entry in self.nodes for node in entry.nodes()),
             switches=tuple(name for names in self.switches for name in names),
             links=tuple(self._link(a, b, self.links[i]) for a, b, i in self.cables()),
             peer_to_peer=self.peer_to_peer,
@@ -355,7 +388,7 @@ def _table(entry: CollectiveFile) -> CollectiveTable:
 def _check_names(file: TopologyFile) -> None:
     seen: set[str] = set()
     named: list[tuple[str, Path_]] = []
-    named += [(node.name, ("nodes", i, "name")) for i, node in enumerate(file.nodes)]
+    named += [(n, ("nodes", i, "name")) for i, node in enumerate(file.nodes) for n in node.name]
     named += [(name, place) for name, _, place in file.gpu_entries()]
     named += [(n, ("switches", i)) for i, names in enumerate(file.switches) for n in names]
     if len(named) > 2 * MAX_GPUS:
@@ -364,6 +397,16 @@ def _check_names(file: TopologyFile) -> None:
         if name in seen:
             raise problem("duplicate name", name, "each name once", place)
         seen.add(name)
+
+
+def _check_memory_at(file: TopologyFile) -> None:
+    switches = [name for names in file.switches for name in names]
+    for i, node in enumerate(file.nodes):
+        for j, names in enumerate(node.memory_at):
+            for name in names:
+                if name not in switches:
+                    at: Path_ = ("nodes", i, "memory_at", j)
+                    raise problem("unknown switch", name, switches, at)
 
 
 def _check_links(file: TopologyFile) -> None:

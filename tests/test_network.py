@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -101,6 +102,35 @@ class TestFinishTimes:
 
 
 class TestHostMemory:
+    @pytest.mark.parametrize(
+        ("staged", "duplex", "flows", "seconds"),
+        [
+            (False, "full", [Flow(0, 1, 3)], 1.5),  # the switch turns it around at 2 B/s
+            (True, "full", [Flow(0, 1, 3)], 3.0),  # up and down its uplink of 1 B/s each way
+            (True, "full", [Flow(0, 1, 3), Flow(1, 0, 3)], 6.0),  # two share each way
+            (True, "half", [Flow(0, 1, 3)], 6.0),  # up and down take from the same 1 B/s
+            (True, "full", [Flow(0, 2, 3)], 3.0),  # to the other switch: up one, down the other
+        ],
+    )
+    def test_a_switch_below_the_root_complex_cannot_turn_a_staged_transfer_around(
+        self, staged: bool, duplex: Any, flows: list[Flow], seconds: float
+    ) -> None:
+        """gpu0, gpu1 at 2 B/s on plx0, gpu2 on plx1; both switches at 1 B/s on the root complex."""
+        ends = [("gpu0", "plx0"), ("gpu1", "plx0"), ("gpu2", "plx1")]
+        links = [link(a, b, 2.0, kind="pcie") for a, b in ends]
+        links += [link(f"plx{i}", "rc0", kind="pcie", duplex=duplex) for i in (0, 1)]
+        plain = box(links, gpus=3, switches=("plx0", "plx1", "rc0"), peer_to_peer=not staged)
+        node = Node(name="host", gpus=plain.gpus, memory_at=("rc0",))
+        assert simulate_flows(replace(plain, nodes=(node,)), flows) == (seconds,) * len(flows)
+
+    def test_the_nearer_root_complex_is_taken(self) -> None:
+        two = two_sockets(peer_to_peer=False)
+        node = replace(two.nodes[0], memory_at=("rc0", "rc1"))
+        network = Network(replace(two, nodes=(node,)))
+        assert network.route(0, 1).path == ("gpu0", "rc0", "gpu1")
+        assert network.route(3, 2).path == ("gpu3", "rc1", "gpu2")
+        assert network.route(0, 3).path == ("gpu0", "rc0", "rc1", "gpu3")
+
     def test_staged_transfer(self) -> None:
         # Host memory of 1 B/s is written and read: 1/2 B/s. Two copies pay the 0.5 s each.
         staged = two_sockets(peer_to_peer=False, host_memory=1.0)

@@ -3,6 +3,7 @@
 
 import math
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,45 @@ def test_a_file_becomes_hardware(tmp_path: Path) -> None:
     assert sorted(topology.graph().neighbors("rc0")) == ["gpu0", "gpu1", "rc1"]
 
 
+COMPACT = """\
+name: rails
+gpu: unit
+nodes:
+  - {name: host0..host1, gpus: [gpu0..gpu3], memory_at: [rc0..rc1]}
+peer_to_peer: true
+switches: [nvswitch0..nvswitch1, nic0..nic3, rail0..rail1, rc0..rc1]
+links:
+  - {ends: [gpu0..gpu3, nvswitch0..nvswitch1], kind: nvlink, bandwidth: 4 B/s, latency: 0 s}
+  - {ends: [gpu0..gpu3, nic0..nic3], kind: pcie5-x16, bandwidth: 2 B/s, latency: 0 s}
+  - {ends: [nic0..nic2/2, rail0], kind: ib, bandwidth: 1 B/s, latency: 0 s}
+  - {ends: [nic1..nic3/2, rail1], kind: ib, bandwidth: 1 B/s, latency: 0 s}
+  - {ends: [rc0..rc1, nic0..nic3], kind: pcie5-x16, bandwidth: 2 B/s, latency: 0 s}
+source: a test
+"""
+
+
+def test_many_machines_in_few_lines(tmp_path: Path) -> None:
+    """Two hosts of two GPUs: runs of two to a switch and a root complex, every second NIC a rail."""
+    file = tmp_path / "rails.yaml"
+    file.write_text(COMPACT)
+    box = load_topology(file)
+    assert [(n.name, n.gpus, n.memory_at) for n in box.nodes] == [
+        ("host0", ("gpu0", "gpu1"), ("rc0",)),
+        ("host1", ("gpu2", "gpu3"), ("rc1",)),
+    ]
+    cables = [(link.a, link.b) for link in box.links]
+    assert cables[:4] == [
+        ("gpu0", "nvswitch0"),
+        ("gpu1", "nvswitch0"),
+        ("gpu2", "nvswitch1"),
+        ("gpu3", "nvswitch1"),
+    ]
+    assert cables[4:8] == [(f"gpu{i}", f"nic{i}") for i in range(4)]
+    assert cables[8:12] == [(f"nic{i}", f"rail{i % 2}") for i in (0, 2, 1, 3)]
+    assert cables[12:] == [("rc0", "nic0"), ("rc0", "nic1"), ("rc1", "nic2"), ("rc1", "nic3")]
+    assert Network(box).route(0, 2).path == ("gpu0", "nic0", "rail0", "nic2", "gpu2")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
@@ -77,7 +117,10 @@ def test_a_file_becomes_hardware(tmp_path: Path) -> None:
         ("[rc0, rc1]\n", "[rc0, rc1, @host0]\n", "switches.2: duplicate name ('host0')"),
         ("gpu2..gpu3, rc1", "@gpu2..gpu4, rc1", "links.1.ends.0: link to nowhere ('gpu4'), allowed: gpu3, "),
         ("gpu2..gpu3, rc1", "gpu2..gpu3, @rc2", "links.1.ends.1: link to nowhere ('rc2'), allowed: rc1, "),
-        ("[gpu2..gpu3, rc1", "@[gpu2..gpu3, gpu0..gpu1", "links.1.ends: two ranges, allowed: a range at one end only"),
+        ("[gpu2..gpu3, rc1", "@[gpu0..gpu2, rc0..rc1", "links.1.ends: uneven ranges ('3 and 2 names'), allowed: the longer a multiple of the shorter"),
+        ("name: host0, gpus: [", "name: host0..host2, gpus: @[", "nodes.0.gpus: uneven ranges ('4 and 3 names'), allowed: the longer a multiple of the shorter"),
+        ("host_memory", "memory_at: [@rc2], host_memory", "nodes.0.memory_at.0: unknown switch ('rc2'), allowed: rc1, rc0"),
+        ("[gpu0..gpu3]", "[@gpu0..gpu3/0]", "nodes.0.gpus.0: not a name ('gpu0..gpu3/0')"),
         ("[gpu2..gpu3, rc1", "@[gpu2..gpu3, gpu2", "links.1.ends: link from a vertex to itself ('gpu2, gpu2')"),
         ("source", "  - {ends: @[rc1, rc0], kind: x, bandwidth: 1 B/s, latency: 0 s}\nsource", "links.3.ends: duplicate link ('rc1, rc0')"),
         ("[rc0, rc1], kind", "@[rc0, gpu0], kind", "links.2.ends: duplicate link ('rc0, gpu0')"),
@@ -133,6 +176,10 @@ def test_names_and_ranges() -> None:
         ({"profiles": ("unit",)}, "2 GPUs but 1 profiles"),
         ({"nodes": (Node(name="host0", gpus=("gpu0",)),)}, "each GPU belongs to one node"),
         ({"switches": ()}, "link to 'switch'"),
+        (
+            {"nodes": (Node(name="host0", gpus=("gpu0", "gpu1"), memory_at=("rc",)),)},
+            "memory at 'rc'",
+        ),
     ],
 )
 def test_topologies_built_in_code_are_checked(change: dict[str, object], says: str) -> None:
@@ -256,6 +303,47 @@ class TestShipped:
         used = [network.resources[r].name for r, weight in route.resources if weight == 2]
         assert used == ["host0.memory", "host1.memory"]
 
+    def test_the_catalogue(self) -> None:
+        """The boxes that issue 4 names; two boxes of eight L40 on 100 Gbit/s are pcie8x2."""
+        pcie = "pcie8-l20 pcie4-l20 pcie4-t4 pcie2-3090 pcie4-a100 pcie8x2"
+        nvlink = "nvlink8-a800 nvlink8-h20 nvlink8-h200 nvlink8x8-h100 nvl72"
+        assert {*pcie.split(), *nvlink.split()} <= set(available("topologies"))
+
+    @pytest.mark.parametrize("name", ["nvlink8x8-h100", "nvl72"])
+    def test_big_files_load_at_once(self, name: str) -> None:
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            load_topology(name)
+            seconds.append(time.perf_counter() - start)
+        assert min(seconds) < 0.5
+
+    def test_eight_boxes_on_rails(self) -> None:
+        """Same position: over the rail of that position, two adapters and one switch. Another
+        position: up to the spine. 47 GB/s either way, and 64 pairs on 64 adapters do not disturb
+        one another."""
+        network = Network(load_topology("nvlink8x8-h100"))
+        assert network.route(3, 11).path == (
+            "gpu3", "plx3", "nic3", "rail3", "nic11", "plx11", "gpu11",
+        )  # fmt: skip
+        assert network.route(3, 12).path[3:6] == ("rail3", "spine", "rail4")
+        assert network.route(0, 7).path == ("gpu0", "nvswitch0", "gpu7")
+        shifted = tuple(network.route(i, (i + 8) % 64).id for i in range(64))
+        assert network.rates(shifted) == (47e9,) * 64
+
+    def test_four_l20_share_the_uplink_of_their_switch(self) -> None:
+        """0->1->2->3->0 without peer-to-peer: four flows up and four down 26 GB/s, 6.5 each."""
+        network = Network(load_topology("pcie8-l20"))
+        up = ("gpu0", "plx0", "rc0", "socket0", "rc0", "plx0", "gpu1")
+        assert network.route(0, 1).path == up
+        ring = tuple(network.route(i, (i + 1) % 4).id for i in range(4))
+        assert network.rates(ring) == pytest.approx([6.5e9] * 4)
+
+    def test_peers_turn_around_below_the_root_complex(self) -> None:
+        network = Network(load_topology("pcie4-a100"))
+        assert network.route(0, 1).path == ("gpu0", "plx0", "gpu1")
+        assert not network.route(0, 3).staged
+
     def test_bridged_pairs(self) -> None:
         network = Network(load_topology("pcie4-a5000"))
         assert network.route(2, 3).path == ("gpu2", "gpu3")
@@ -279,7 +367,7 @@ class TestShipped:
         if gpu.price_per_hour is not None:
             assert re.search("snapshot|date not stated", gpu.price_per_hour.source)
 
-    def test_the_catalogue(self) -> None:
+    def test_the_gpus_of_the_catalogue(self) -> None:
         """The GPUs that issue 4 names, besides those of the first plan."""
         older = "t4 v100 rtx2080ti rtx3090 rtx4090 a10 a6000 l4 l20 l40s"
         newer = "a100-40g a100-80g-pcie a800 h20 h100-pcie h800 b200 gb200"
