@@ -204,11 +204,15 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         # transformers: 44 + 16 + 1 = 61 and 44 + 3 + 3 + 1 = 51.
         ("sdxl", 70, 46, 39),
         ("sd21", 16, 61, 51),
+        ("sd15", 16, 61, 51),
         # One attention per block; no convolution and no GroupNorm.
         ("pixart-alpha", 28, 0, 0),
         ("sd3-medium", 24, 0, 0),
+        ("sd3.5-large", 38, 0, 0),
         ("flux1-dev", 19 + 38, 0, 0),
+        ("flux1-schnell", 19 + 38, 0, 0),
         ("cogvideox-2b", 30, 0, 0),
+        ("cogvideox-5b", 42, 0, 0),
     ],
 )
 def test_exchange_points(name: str, kv: int, moments: int, halo: int) -> None:
@@ -253,6 +257,7 @@ def test_what_distrifusion_publishes(size: int, n: int, attention: str, convolut
         # whole output tuple (a down block's hidden state twice), cut blocks in pieces.
         ("sdxl", {2: 257, 3: 257, 4: 276}),
         ("sd21", {2: 146, 3: 128, 4: 187}),
+        ("sd15", {2: 65, 3: 73, 4: 65}),
     ],
 )
 def test_what_asyncdiff_broadcasts(name: str, megabytes: dict[int, int]) -> None:

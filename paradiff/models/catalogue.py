@@ -7,7 +7,7 @@ defaults only. Nothing is fetched: parameter counts, checked in the tests, say t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from paradiff.models import stages
@@ -48,7 +48,7 @@ def _geometry(
     return Geometry(channels, scale, temporal_scale, row_multiple, text_tokens, guidance)
 
 
-CATALOGUE: Mapping[str, Entry] = {
+_FIRST: Mapping[str, Entry] = {
     "sdxl": Entry(
         class_name="UNet2DConditionModel",
         config={
@@ -264,6 +264,88 @@ CATALOGUE: Mapping[str, Entry] = {
         text_mode="patch0_frozen",
     ),
 }
+
+CATALOGUE: Mapping[str, Entry] = {
+    **_FIRST,
+    "sd15": replace(
+        _FIRST["sd21"],
+        config={"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+        size=(512, 512, 1, 50),
+        text=(("text_encoder", "clip-l", stages.call_text, None),),
+        scheduler="sd15",
+        asyncdiff={
+            2: {
+                "": 1,
+                "conv_in": 0,
+                "down_blocks": 0,
+                "mid_block": 0,
+                "up_blocks.0": 0,
+                "up_blocks.1.resnets.0": 0,
+                "up_blocks.1.attentions.0": 0,
+                "up_blocks.1.resnets.1": 0,
+            },
+            3: {
+                "": 2,
+                "conv_in": 0,
+                "down_blocks": 0,
+                "mid_block": 1,
+                "up_blocks.0": 1,
+                "up_blocks.1": 1,
+                "up_blocks.2": 1,
+                "up_blocks.2.attentions.2": 2,
+                "up_blocks.2.upsamplers": 2,
+            },
+            4: {
+                "": 3,
+                "conv_in": 0,
+                "down_blocks.0": 0,
+                "down_blocks.1": 0,
+                "down_blocks.2": 1,
+                "down_blocks.3": 1,
+                "mid_block": 1,
+                "up_blocks.0": 1,
+                "up_blocks.1": 2,
+                "up_blocks.1.resnets.0": 1,
+                "up_blocks.1.attentions.0": 1,
+                "up_blocks.1.resnets.1": 1,
+                "up_blocks.2": 2,
+            },
+        },
+    ),
+    "svd-xt": replace(
+        _FIRST["svd"],
+        config={**_FIRST["svd"].config, "num_frames": 25},
+        size=(576, 1024, 25, 50),
+    ),
+    "sd3.5-large": replace(
+        _FIRST["sd3-medium"],
+        config={
+            "sample_size": 128,
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+    ),
+    "flux1-schnell": replace(
+        _FIRST["flux1-dev"],
+        config={},
+        geometry=_geometry(16, 2, 256, guidance="none"),
+        size=(1024, 1024, 1, 4),
+        scheduler="flux-schnell",
+    ),
+    "cogvideox-5b": replace(
+        _FIRST["cogvideox-2b"],
+        config={
+            "num_attention_heads": 48,
+            "num_layers": 42,
+            "use_rotary_positional_embeddings": True,
+        },
+        scheduler="cogvideox-5b",
+    ),
+}
+"""The first models, then those that differ from one of them in few values, then the others."""
 
 
 # ------------------------------------------------------------------------------------------ probes

@@ -163,6 +163,14 @@ VAES: Mapping[str, tuple[str, Config]] = {
 """Name -> (class, arguments), all of diffusers."""
 
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_COGVIDEOX: Config = {
+    **_SD_BETAS,
+    "clip_sample": False,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "snr_shift_scale": 3.0,
+    "timestep_spacing": "trailing",
+}
 
 SCHEDULERS: Mapping[str, tuple[str, Config]] = {
     "sdxl": (
@@ -178,6 +186,10 @@ SCHEDULERS: Mapping[str, tuple[str, Config]] = {
             "steps_offset": 1,
             "prediction_type": "v_prediction",
         },
+    ),
+    "sd15": (
+        "PNDMScheduler",
+        {**_SD_BETAS, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1},
     ),
     "svd": (
         "EulerDiscreteScheduler",
@@ -208,16 +220,8 @@ SCHEDULERS: Mapping[str, tuple[str, Config]] = {
     ),
     "sd3": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     "flux": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
-    "cogvideox": (
-        "CogVideoXDDIMScheduler",
-        {
-            **_SD_BETAS,
-            "clip_sample": False,
-            "prediction_type": "v_prediction",
-            "rescale_betas_zero_snr": True,
-            "snr_shift_scale": 3.0,
-            "timestep_spacing": "trailing",
-        },
-    ),
+    "flux-schnell": ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0}),
+    "cogvideox": ("CogVideoXDDIMScheduler", _COGVIDEOX),
+    "cogvideox-5b": ("CogVideoXDDIMScheduler", {**_COGVIDEOX, "snr_shift_scale": 1.0}),
 }
 """Name -> (class, arguments), all of diffusers."""

@@ -292,7 +292,9 @@ def _read_config(file: Path) -> dict[str, Any]:
 def _template(class_name: str, config: Config) -> str:
     """The catalogue model whose encoders, VAE and scheduler stand in."""
     if class_name == "UNet2DConditionModel":
-        return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd21"
+        if config.get("addition_embed_type") == "text_time":
+            return "sdxl"
+        return "sd15" if config.get("cross_attention_dim") == 768 else "sd21"
     return next(name for name, entry in CATALOGUE.items() if entry.class_name == class_name)
 
 
