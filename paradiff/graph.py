@@ -71,12 +71,17 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Storage of ``nbytes`` on one rank. Its id ends in ``@r<rank>``."""
+    """Storage of ``nbytes`` on one rank. Its id ends in ``@r<rank>``.
+
+    ``points``: the exchange points (segment indices) whose tensors it packs, in this order; part p of
+    it is point p. Empty where a buffer holds one thing: what lies at the end of the op that writes it.
+    """
 
     id: str
     rank: int
     nbytes: int
     kind: BufferKind
+    points: tuple[int, ...] = ()
 
 
 class Ref(NamedTuple):
@@ -103,7 +108,12 @@ class Ref(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One vertex. ``nbytes`` is the payload in the convention of its call (``traffic``)."""
+    """One vertex. ``nbytes`` is the payload in the convention of its call (``traffic``).
+
+    ``tags`` tell the executor what costs do not depend on: which latent rows (``rows=8-16``), which
+    guidance ``branch``, which ``replica``, how ``moments`` mix, how far ahead the ``timestep`` is.
+    Neither names nor values hold any of `` ,;=``.
+    """
 
     name: str
     kind: OpKind
@@ -115,6 +125,7 @@ class Op:
     step: int | None = None
     work: Work | None = None
     nbytes: int = 0
+    tags: tuple[tuple[str, str], ...] = ()
 
     def id_at(self, base: int) -> str:
         """Unique id: ``t007/<name>`` inside the denoising loop, the bare name outside."""
@@ -439,7 +450,7 @@ class ScheduleGraph:
         yield f"world {self.world_size}"
         yield f"meta {json.dumps(dict(self.meta), sort_keys=True)}"
         for b in self.buffers:
-            yield f"buffer {b.id} {b.nbytes} {b.kind}"
+            yield _buffer_text(b)
         for s in self.sections:
             yield f"section {s.name} first={s.first} count={s.count} stride={s.stride}"
             yield from map(_op_text, s.ops)
@@ -452,7 +463,7 @@ class ScheduleGraph:
         """SHA-256 of the unrolled text without ``meta``: what all ranks compare before they start."""
         digest = hashlib.sha256(f"world {self.world_size}\n".encode())
         for b in sorted(self.buffers, key=lambda b: b.id):
-            digest.update(f"buffer {b.id} {b.nbytes} {b.kind}\n".encode())
+            digest.update(f"{_buffer_text(b)}\n".encode())
         for instance in self.instances():
             digest.update(_op_text(absolute(instance)).encode() + b"\n")
         return digest.hexdigest()
@@ -556,6 +567,11 @@ def _ref_text(ref: Ref) -> str:
     return f"{ref.buffer}{part}#{version}{f'.{ref.sub}' if ref.sub else ''}"
 
 
+def _buffer_text(b: Buffer) -> str:
+    points = f" {','.join(map(str, b.points))}" if b.points else ""
+    return f"buffer {b.id} {b.nbytes} {b.kind}{points}"
+
+
 def _op_text(op: Op) -> str:
     fields = [
         "op",
@@ -572,6 +588,8 @@ def _op_text(op: Op) -> str:
     if op.work is not None:
         ranges = ",".join(f"{lo}:{hi}" for lo, hi in op.work.ranges)
         fields.append(f"work={op.work.stage}[{ranges}]{{{','.join(map(str, op.work.shape))}}}")
+    if op.tags:
+        fields.append(f"tags={';'.join(f'{name}={value}' for name, value in op.tags)}")
     return " ".join(fields)
 
 
@@ -610,7 +628,21 @@ def _parse_op(fields: list[str]) -> Op:
         step=None if step == "-" else int(step),
         work=work,
         nbytes=int(values["bytes"]),
+        tags=tuple(_parse_tag(t) for t in values.get("tags", "").split(";") if t),
     )
+
+
+def _parse_tag(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    return name, value
+
+
+def _parse_buffer(fields: list[str]) -> Buffer:
+    name, nbytes, kind, *points = fields
+    if kind not in get_args(BufferKind):
+        raise ValueError(f"kind {kind!r}, one of {', '.join(get_args(BufferKind))}")
+    packed = tuple(int(p) for text in points for p in text.split(","))
+    return Buffer(name, int(name.rpartition("@r")[2]), int(nbytes), kind, packed)  # type: ignore[arg-type]
 
 
 def parse_graph(text: str) -> ScheduleGraph:
@@ -629,11 +661,7 @@ def parse_graph(text: str) -> ScheduleGraph:
             elif word == "meta":
                 meta = json.loads(rest)
             elif word == "buffer":
-                name, nbytes, kind = rest.split(" ")
-                if kind not in get_args(BufferKind):
-                    raise ValueError(f"kind {kind!r}, one of {', '.join(get_args(BufferKind))}")
-                rank = int(name.rpartition("@r")[2])
-                buffers.append(Buffer(name, rank, int(nbytes), kind))  # type: ignore[arg-type]
+                buffers.append(_parse_buffer(rest.split(" ")))
             elif word == "section":
                 name, *numbers = rest.split(" ")
                 first, count, stride = (int(n.partition("=")[2]) for n in numbers)

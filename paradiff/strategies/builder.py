@@ -15,6 +15,7 @@ from paradiff.graph import Buffer, BufferKind, Op, OpKind, Ref, ScheduleGraph, S
 from paradiff.profiles import Expr, Profile, Stage
 
 DTYPE_BYTES: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+Tags = tuple[tuple[str, str], ...]
 MOMENT_BYTES = 4
 """GroupNorm moments travel in float32: E[x^2] overflows fp16 (STRATEGIES 10.2)."""
 
@@ -85,6 +86,7 @@ class Mesh:
                         tuple(self.rank(dp, cfg, pp, sp) for sp in range(self.sp))
                         for pp in range(self.pp)
                     ),
+                    replica=dp,
                 )
                 for cfg in range(self.cfg)
             )
@@ -92,14 +94,24 @@ class Mesh:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """The ranks that evaluate one guidance branch: ``groups[pp][sp]``."""
+    """The ranks that evaluate one guidance branch of one request: ``groups[pp][sp]``."""
 
     branch: str
     groups: tuple[tuple[int, ...], ...]
+    replica: int = 0
 
     @property
     def ranks(self) -> tuple[int, ...]:
         return tuple(rank for group in self.groups for rank in group)
+
+    def tags(self, *spans: tuple[int, int]) -> Tags:
+        """Tags of a forward over latent rows [first, last) of each span."""
+        return (("branch", self.branch), ("rows", "+".join(f"{a}-{b}" for a, b in spans)))
+
+
+def strip(rows: int, degree: int, i: int) -> tuple[int, int]:
+    """Rows of strip i of ``degree`` equal strips."""
+    return i * rows // degree, (i + 1) * rows // degree
 
 
 @dataclass
@@ -181,12 +193,19 @@ class Builder:
             self._sections.append(Section(name, first, count, stride, tuple(self._ops)))
         self._ops = None
 
-    def buffer(self, name: str, rank: int, nbytes: int, kind: BufferKind) -> str:
+    def buffer(
+        self,
+        name: str,
+        rank: int,
+        nbytes: int,
+        kind: BufferKind,
+        points: Sequence[int] = (),
+    ) -> str:
         """Id of buffer ``name`` on ``rank``, declared at first use, as large as its largest use."""
         key = f"{name}@r{rank}"
         known = self._buffers.get(key)
         if known is None or known.nbytes < nbytes:
-            self._buffers[key] = Buffer(key, rank, nbytes, kind)
+            self._buffers[key] = Buffer(key, rank, nbytes, kind, tuple(points))
         return key
 
     def emit(
@@ -202,6 +221,7 @@ class Builder:
         step: int | None = 0,
         work: Work | None = None,
         nbytes: int = 0,
+        tags: Tags = (),
     ) -> None:
         """Append an op to the section in hand."""
         assert self._ops is not None, "emit inside a section"
@@ -217,6 +237,7 @@ class Builder:
                 step=step,
                 work=work,
                 nbytes=nbytes,
+                tags=tags,
             )
         )
 
@@ -232,6 +253,7 @@ class Builder:
         writes: Iterable[Ref] = (),
         step: int | None = 0,
         call: str | None = None,
+        tags: Tags = (),
     ) -> None:
         """A compute op on ``rank``: the whole stage, or the given segment ranges of it."""
         whole = ((0, len(self.profile.stages[stage].segments)),)
@@ -245,6 +267,7 @@ class Builder:
             writes=writes,
             step=step,
             work=Work(stage, ranges or whole, shape),
+            tags=tags,
         )
 
     def collective(
@@ -315,20 +338,29 @@ class Builder:
         per_step = ("scheduler", "guidance")
         return [n for n in (names[:at] if before else names[at + 1 :]) if n not in per_step]
 
-    def encode(self, ranks: Sequence[int], parts: int | None = None) -> None:
+    def encode(
+        self,
+        ranks: Sequence[int],
+        spans: Callable[[int], Sequence[tuple[int, int]]] | None = None,
+    ) -> None:
         """Text encoders and the initial noise, on every rank (each rank owns a whole pipeline).
 
-        ``parts`` splits the latent buffer, where later steps read it patch by patch.
+        ``spans`` splits the latent buffer, where later steps read it patch by patch: rank -> the rows
+        of each part that the rank has to do with.
         """
         shape = self.shape(self.rows, batch=self.workload.batch * self.branches)
-        splits = [None] if parts is None else range(parts)
+        world = max(len(ranks), self.mesh.size)
         with self.section("encode", 0):
             for rank in ranks:
                 for stage in self.stages(before=True):
                     self.compute(stage, rank, stage, shape, step=None)
-                for name, writes in (
-                    ("text", [self.text(rank)]),
-                    ("noise", [self.x(rank, part=p) for p in splits]),
+                replica = (("replica", str(rank * self.mesh.dp // world)),)
+                rows = [(0, self.rows)] if spans is None else spans(rank)
+                whole = [None] if spans is None else range(len(rows))
+                tag = ("rows", "+".join(f"{a}-{b}" for a, b in rows))
+                for name, writes, tags in (
+                    ("text", [self.text(rank)], replica),
+                    ("noise", [self.x(rank, part=p) for p in whole], (*replica, tag)),
                 ):
                     self.emit(
                         f"{name}@r{rank}",
@@ -338,6 +370,7 @@ class Builder:
                         "compute",
                         writes=writes,
                         step=None,
+                        tags=tags,
                     )
 
     def decode(self, rank: int, reads: Sequence[Ref]) -> None:
@@ -421,6 +454,7 @@ class Forward:
     shapes: Sequence[Shape]
     lo: int
     hi: int
+    tags: Sequence[Tags]
     tag: str = ""
     step: int = 0
     _reads: dict[int, list[Ref]] = field(default_factory=dict)
@@ -455,7 +489,7 @@ class Forward:
             assert not writes, "nothing to compute that could write"
             return
         name = self.build.denoiser.segments[self._at].name
-        for rank, shape in zip(self.ranks, self.shapes, strict=True):
+        for rank, shape, tags in zip(self.ranks, self.shapes, self.tags, strict=True):
             self.build.compute(
                 f"{name}{self.tag}",
                 rank,
@@ -466,6 +500,7 @@ class Forward:
                 writes=(writes or {}).get(rank, ()),
                 step=self.step,
                 call="forward",
+                tags=tags,
             )
         self._at = stop
         while self._then:

@@ -64,11 +64,13 @@ class Buckets:
         return last if last > 0 and len(self.members[last]) < self.size else None
 
     def own(self, q: int, rank: int, step: int = 0, part: int | None = None) -> Ref:
-        return Ref(self.build.buffer(f"own.{q}", rank, self.nbytes[q], "slots"), step, part)
+        key = self.build.buffer(f"own.{q}", rank, self.nbytes[q], "slots", self.members[q])
+        return Ref(key, step, part)
 
     def slots(self, q: int, rank: int, step: int = 0, part: int | None = None) -> Ref:
         size = (self.build.mesh.pp - 1) * self.nbytes[q]
-        return Ref(self.build.buffer(f"slots.{q}", rank, size, "slots"), step, part)
+        key = self.build.buffer(f"slots.{q}", rank, size, "slots", self.members[q])
+        return Ref(key, step, part)
 
     def place(self, ranks: Sequence[int], at: int) -> tuple[list[Ref], list[Ref]] | None:
         """Where a synchronous step keeps what is published at ``at``."""
@@ -152,18 +154,19 @@ class Neighbours:
 
     def own(self, at: int) -> list[Ref]:
         size = self.nbytes(at)
-        return [Ref(self.build.buffer(f"kv.{at}", r, size, "kv"), 0) for r in self.ranks]
+        return [Ref(self.build.buffer(f"kv.{at}", r, size, "kv", [at]), 0) for r in self.ranks]
 
     def gathered(self, at: int, step: int = 0) -> list[Ref]:
         """K and V of all other strips, as a synchronous step gathers them."""
         size = (len(self.ranks) - 1) * self.nbytes(at)
-        return [Ref(self.build.buffer(f"warm.{at}", r, size, "kv"), step) for r in self.ranks]
+        return [Ref(self.build.buffer(f"warm.{at}", r, size, "kv", [at]), step) for r in self.ranks]
 
     def received(self, at: int, i: int, step: int) -> list[Ref]:
         """What strip i holds of its neighbours' K and V (two messages inside, one at the ends)."""
         sides = (["prev"] if i > 0 else []) + (["next"] if i < len(self.ranks) - 1 else [])
         size = self.message(at)
-        return [Ref(self.build.buffer(f"{s}.{at}", self.ranks[i], size, "kv"), step) for s in sides]
+        keys = [self.build.buffer(f"{s}.{at}", self.ranks[i], size, "kv", [at]) for s in sides]
+        return [Ref(key, step) for key in keys]
 
     def place(self, at: int) -> tuple[list[Ref], list[Ref]]:
         return self.own(at), self.gathered(at)
@@ -290,12 +293,17 @@ def _displaced(build: Builder, options: Options, name: str, bucket: str) -> None
     buckets = Buckets(build, shapes, tuple(kinds), int(options.get("bucket", bucket)))
     portion = float(options.get("portion", "0.3"))
     stale_shapes = strip_shapes(build, visible_rows(build, portion)) if partial else shapes
+    stale_tags = (("moments", "corrected"),) if mode == MODES[0] else ()
+    if partial:
+        stale_tags = (*stale_tags, ("portion", str(portion)))
     build.encode(range(build.mesh.size))
     for phase, first, count in phases(steps, sync):
         with build.section(phase, first, count):
             for lanes in build.mesh.replicas():
                 for lane in lanes:
-                    strips = Strips(build, lane, shapes if phase == "sync" else stale_shapes)
+                    strips = Strips(build, lane, shapes)
+                    if phase != "sync":
+                        strips = Strips(build, lane, stale_shapes, stale_tags)
                     near = None
                     if partial:
                         sender = options.get("slice", "receiver") == "sender"

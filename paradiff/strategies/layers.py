@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from paradiff.graph import Ref, Shape
 from paradiff.profiles import Point
-from paradiff.strategies.builder import Builder, Forward, Infeasible
+from paradiff.strategies.builder import Builder, Forward, Infeasible, Tags
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,11 +266,13 @@ class _Exchange:
                 key_text=text if sp.split_text or j == 0 else 0,
                 heads=sp.ulysses,
             )
-            for rank in self.forward.ranks:
-                self._block(name, j, rank, share, block(j, rank) if j else [])
+            for rank, tags in zip(self.forward.ranks, self.forward.tags, strict=True):
+                self._block(name, j, rank, share, block(j, rank) if j else [], tags)
         self.forward.skip(self.at + 1)
 
-    def _block(self, name: str, j: int, rank: int, share: Shape, block: list[Ref]) -> None:
+    def _block(
+        self, name: str, j: int, rank: int, share: Shape, block: list[Ref], tags: Tags
+    ) -> None:
         """Attention of one rank's queries over block ``j``."""
         last = j == self.sp.ring - 1
         self.build.compute(
@@ -283,4 +285,5 @@ class _Exchange:
             writes=self.outputs(rank) if last else (),
             step=self.forward.step,
             call="forward",
+            tags=tags,
         )

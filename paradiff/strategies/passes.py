@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 from paradiff.graph import Ref, Shape
 from paradiff.profiles import Point
-from paradiff.strategies.builder import MOMENT_BYTES, Builder, Forward, Infeasible, Lane
+from paradiff.strategies.builder import (
+    MOMENT_BYTES,
+    Builder,
+    Forward,
+    Infeasible,
+    Lane,
+    Tags,
+    strip,
+)
 from paradiff.strategies.layers import attend, local_shape, plan_sequence
 
 Options = Mapping[str, str]
@@ -87,7 +95,8 @@ def whole(build: Builder, options: Options) -> None:
     with build.section("steps", 0, steps):
         for lanes in build.mesh.replicas():
             for lane in lanes:
-                forward = Forward(build, lane.ranks, [shape] * sp.degree, 0, end)
+                tags = [lane.tags(strip(build.rows, sp.degree, j)) for j in range(sp.degree)]
+                forward = Forward(build, lane.ranks, [shape] * sp.degree, 0, end, tags)
                 for rank in lane.ranks:
                     forward.need(rank, build.x(rank), build.text(rank))
                 for at in forward.points("kv") if sp.degree > 1 else ():
@@ -147,6 +156,7 @@ class Strips:
     build: Builder
     lane: Lane
     shapes: Sequence[Shape]
+    tags: Tags = ()
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -154,7 +164,9 @@ class Strips:
 
     def start(self) -> Forward:
         """A forward over all segments that has read the whole latent and the text."""
-        forward = Forward(self.build, self.ranks, self.shapes, 0, len(self.build.denoiser.segments))
+        build, n = self.build, len(self.ranks)
+        tags = [(*self.lane.tags(strip(build.rows, n, i)), *self.tags) for i in range(n)]
+        forward = Forward(build, self.ranks, self.shapes, 0, len(build.denoiser.segments), tags)
         for rank in self.ranks:
             forward.need(rank, self.build.x(rank), self.build.text(rank))
         return forward

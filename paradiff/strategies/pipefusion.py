@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paradiff.graph import Ref, Shape
-from paradiff.strategies.builder import Builder, Forward, Infeasible, Lane, balanced_owners
+from paradiff.strategies.builder import Builder, Forward, Infeasible, Lane, balanced_owners, strip
 from paradiff.strategies.layers import SequenceParallel, attend, local_shape, plan_sequence
 from paradiff.strategies.passes import Options, noise
 
@@ -25,6 +25,12 @@ class Pipeline:
     text_mode: str | None
     prepost: bool
     warmup: int
+
+    def shares(self, j: int) -> list[tuple[int, int]]:
+        """Latent rows of each patch that sequence rank j has: shards lie side by side in a patch."""
+        firsts = [sum(self.patches[:p]) for p in range(len(self.patches))]
+        shards = [strip(rows, self.sp.degree, j) for rows in self.patches]
+        return [(at + a, at + b) for at, (a, b) in zip(firsts, shards, strict=True)]
 
 
 def stage_ranges(build: Builder, counts: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -125,7 +131,7 @@ def pipefusion(build: Builder, options: Options) -> None:
     """Emit the whole run: warm-up on the whole image, the steady pipeline, a last step without loop."""
     pipe = plan_pipeline(build, options)
     steps, last = build.workload.steps, build.workload.steps - 1
-    build.encode(range(build.mesh.size), parts=len(pipe.patches))
+    build.encode(range(build.mesh.size), lambda rank: pipe.shares(rank % build.mesh.sp))
     middle = min(pipe.warmup, last)
     for name, first, count, emit in (
         ("warmup", 0, middle, warmup_step),
@@ -293,7 +299,9 @@ class Stages:
         build, pipe, ranks = self.build, self.pipe, lane.groups[d]
         lo, hi = pipe.stages[d]
         shape = self.dense_shape(p)
-        forward = Forward(build, ranks, [shape] * len(ranks), lo, hi, f"{self.label(p)}/s{d}")
+        shares = [pipe.shares(j) for j in range(len(ranks))]
+        tags = [lane.tags(*(s if p is None else [s[p]])) for s in shares]
+        forward = Forward(build, ranks, [shape] * len(ranks), lo, hi, tags, f"{self.label(p)}/s{d}")
         older: dict[int, list[Ref]] = {}
         for j, rank in enumerate(ranks):
             forward.need(rank, *self.inputs(lane, d, j, p))

@@ -11,8 +11,14 @@ from dataclasses import dataclass
 
 from paradiff.graph import Ref
 from paradiff.profiles import Cut
-from paradiff.strategies.builder import Builder, Infeasible, balanced_owners
+from paradiff.strategies.builder import Builder, Infeasible, Tags, balanced_owners
 from paradiff.strategies.passes import Options, noise
+
+
+def whole_rows(build: Builder) -> Tags:
+    """Tags of a forward on the whole latent, both branches in one call."""
+    return (("branch", "both"), ("rows", f"0-{build.rows}"))
+
 
 # ---------------------------------------------------------------------------------- AsyncDiff
 
@@ -147,6 +153,7 @@ class AsyncDiff:
                 call="forward",
                 reads=[build.x(rank), build.text(rank)],
                 writes=[self.output(rank, 0), *held],
+                tags=whole_rows(build),
             )
             build.update(rank, [self.output(rank, 0)], [build.x(rank, 1)])
 
@@ -310,6 +317,7 @@ class ParaStep:
             step=step,
             reads=[x, build.text(rank)],
             writes=[self.own(rank, step)],
+            tags=whole_rows(build),
         )
 
     def warmup(self) -> None:

@@ -1,0 +1,1 @@
+"""Runs schedule graphs on real diffusers modules."""

@@ -1,0 +1,176 @@
+"""What each supported class takes and gives, as its pipeline calls it: latents in one layout for all.
+
+Latents here are (B, C, R, W), for videos (B, F, C, R, W); rows are always the last but one dimension,
+so a strip of rows is cut the same way for every class. It does not know ranks, versions or points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from paradiff.executor.payload import Span
+from paradiff.models.interception import UNET_CLASSES
+from paradiff.models.stages import DENOISERS
+from paradiff.profiles import Profile
+
+Conditioning = Mapping[str, Any]
+"""Keyword arguments of the network other than latent, timestep and positions, for both guidance
+branches along the batch (uncond first). ``image_latents`` are SVD's, put beside the latent."""
+
+LATENT_NAMES = ("sample", "hidden_states")
+VIDEO_CLASSES = ("UNetSpatioTemporalConditionModel", "CogVideoXTransformer3DModel")
+
+
+@dataclass(frozen=True)
+class Network:
+    """An unmodified diffusers denoiser and the profile that was traced from its configuration."""
+
+    model: nn.Module
+    profile: Profile
+
+    @cached_property
+    def class_name(self) -> str:
+        return type(self.model).__name__
+
+    @cached_property
+    def point_of(self) -> dict[str, int]:
+        """Module name -> segment index of its exchange point."""
+        segments = self.profile.denoiser.segments
+        return {segments[i].name: i for i, _ in self.profile.denoiser.points()}
+
+    @cached_property
+    def joint_text(self) -> bool:
+        return any(point.joint_text for _, point in self.profile.denoiser.points("kv"))
+
+    def kv(self, shape: Mapping[str, int]) -> dict[str, int]:
+        """The attentions that are points -> text tokens among their keys."""
+        segments = self.profile.denoiser.segments
+        none = {**shape, "r": 0, "k": 0}
+        return {
+            segments[i].name: segments[i].kernels[0].dims[3](none)
+            for i, _ in self.profile.denoiser.points("kv")
+        }
+
+    def latent_sizes(self, shape: Mapping[str, int], batch: int) -> tuple[int, ...]:
+        """Sizes of the latent of ``batch`` requests."""
+        frames = (shape["f"],) if self.class_name in VIDEO_CLASSES else ()
+        channels = self.profile.geometry.channels
+        return (batch, *frames, channels, shape["r"], shape["w"])
+
+    def scheduled_tokens(self, shape: Mapping[str, int]) -> int:
+        """Image tokens, on which Flux's schedule depends."""
+        return shape["r"] // 2 * (shape["w"] // 2)
+
+    def latent_input(self, x: Tensor, given: Conditioning, spans: Sequence[Span]) -> Tensor:
+        """The latent rows ``spans`` as the network takes them: a copy for each branch, and what is
+        put beside it."""
+        batch = _batch(given)
+        x = torch.cat([x] * (batch // x.shape[0])) if batch != x.shape[0] else x
+        if "image_latents" in given:
+            rows = [given["image_latents"][..., first:last, :] for first, last in spans]
+            x = torch.cat((x, torch.cat(rows, dim=-2)), dim=2)
+        return x
+
+    def call(
+        self, x: Tensor, given: Conditioning, timestep: Tensor, spans: Sequence[Span]
+    ) -> Tensor:
+        """One forward on what ``latent_input`` gave; the prediction in the latent layout."""
+        rest = {name: value for name, value in given.items() if name != "image_latents"}
+        if self.class_name in UNET_CLASSES:
+            out = self.model(sample=x, timestep=timestep, **rest, return_dict=False)[0]
+        elif self.class_name == "FluxTransformer2DModel":
+            return self._call_flux(x, rest, timestep, spans)
+        else:
+            times = timestep.expand(x.shape[0])
+            out = self.model(hidden_states=x, timestep=times, **rest, return_dict=False)[0]
+        result: Tensor = out
+        return result
+
+    def _call_flux(
+        self, x: Tensor, rest: dict[str, Any], timestep: Tensor, spans: Sequence[Span]
+    ) -> Tensor:
+        """Packed tokens and their positions, as FluxPipeline makes them."""
+        rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
+        at = torch.cat([torch.arange(first // 2, last // 2) for first, last in spans])
+        grid = torch.cartesian_prod(at, torch.arange(columns))
+        out = self.model(
+            hidden_states=pack(x),
+            timestep=timestep.to(x.dtype).expand(x.shape[0]) / 1000,
+            img_ids=F.pad(grid, (1, 0)).to(x.device, x.dtype),
+            txt_ids=x.new_zeros(rest["encoder_hidden_states"].shape[1], 3),
+            **rest,
+            return_dict=False,
+        )[0]
+        return unpack(out, rows, columns)
+
+    def prediction(self, out: Tensor) -> Tensor:
+        """The part of the (guided) output that the scheduler takes: PixArt's variance is dropped."""
+        if self.class_name == "PixArtTransformer2DModel":
+            return out[:, : self.profile.geometry.channels]
+        return out
+
+
+def pack(x_bcrw: Tensor) -> Tensor:
+    """2 x 2 latent pixels to a token: (B, R/2 x W/2, 4C)."""
+    b, c, r, w = x_bcrw.shape
+    x = x_bcrw.reshape(b, c, r // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(b, r // 2 * (w // 2), 4 * c)
+
+
+def unpack(x_bne: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of ``pack`` for ``rows`` x ``columns`` tokens."""
+    x = x_bne.unflatten(1, (rows, columns)).unflatten(3, (-1, 2, 2))
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def _batch(given: Conditioning) -> int:
+    return int(given["encoder_hidden_states"].shape[0])
+
+
+def for_branch(given: Conditioning, branch: str) -> Conditioning:
+    """The half of ``given`` that belongs to one guidance branch, or all of it."""
+    half = _batch(given) // 2
+    if branch == "both":
+        return given
+    chosen = slice(0, half) if branch == "uncond" else slice(half, None)
+    return tree_map(lambda t: t[chosen] if isinstance(t, Tensor) else t, dict(given))
+
+
+def random_conditioning(
+    network: Network, shape: Mapping[str, int], seed: int, dtype: torch.dtype
+) -> Conditioning:
+    """Random embeddings of the sizes that the class takes at ``shape``; masks are all ones.
+
+    ``shape["b"]`` counts both guidance branches. For models with random weights, where no text
+    encoder is meant.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    given = dict(DENOISERS[network.class_name](network.model, shape))
+    latent = next(given.pop(name) for name in LATENT_NAMES if name in given)
+    for name in ("timestep", "img_ids", "txt_ids"):
+        given.pop(name, None)
+    filled = {name: tree_map(fill, value) for name, value in given.items() if value is not None}
+    for name in filled:
+        if name.startswith("encoder_attention_mask"):
+            filled[name] = torch.ones_like(filled[name])
+        elif name == "guidance":
+            filled[name] = torch.full_like(filled[name], 3.5)
+    if network.class_name == "UNetSpatioTemporalConditionModel":
+        b, f, channels, r, w = latent.shape
+        extra = channels - network.profile.geometry.channels
+        filled["image_latents"] = fill(torch.empty(b, f, extra, r, w))
+    return filled

@@ -1,0 +1,146 @@
+"""Tiny twins of the catalogue: the same classes, geometry and schedulers, four blocks, random weights.
+
+A twin runs in milliseconds on a CPU and has every kind of layer that its model has, so what a strategy
+does to results can be checked on it. ``tiny-sdxl`` is the twin of ``sdxl``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from paradiff.models.catalogue import CATALOGUE
+from paradiff.models.encoders import SCHEDULERS
+from paradiff.models.plans import Plan, plan_of
+
+ROWS = 16
+"""Latent rows and columns of a twin's default size."""
+TEXT_TOKENS = 6
+
+_UNET = {
+    "sample_size": ROWS,
+    "block_out_channels": [32, 64],
+    "norm_num_groups": 8,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 24,
+    "use_linear_projection": True,
+}
+_BLOCKS = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 4}
+
+TINY: Mapping[str, Mapping[str, Any]] = {
+    "sdxl": {
+        **_UNET,
+        "transformer_layers_per_block": [1, 2],
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64,
+    },
+    "sd21": {**_UNET, "layers_per_block": 2},
+    "svd": {
+        "sample_size": ROWS,
+        "block_out_channels": [32, 64],
+        "down_block_types": ["CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"],
+        "up_block_types": ["UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"],
+        "layers_per_block": 1,
+        "num_attention_heads": [2, 4],
+        "cross_attention_dim": 24,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24,
+        "num_frames": 3,
+    },
+    "audioldm2-large": {
+        **{k: v for k, v in _UNET.items() if k != "use_linear_projection"},
+        "in_channels": 8,
+        "out_channels": 8,
+        "cross_attention_dim": [[None, 24, 20, None]] * 2,
+    },
+    "pixart-alpha": {
+        **_BLOCKS,
+        "sample_size": ROWS,
+        "attention_bias": True,
+        "cross_attention_dim": 32,
+        "caption_channels": 24,
+    },
+    "sd3-medium": {
+        **_BLOCKS,
+        "sample_size": ROWS,
+        "joint_attention_dim": 24,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 12,
+        "pos_embed_max_size": 48,
+    },
+    "flux1-dev": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 12,
+        "axes_dims_rope": [4, 6, 6],
+        "guidance_embeds": True,
+    },
+    "cogvideox-2b": {
+        **_BLOCKS,
+        "attention_head_dim": 24,
+        "time_embed_dim": 12,
+        "text_embed_dim": 24,
+        "sample_width": ROWS,
+        "sample_height": ROWS,
+        "sample_frames": 9,
+        "max_text_seq_length": TEXT_TOKENS,
+    },
+}
+
+
+def tiny_plan(name: str) -> Plan:
+    """The plan of ``tiny-<name>``: its denoiser, scheduler and guidance, and the model's own VAE."""
+    entry = CATALOGUE[name.removeprefix("tiny-")]
+    geometry = entry.geometry
+    tokens = tuple(TEXT_TOKENS if n > 1 else n for n in geometry.text_tokens[:1])
+    levels = 2 if "block_out_channels" in TINY[name.removeprefix("tiny-")] else None
+    geometry = replace(
+        geometry,
+        row_multiple=levels or geometry.row_multiple,
+        text_tokens=(*tokens, *geometry.text_tokens[1:]),
+    )
+    side, frames = (
+        ROWS * geometry.scale,
+        min(entry.size[2], 9 if geometry.temporal_scale > 1 else 3),
+    )
+    plan = plan_of(
+        f"tiny-{name.removeprefix('tiny-')}",
+        replace(
+            entry,
+            config=TINY[name.removeprefix("tiny-")],
+            geometry=geometry,
+            size=(side, side, frames, 6),
+            text=(),
+            asyncdiff={},
+        ),
+    )
+    wanted = ("denoiser", "vae", "scheduler", "guidance")
+    return replace(plan, stages=tuple(spec for spec in plan.stages if spec.name in wanted))
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    """The denoiser of ``tiny-<name>`` with random weights drawn from ``seed``."""
+    base = name.removeprefix("tiny-")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = dict(TINY[base])
+        model = getattr(diffusers, CATALOGUE[base].class_name).from_config(config)
+    return model.to(dtype).eval()
+
+
+def tiny_scheduler(name: str) -> Any:
+    """The scheduler that the model's pipeline uses."""
+    class_name, config = SCHEDULERS[CATALOGUE[name.removeprefix("tiny-")].scheduler]
+    return getattr(diffusers, class_name)(**config)

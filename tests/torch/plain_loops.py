@@ -1,0 +1,324 @@
+"""The tiny twins run by plain loops: the unmodified model and its scheduler, as its pipeline has them.
+
+Nothing here comes from the executor but the random embeddings. ``displaced`` states which data a strip
+sees in DistriFusion and PCPP: it runs strip after strip, which the rule allows, since within a stale
+step no strip reads another's new data (``sync_gn`` apart, which is run again until it has them all).
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor
+
+from paradiff.executor.network import Network, random_conditioning
+from paradiff.models.interception import Handler, Site, image_attentions, intercept
+from paradiff.models.tiny import tiny_model, tiny_plan, tiny_scheduler
+from paradiff.models.trace import trace_plan
+from paradiff.profiles import Profile
+
+NAMES = (
+    "sdxl", "sd21", "svd", "audioldm2-large", "pixart-alpha", "sd3-medium", "flux1-dev",
+    "cogvideox-2b",
+)  # fmt: skip
+UNETS = NAMES[:4]
+SCALE = 5.0
+SEED = 0
+torch.set_num_threads(1)  # tensors are so small that threads only wait for each other
+
+
+@cache
+def twin(name: str) -> tuple[Profile, Any]:
+    """Profile and model of ``tiny-<name>``, traced and built once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return trace_plan(tiny_plan(name)), tiny_model(name)
+
+
+def size_of(profile: Profile) -> tuple[int, int, int]:
+    d = profile.defaults
+    return d["height"], d["width"], d["frames"]
+
+
+@cache
+def given(name: str, replica: int = 0) -> dict[str, Any]:
+    """Random embeddings of both branches (uncond first)."""
+    profile, model = twin(name)
+    shape = profile.latent_shape(*size_of(profile), 1)
+    shape["b"] = 2 if profile.geometry.guidance == "cfg" else 1
+    return dict(random_conditioning(Network(model, profile), shape, 5 + replica, torch.float64))
+
+
+class Plain:
+    """One request: initial latent, scheduler, one network call of all branches, guidance."""
+
+    def __init__(self, name: str, steps: int, seed: int = SEED, replica: int = 0) -> None:
+        self.name, self.steps = name, steps
+        profile, self.model = twin(name)
+        self.guided = profile.geometry.guidance == "cfg"
+        self.given = given(name, replica)
+        s = profile.latent_shape(*size_of(profile), 1)
+        video = name in ("svd", "cogvideox-2b")
+        sizes = (1, *((s["f"],) if video else ()), profile.geometry.channels, s["r"], s["w"])
+        self.rows = s["r"]
+        self.scheduler = tiny_scheduler(name)
+        if name == "flux1-dev":
+            c = self.scheduler.config
+            mu = calculate_shift(
+                s["r"] // 2 * (s["w"] // 2),
+                c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift,
+            )  # fmt: skip
+            self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        else:
+            self.scheduler.set_timesteps(steps)
+        noise = torch.randn(sizes, generator=torch.Generator().manual_seed(seed + replica),
+                            dtype=torch.float64)  # fmt: skip
+        self.x = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def network(self, x: Tensor, t: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows [first, last) of the latent through the network; every class's own calling convention."""
+        last = self.rows if last is None else last
+        x = torch.cat([x] * 2) if self.guided else x
+        rest = dict(self.given)
+        if "image_latents" in rest:
+            x = torch.cat((x, rest.pop("image_latents")), dim=2)
+        strip = x[..., first:last, :]
+        if self.name in UNETS:
+            out = self.model(sample=strip, timestep=t, **rest, return_dict=False)[0]
+        elif self.name == "flux1-dev":
+            b, c, r, w = strip.shape
+            out = self.model(
+                hidden_states=FluxPipeline._pack_latents(strip, b, c, r, w),
+                timestep=t.double().expand(b) / 1000,
+                img_ids=FluxPipeline._prepare_latent_image_ids(
+                    b, self.rows // 2, w // 2, "cpu", torch.float64
+                )[first // 2 * (w // 2) : last // 2 * (w // 2)],
+                txt_ids=torch.zeros(rest["encoder_hidden_states"].shape[1], 3).double(),
+                **rest,
+                return_dict=False,
+            )[0]
+            out = FluxPipeline._unpack_latents(out, r * 8, w * 8, 8)
+        else:
+            times = t.expand(len(strip))
+            out = self.model(hidden_states=strip, timestep=times, **rest, return_dict=False)[0]
+        result: Tensor = out
+        return result
+
+    def guide(self, out: Tensor) -> Tensor:
+        if self.guided:
+            uncond, cond = out.chunk(2)
+            out = uncond + SCALE * (cond - uncond)
+        return out[:, :4] if self.name == "pixart-alpha" else out
+
+    def scaled(self, x: Tensor, t: Tensor) -> Tensor:
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return x
+        with mock.patch.object(torch, "float32", torch.float64):
+            return self.scheduler.scale_model_input(x, t)
+
+    def advance(self, out: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """The scheduler's step. It casts a latent to float32, which is no step up for float64."""
+        with mock.patch.object(torch, "float32", torch.float64):
+            return self.scheduler.step(self.guide(out), t, x, return_dict=False)[0]
+
+
+def serial(name: str, steps: int, replica: int = 0) -> Tensor:
+    """The unmodified model, step by step."""
+    run = Plain(name, steps, replica=replica)
+    x = run.x
+    with torch.no_grad():
+        for t in run.scheduler.timesteps:
+            x = run.advance(run.network(run.scaled(x, t), t), t, x)
+    return x
+
+
+def naive(name: str, steps: int, n: int) -> Tensor:
+    """Every strip alone, as a small image of its own (U-Nets)."""
+    run = Plain(name, steps)
+    x, height = run.x, run.rows // n
+    with torch.no_grad():
+        for t in run.scheduler.timesteps:
+            z = run.scaled(x, t)
+            parts = [run.network(z, t, i * height, (i + 1) * height) for i in range(n)]
+            x = run.advance(torch.cat(parts, dim=-2), t, x)
+    return x
+
+
+# ------------------------------------------------------------------------------- displaced strips
+
+Published = dict[str, list[Any]]
+"""Point -> what each strip published there: (K, V), (first rows, last rows), or (mean, square)."""
+
+
+def moments_of(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    grouped = x.reshape(x.shape[0], groups, -1)
+    return grouped.mean(-1), (grouped**2).mean(-1)
+
+
+class Whole(Handler):
+    """A whole forward; keeps what each of n strips would have published."""
+
+    def __init__(self, n: int, frames: int) -> None:
+        self.n, self.frames, self.seen = n, frames, Published()
+
+    def kv(self, site: Site, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        def strips(z: Tensor) -> list[Tensor]:
+            rows = z.unflatten(2, (self.frames, -1)).chunk(self.n, dim=3)
+            return [part.flatten(2, 3) for part in rows]
+
+        self.seen[site.name] = list(zip(strips(key), strips(value), strict=True))
+        return key, value
+
+    def halo(self, site: Site, x: Tensor) -> tuple[None, None]:
+        pads = [(s[..., : site.rows, :], s[..., -site.rows :, :]) for s in x.chunk(self.n, dim=-2)]
+        self.seen[site.name] = pads
+        return None, None
+
+    def moments(self, site: Site, x: Tensor) -> None:
+        self.seen[site.name] = [moments_of(s, site.groups) for s in x.chunk(self.n, dim=-2)]
+
+
+class Displaced(Handler):
+    """Strip i: its own data new, the others' as ``before`` has them."""
+
+    def __init__(
+        self, i: int, n: int, before: Published, new: Published, mode: str, portion: float | None,
+        fresh: Published, latent: Tensor, rows: int,
+    ) -> None:  # fmt: skip
+        self.i, self.n, self.before, self.new, self.mode = i, n, before, new, mode
+        self.portion, self.fresh, self.latent, self.rows = portion, fresh, latent, rows
+
+    def span(self) -> tuple[int, int]:
+        return self.i * self.rows // self.n, self.rows
+
+    def put(self, site: Site, value: Any) -> list[Any]:
+        self.new.setdefault(site.name, [None] * self.n)[self.i] = value
+        strips = list(self.before[site.name])
+        strips[self.i] = value
+        return strips
+
+    def kv(self, site: Site, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        strips = self.put(site, (key, value))
+        if self.portion is not None:
+            share = round(key.shape[2] * self.portion)
+            near = [strips[self.i]]
+            if self.i > 0:
+                near.insert(0, [z[:, :, z.shape[2] - share :] for z in strips[self.i - 1]])
+            if self.i < self.n - 1:
+                near.append([z[:, :, :share] for z in strips[self.i + 1]])
+            strips = near
+        return tuple(torch.cat(z, dim=2) for z in zip(*strips, strict=True))
+
+    def halo(self, site: Site, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if site.is_input:
+            first, last = self.i * self.rows // self.n, (self.i + 1) * self.rows // self.n
+            above = self.latent[..., first - 1 : first, :] if self.i else None
+            below = self.latent[..., last : last + 1, :] if self.i < self.n - 1 else None
+            return above, below
+        strips = self.put(site, (x[..., : site.rows, :], x[..., -site.rows :, :]))
+        above = strips[self.i - 1][1] if self.i else None
+        return above, strips[self.i + 1][0] if self.i < self.n - 1 else None
+
+    def moments(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        own = moments_of(x, site.groups)
+        old, strips = self.before[site.name], self.put(site, own)
+
+        def mean(which: list[Any]) -> list[Tensor]:
+            return [sum(z) / self.n for z in zip(*which, strict=True)]
+
+        if self.mode == "sync_gn":
+            fresh = self.fresh.get(site.name, [own] * self.n)
+            m, q = mean([own if j == self.i else fresh[j] for j in range(self.n)])
+        elif self.mode == "stale_gn":
+            m, q = mean(strips)
+        elif self.mode == "corrected_async_gn":
+            base = mean(old)
+            m, q = (base[k] + own[k] - old[self.i][k] for k in range(2))
+            variance = q - m * m
+            q = torch.where(variance < 0, own[1] - own[0] ** 2, variance) + m * m
+        else:
+            return None
+        return m, q
+
+
+def displaced(
+    name: str, steps: int, n: int, warmup: int, mode: str = "corrected_async_gn",
+    portion: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Steps 0 to ``warmup`` on the whole latent, then strips that see the step before."""
+    run = Plain(name, steps)
+    frames = run.x.shape[1] if name == "cogvideox-2b" else 1
+    points = _points(name)
+    x, before = run.x, Published()
+    with torch.no_grad():
+        for step, t in enumerate(run.scheduler.timesteps):
+            z = run.scaled(x, t)
+            if step <= warmup:
+                whole = Whole(n, frames)
+                with intercept(run.model, whole, kv=points):
+                    out = run.network(z, t)
+                before = whole.seen
+            else:
+                out, new = _stale_step(run, points, z, t, n, before, mode, portion)
+                before = before if mode == "no_sync" else new
+            x = run.advance(out, t, x)
+    return x
+
+
+def _stale_step(
+    run: Plain, points: dict[str, int], z: Tensor, t: Tensor, n: int, before: Published, mode: str,
+    portion: float | None,
+) -> tuple[Tensor, Published]:  # fmt: skip
+    latent = torch.cat([z] * 2) if run.guided else z
+    if "image_latents" in run.given:
+        latent = torch.cat((latent, run.given["image_latents"]), dim=2).flatten(0, 1)
+    fresh = Published()
+    while True:
+        new, parts = Published(), []
+        for i in range(n):
+            strip = Displaced(i, n, before, new, mode, portion, fresh, latent, run.rows)
+            with intercept(run.model, strip, kv=points):
+                parts.append(run.network(z, t, i * run.rows // n, (i + 1) * run.rows // n))
+        if mode != "sync_gn" or _same(new, fresh):
+            return torch.cat(parts, dim=-2), new
+        fresh = new
+
+
+def _same(new: Published, fresh: Published) -> bool:
+    return bool(fresh) and all(
+        torch.equal(a, b)
+        for name in new
+        for s, u in zip(new[name], fresh[name], strict=True)
+        for a, b in zip(s, u, strict=True)
+    )
+
+
+@cache
+def _points(name: str) -> dict[str, int]:
+    """Attentions that see the image -> text tokens among their keys, found by running twice."""
+    run = Plain(name, 2)
+    model = run.model
+    if name == "cogvideox-2b":  # its latent is fixed in size; every attention is joint
+        tokens = run.given["encoder_hidden_states"].shape[1]
+        return {f"transformer_blocks.{i}.attn1": tokens for i in range(4)}
+
+    def forward(scale: int) -> None:
+        run.rows *= scale
+        rows = {k: v for k, v in run.given.items() if k == "image_latents"}
+        run.given = run.given | {k: torch.cat([v] * scale, dim=-2) for k, v in rows.items()}
+        run.network(torch.cat([run.x] * scale, dim=-2), torch.tensor(7.0))
+        run.rows //= scale
+        run.given = run.given | rows
+
+    return image_attentions(model, forward)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
