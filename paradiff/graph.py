@@ -74,7 +74,8 @@ class Buffer:
     """Storage of ``nbytes`` on one rank. Its id ends in ``@r<rank>``.
 
     ``points``: the exchange points (segment indices) whose tensors it packs, in this order; part p of
-    it is point p. Empty where a buffer holds one thing: what lies at the end of the op that writes it.
+    it is point p (of a ``kv`` buffer: patch p of all of them). Empty where a buffer holds one thing:
+    what lies at the end of the op that writes it. ``module``: the module whose output it is.
     """
 
     id: str
@@ -82,6 +83,7 @@ class Buffer:
     nbytes: int
     kind: BufferKind
     points: tuple[int, ...] = ()
+    module: str = ""
 
 
 class Ref(NamedTuple):
@@ -569,7 +571,8 @@ def _ref_text(ref: Ref) -> str:
 
 def _buffer_text(b: Buffer) -> str:
     points = f" {','.join(map(str, b.points))}" if b.points else ""
-    return f"buffer {b.id} {b.nbytes} {b.kind}{points}"
+    module = f" of {b.module}" if b.module else ""
+    return f"buffer {b.id} {b.nbytes} {b.kind}{points}{module}"
 
 
 def _op_text(op: Op) -> str:
@@ -638,11 +641,13 @@ def _parse_tag(text: str) -> tuple[str, str]:
 
 
 def _parse_buffer(fields: list[str]) -> Buffer:
-    name, nbytes, kind, *points = fields
+    name, nbytes, kind, *rest = fields
+    points, module = (rest[:-2], rest[-1]) if "of" in rest else (rest, "")
     if kind not in get_args(BufferKind):
         raise ValueError(f"kind {kind!r}, one of {', '.join(get_args(BufferKind))}")
     packed = tuple(int(p) for text in points for p in text.split(","))
-    return Buffer(name, int(name.rpartition("@r")[2]), int(nbytes), kind, packed)  # type: ignore[arg-type]
+    rank = int(name.rpartition("@r")[2])
+    return Buffer(name, rank, int(nbytes), kind, packed, module)  # type: ignore[arg-type]
 
 
 def parse_graph(text: str) -> ScheduleGraph:

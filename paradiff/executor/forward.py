@@ -7,12 +7,13 @@ order of the profile's segments, and every op must end where the graph says that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from greenlet import getcurrent, greenlet
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from paradiff.executor.network import Conditioning, Network, for_branch
 from paradiff.executor.payload import (
@@ -27,8 +28,15 @@ from paradiff.executor.payload import (
     parse_spans,
     take_rows,
 )
-from paradiff.graph import Op
-from paradiff.models.interception import Handler, Site
+from paradiff.graph import Buffer, Op
+from paradiff.models.interception import (
+    Handler,
+    Site,
+    block_inputs,
+    block_output,
+    block_streams,
+    with_block_inputs,
+)
 
 
 class ScheduleMismatch(RuntimeError):
@@ -47,9 +55,12 @@ class Task:
 
 @dataclass(eq=False)
 class Forward(Handler):
-    """A forward of ``network`` on the rows that the first op's tags name.
+    """A forward of ``network`` on the rows that the first op's tags name, or a part of one.
 
-    ``publishes`` are the points whose own data some op of this forward writes: computed nowhere else.
+    ``ranges`` are the segments that it computes; transformer blocks outside are passed by, modules
+    outside that an op has read the output of give that. ``publishes`` are the points whose own data
+    some op of this forward writes: computed nowhere else. ``kept`` is the text that entered each block
+    with patch 0, for the rank's later forwards.
     """
 
     network: Network
@@ -59,8 +70,17 @@ class Forward(Handler):
     timestep: Tensor
     task: Task
     publishes: Collection[int]
-    published: dict[int, Piece] = field(default_factory=dict)
+    ranges: Sequence[tuple[int, int]]
+    kept: dict[str, Tensor]
+    blank: Tensor
+    frames: int
+    captures: Collection[str] = ()
+    published: dict[int, Payload] = field(default_factory=dict)
+    captured: dict[str, Payload] = field(default_factory=dict)
+    streams: list[Payload] = field(default_factory=list)
     output: Payload = ()
+    _received: list[Any] = field(default_factory=list)
+    _modules: dict[str, Any] = field(default_factory=dict)
     _bound: dict[int, list[Piece]] = field(default_factory=dict)
     _latent: list[Piece] = field(default_factory=list)
     _given: Conditioning = field(default_factory=dict)
@@ -69,17 +89,24 @@ class Forward(Handler):
     def __post_init__(self) -> None:
         self.spans = parse_spans(self.task.tags["rows"])
         self.branch = self.task.tags["branch"]
+        self._at = self.task.lo
         self._greenlet = greenlet(self._run)
         self._segments = self.network.profile.denoiser.segments
 
     # ---------------------------------------------------------------------------- for the interpreter
 
-    def bind(self, kind: str, payload: Payload) -> None:
-        """Take what an op reads: the latent, the conditioning, or others' data at points."""
+    def bind(self, buffer: Buffer, payload: Payload) -> None:
+        """Take what an op reads: the latent, the conditioning, the streams of the stage before, a
+        module's output, or others' data at points."""
+        kind = buffer.kind
         if kind == "latent":
             self._latent.extend(payload)
         elif kind == "text":
             self._given = for_branch(payload[0].value, self.branch)
+        elif buffer.module:
+            self._modules[buffer.module] = payload[0].value
+        elif kind == "hidden":
+            self._received.append(payload[0].value)
         else:
             for piece in payload:
                 assert piece.point is not None, kind
@@ -91,12 +118,16 @@ class Forward(Handler):
             raise ScheduleMismatch(f"{task.id} begins at {self._name(task.lo)}, not {self.here}")
         self.task = task
         self._greenlet.switch()
-        if self._at != task.hi:
+        if self._at != task.hi and not (self.finished and self._modules):
             raise ScheduleMismatch(f"{task.id} ends at {self._name(task.hi)}, not {self.here}")
 
     @property
     def finished(self) -> bool:
-        return bool(self._greenlet.dead)
+        return bool(self._greenlet.dead) or bool(self.streams)
+
+    def close(self) -> None:
+        """Unwind what a stage has left of the forward."""
+        self._greenlet.throw()
 
     @property
     def here(self) -> str:
@@ -120,7 +151,8 @@ class Forward(Handler):
 
     def _input(self, spans: Iterable[tuple[int, int]]) -> Tensor:
         spans = list(spans)
-        rows = self.scale(take_rows(self._latent, spans))
+        have = self._latent or [Piece((0, self.total_rows), self.blank)]
+        rows = self.scale(take_rows(have, spans))
         return self.network.latent_input(rows, self._given, spans)
 
     def _reach(self, at: int, own: Callable[[], Any]) -> tuple[Piece | None, list[Piece]]:
@@ -131,7 +163,8 @@ class Forward(Handler):
             )
         piece = None
         if at in self.publishes:
-            piece = self.published[at] = Piece(self.spans[0], own(), at)
+            self.published[at] = self._pieces(at, own())
+            piece = self.published[at][0]
         if at == self.task.hi:
             self._pause(at)
         others = self._bound.pop(at, [])
@@ -139,11 +172,64 @@ class Forward(Handler):
             piece = Piece(self.spans[0], own(), at)
         return piece, others
 
+    def _pieces(self, at: int, value: Any) -> Payload:
+        """Own data at a point; K and V of several patches apart."""
+        if len(self.spans) == 1:
+            return (Piece(self.spans[0], value, at),)
+        key, value = (self.network.by_rows(t, self.spans, self.frames) for t in value)
+        return tuple(Piece(s, pair, at) for s, *pair in zip(self.spans, key, value, strict=True))
+
     def _pause(self, at: int) -> None:
         if at <= self._at:
             raise ScheduleMismatch(f"{self._name(at)} comes again after {self.here}")
         self._at = at
         getcurrent().parent.switch()
+
+    # ---------------------------------------------------------------------------- units
+
+    def unit(
+        self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        lo, hi = self.network.unit_ranges[name]
+        if any(a <= lo and hi <= b for a, b in self.ranges):
+            if self.network.is_transformer:
+                return self._block(name, hi, forward, args, kwargs)
+        elif name in self._modules:
+            return self._modules[name]
+        elif self.network.is_transformer:
+            return block_output(self.network.model, *self._streams_in(args, kwargs))
+        return forward(*args, **kwargs)
+
+    def _streams_in(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return block_inputs(self.network.model, args, kwargs)
+
+    def _block(
+        self, name: str, hi: int, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """A block of this stage: the first starts from what was received, after the last we stop."""
+        model, (image, text) = self.network.model, self._streams_in(args, kwargs)
+        if self._received:
+            image, *rest = self._received
+            text = rest[0] if rest else text
+            self._received = []
+        role = self.task.tags.get("text")
+        if role == "keep":
+            self.kept[name] = text.clone()
+        elif role == "take":
+            text = self.kept[name]
+        args, kwargs = with_block_inputs(model, args, kwargs, image, text)
+        output = forward(*args, **kwargs)
+        if hi == self.ranges[-1][1] and hi < len(self._segments) and not self._modules:
+            streams = [z for z in block_streams(model, output) if z is not None]
+            self.streams = [(Piece(self.spans[0], z.clone()),) for z in streams]
+            self._pause(hi)
+        return output
+
+    def leave(self, name: str, output: Any) -> Any:
+        if name in self.captures:
+            copy = tree_map(lambda z: z.clone() if isinstance(z, Tensor) else z, output)
+            self.captured[name] = (Piece(self.spans[0], copy),)
+        return output
 
     # ---------------------------------------------------------------------------- points
 
@@ -222,6 +308,12 @@ class Router(Handler):
 
     def moments(self, *args: Any) -> tuple[Tensor, Tensor] | None:
         return self.active.moments(*args)
+
+    def unit(self, *args: Any) -> Any:
+        return self.active.unit(*args)
+
+    def leave(self, name: str, output: Any) -> Any:
+        return self.active.leave(name, output)
 
     def span(self) -> tuple[int, int] | None:
         return self.active.span()

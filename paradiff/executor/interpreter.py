@@ -8,7 +8,7 @@ are the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from time import perf_counter
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from paradiff.executor.forward import Forward, Router, Task, task_of
-from paradiff.executor.network import Conditioning, Network
+from paradiff.executor.network import CLASSES, Conditioning, Network
 from paradiff.executor.payload import (
     Payload,
     Piece,
@@ -33,7 +33,7 @@ from paradiff.models.interception import intercept
 from paradiff.strategies import parse_spec
 from paradiff.trace import Span, Trace
 
-EXECUTABLE = ("serial", "patch", "distrifusion", "pcpp")
+EXECUTABLE = ("serial", "patch", "distrifusion", "pcpp", "pipefusion", "asyncdiff", "parastep")
 """Strategies whose every op has a meaning here."""
 POINT_KINDS = ("kv", "halo", "moments", "slots")
 
@@ -83,6 +83,8 @@ def check_executable(graph: ScheduleGraph, network: Network, request: Request) -
             f"{spec.text!r} cannot be executed yet; executable: {', '.join(EXECUTABLE)}, with cfg"
             " and data"
         )
+    if network.class_name not in CLASSES:
+        raise Unexecutable(f"{network.class_name}: executable are {', '.join(CLASSES)}")
     if meta["model"] != network.profile.name:
         raise Unexecutable(f"graph of {meta['model']}, network of {network.profile.name}")
     if len(request.conditioning) != spec.degree("data"):
@@ -90,6 +92,15 @@ def check_executable(graph: ScheduleGraph, network: Network, request: Request) -
             f"{spec.degree('data')} replicas need as many conditionings, not"
             f" {len(request.conditioning)}"
         )
+
+
+@dataclass
+class _Plan:
+    """A forward to come: its segments, points that it publishes, modules whose output it keeps."""
+
+    ranges: list[tuple[int, int]]
+    publishes: set[int] = field(default_factory=set)
+    captures: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -121,7 +132,9 @@ class _Run:
         self.last_read = {
             _key(ref, i.base): n for n, i in enumerate(self.graph.instances()) for ref in i.op.reads
         }
-        self.publishes = self._published()
+        self.plans = self._forwards_ahead()
+        self.kept: dict[int, dict[str, Tensor]] = {}
+        self.units = list(self.network.unit_ranges) if self._is_partial() else []
         self.handlers: dict[str, Callable[[int, Instance], None]] = {
             "text": self._text,
             "noise": self._noise,
@@ -134,7 +147,8 @@ class _Run:
         """Everything, under one interception and one ``no_grad``: both must not leak between
         coroutines."""
         kv = self.network.kv(self.shape)
-        with torch.no_grad(), intercept(self.network.model, self.router, kv=kv):
+        model, units = self.network.model, self.units
+        with torch.no_grad(), intercept(model, self.router, kv=kv, units=units):
             start = perf_counter()
             for number, instance in enumerate(self.graph.instances()):
                 self._execute(number, instance, start)
@@ -227,17 +241,31 @@ class _Run:
         if forward is None:
             forward = self.forwards[rank] = self._begin(number, instance, task)
         for ref in op.reads:
-            forward.bind(self.buffers[ref.buffer].kind, self.values[_key(ref, instance.base)])
+            forward.bind(self.buffers[ref.buffer], self.values[_key(ref, instance.base)])
         self.router.active = forward
         forward.resume(task)
-        points = {ref: self._points(op, ref) for ref in op.writes}
-        for ref, packed in points.items():
-            pieces = tuple(forward.published[p] for p in packed) or forward.output
-            self._write(instance, ref, pieces)
-        for at in chain.from_iterable(points.values()):
+        streams = iter(forward.streams)
+        for ref in op.writes:
+            self._write(instance, ref, self._written(op, ref, forward, streams))
+        for at in chain.from_iterable(self._points(op, ref) for ref in op.writes):
             forward.published.pop(at, None)
         if forward.finished:
+            forward.close()
             del self.forwards[rank]
+
+    def _written(self, op: Op, ref: Ref, forward: Forward, streams: Iterator[Payload]) -> Payload:
+        """What a forward gives for one of its writes."""
+        buffer = self.buffers[ref.buffer]
+        if buffer.module:
+            return forward.captured[buffer.module]
+        if buffer.kind == "hidden":
+            return next(streams)
+        if buffer.kind not in POINT_KINDS:
+            return forward.output
+        pieces = chain.from_iterable(forward.published[p] for p in self._points(op, ref))
+        if buffer.kind == "kv" and ref.part is not None and len(forward.spans) > 1:
+            return tuple(p for p in pieces if p.span == forward.spans[ref.part])
+        return tuple(pieces)
 
     def _begin(self, number: int, instance: Instance, task: Task) -> Forward:
         op = instance.op
@@ -252,7 +280,12 @@ class _Run:
             scale=lambda x: self.schedule.scaled(x, step),
             timestep=self.schedule.timestep(step + ahead),
             task=task,
-            publishes=self.publishes[number],
+            publishes=self.plans[number].publishes,
+            ranges=self.plans[number].ranges,
+            captures=self.plans[number].captures,
+            kept=self.kept.setdefault(op.ranks[0], {}),
+            blank=self.initial_latent(0) * 0,
+            frames=self.network.frames_together(self.shape),
         )
 
     def _points(self, op: Op, ref: Ref) -> tuple[int, ...]:
@@ -262,23 +295,34 @@ class _Run:
             return ()
         assert op.work is not None
         packed = buffer.points or (op.work.ranges[-1][1],)
-        return packed if ref.part is None else (packed[ref.part],)
+        return packed if ref.part is None or buffer.kind == "kv" else (packed[ref.part],)
 
-    def _published(self) -> dict[int, set[int]]:
-        """First op of each forward -> all points that the forward's ops write."""
-        found: dict[int, set[int]] = {}
-        running: dict[int, tuple[int, set[int]]] = {}
+    def _forwards_ahead(self) -> dict[int, _Plan]:
+        """First op of each forward -> what all of its ops together compute and write.
+
+        An op that begins where the last one of its rank has ended goes on with the same forward.
+        """
+        found: dict[int, _Plan] = {}
+        running: dict[int, _Plan] = {}
         for number, (op, _) in enumerate(self.graph.instances()):
             if op.call != "forward" or op.work is None:
                 continue
-            lo, hi = op.work.ranges[0][0], op.work.ranges[-1][1]
-            end, points = running.get(op.ranks[0], (-1, set()))
-            if lo != end:
-                points = found[number] = set()
+            plan = running.get(op.ranks[0])
+            if plan is None or plan.ranges[-1][1] != op.work.ranges[0][0]:
+                plan = found[number] = running[op.ranks[0]] = _Plan(list(op.work.ranges))
+            else:
+                plan.ranges[-1] = plan.ranges[-1][0], op.work.ranges[0][1]
             for ref in op.writes:
-                points.update(self._points(op, ref))
-            running[op.ranks[0]] = hi, points
+                plan.publishes.update(self._points(op, ref))
+                plan.captures.add(self.buffers[ref.buffer].module)
         return found
+
+    def _is_partial(self) -> bool:
+        """Does any forward compute a part of the network only, or keep the output of a module?"""
+        end = len(self.network.profile.denoiser.segments)
+        return any(b.module for b in self.graph.buffers) or any(
+            list(plan.ranges) != [(0, end)] for plan in self.plans.values()
+        )
 
     def _guidance(self, _: int, instance: Instance) -> None:
         pieces = list(chain.from_iterable(self._read(instance, "noise")))

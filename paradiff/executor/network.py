@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from paradiff.executor.payload import Span
-from paradiff.models.interception import UNET_CLASSES
+from paradiff.models.interception import TEXT_OUT_FIRST, UNET_CLASSES
 from paradiff.models.stages import DENOISERS
 from paradiff.profiles import Profile
 
@@ -25,6 +25,7 @@ Conditioning = Mapping[str, Any]
 """Keyword arguments of the network other than latent, timestep and positions, for both guidance
 branches along the batch (uncond first). ``image_latents`` are SVD's, put beside the latent."""
 
+CLASSES = (*UNET_CLASSES, "PixArtTransformer2DModel", *TEXT_OUT_FIRST)
 LATENT_NAMES = ("sample", "hidden_states")
 VIDEO_CLASSES = ("UNetSpatioTemporalConditionModel", "CogVideoXTransformer3DModel")
 
@@ -49,6 +50,31 @@ class Network:
     @cached_property
     def joint_text(self) -> bool:
         return any(point.joint_text for _, point in self.profile.denoiser.points("kv"))
+
+    @cached_property
+    def is_transformer(self) -> bool:
+        return self.profile.kind == "transformer"
+
+    @cached_property
+    def unit_ranges(self) -> dict[str, tuple[int, int]]:
+        """Blocks, parts of U-Net blocks, and these themselves -> segments [lo, hi)."""
+        found: dict[str, tuple[int, int]] = {}
+        for cut in self.profile.denoiser.cuts:
+            for name in (cut.parent, cut.name):
+                lo, _ = found.get(name, (cut.lo, cut.hi))
+                found[name] = lo, cut.hi
+        return found
+
+    def frames_together(self, shape: Mapping[str, int]) -> int:
+        """Frames whose tokens are part of one attention, one after another."""
+        return shape["f"] if self.class_name == "CogVideoXTransformer3DModel" else 1
+
+    def by_rows(self, z: Tensor, spans: Sequence[Span], frames: int) -> list[Tensor]:
+        """K or V (b, h, n, d) of several spans of rows, one after another in each frame, apart."""
+        unit = self.profile.geometry.row_multiple
+        rows = [(last - first) // unit for first, last in spans]
+        grid = z.unflatten(2, (frames, sum(rows), -1)).split(rows, dim=3)
+        return [part.flatten(2, 4) for part in grid]
 
     def kv(self, shape: Mapping[str, int]) -> dict[str, int]:
         """The attentions that are points -> text tokens among their keys."""

@@ -39,6 +39,13 @@ TEXT_FIRST = {
 }
 """Joint attention: does the text come before the image tokens? Read from the class's processor."""
 
+TEXT_OUT_FIRST = {
+    "FluxTransformer2DModel": True,
+    "SD3Transformer2DModel": True,
+    "CogVideoXTransformer3DModel": False,
+}
+"""Blocks that return a pair of streams: is its first one the text?"""
+
 UNET_CLASSES = (
     "UNet2DConditionModel",
     "UNetSpatioTemporalConditionModel",
@@ -83,6 +90,12 @@ class Handler:
     def enter(self, name: str) -> None:
         """A unit is about to run."""
 
+    def unit(
+        self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Runs a unit; its inputs or its output may be others."""
+        return forward(*args, **kwargs)
+
     def leave(self, name: str, output: Any) -> Any:
         """A unit has run; returns its output or another in its place."""
         return output
@@ -94,6 +107,47 @@ class Handler:
     def table(self, compute: Callable[[], Any]) -> Any:
         """A positional table for the shape at hand."""
         return compute()
+
+
+# -------------------------------------------------------------------------------- blocks' streams
+
+
+def block_inputs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Image and text stream that enter a transformer block (None where text is no stream)."""
+    if type(model).__name__ in TEXT_OUT_FIRST:
+        return kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+    return args[0], None
+
+
+def with_block_inputs(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    image: Tensor,
+    text: Tensor | None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with other streams."""
+    if type(model).__name__ in TEXT_OUT_FIRST:
+        return args, {**kwargs, "hidden_states": image, "encoder_hidden_states": text}
+    return (image, *args[1:]), kwargs
+
+
+def block_streams(model: nn.Module, output: Any) -> tuple[Tensor, Tensor | None]:
+    """Image and text stream in a block's output."""
+    text_first = TEXT_OUT_FIRST.get(type(model).__name__)
+    if text_first is None:
+        return output, None
+    return (output[1], output[0]) if text_first else (output[0], output[1])
+
+
+def block_output(model: nn.Module, image: Tensor, text: Tensor | None) -> Any:
+    """What a block returns for these streams."""
+    text_first = TEXT_OUT_FIRST.get(type(model).__name__)
+    if text_first is None:
+        return image
+    return (text, image) if text_first else (image, text)
 
 
 # ------------------------------------------------------------------------------------ what to find
@@ -234,7 +288,7 @@ def _unit_scope(handler: Handler, name: str, forward: Callable[..., Any]) -> Any
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         handler.enter(name)
-        return handler.leave(name, forward(*args, **kwargs))
+        return handler.leave(name, handler.unit(name, forward, args, kwargs))
 
     return run
 

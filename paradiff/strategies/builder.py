@@ -200,12 +200,13 @@ class Builder:
         nbytes: int,
         kind: BufferKind,
         points: Sequence[int] = (),
+        module: str = "",
     ) -> str:
         """Id of buffer ``name`` on ``rank``, declared at first use, as large as its largest use."""
         key = f"{name}@r{rank}"
         known = self._buffers.get(key)
         if known is None or known.nbytes < nbytes:
-            self._buffers[key] = Buffer(key, rank, nbytes, kind, tuple(points))
+            self._buffers[key] = Buffer(key, rank, nbytes, kind, tuple(points), module)
         return key
 
     def emit(
@@ -446,7 +447,8 @@ class Forward:
     """Segments ``[lo, hi)`` of one denoiser call on a group of ranks, emitted in lock step.
 
     ``run(hi)`` emits what lies between the last stop and segment ``hi`` as one compute op a rank.
-    ``need`` and ``give`` add refs to the next op of a rank.
+    ``need`` adds refs to the next op of a rank. ``index`` numbers the forwards of one step (patches of
+    a pipeline), so that what they write into shared work buffers are different versions.
     """
 
     build: Builder
@@ -456,6 +458,7 @@ class Forward:
     hi: int
     tags: Sequence[Tags]
     tag: str = ""
+    index: int = 0
     step: int = 0
     _reads: dict[int, list[Ref]] = field(default_factory=dict)
     _then: list[Callable[[], None]] = field(default_factory=list)

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paradiff.graph import Ref, Shape
-from paradiff.strategies.builder import Builder, Forward, Infeasible, Lane, balanced_owners, strip
+from paradiff.strategies.builder import (
+    Builder,
+    Forward,
+    Infeasible,
+    Lane,
+    Tags,
+    balanced_owners,
+    strip,
+)
 from paradiff.strategies.layers import SequenceParallel, attend, local_shape, plan_sequence
 from paradiff.strategies.passes import Options, noise
 
@@ -201,9 +209,10 @@ class Stages:
         """
         shape = self.build.shape(self.build.rows)
         lo, hi = self.pipe.stages[d]
-        points = [p for i, p in self.build.denoiser.points("kv") if lo <= i < hi]
-        size = sum(self.build.nbytes(p.elements, shape) for p in points) // self.pipe.sp.degree
-        buffer = self.build.buffer("cache", rank, size, "kv")
+        points = {i: p for i, p in self.build.denoiser.points("kv") if lo <= i < hi}
+        each = (self.build.nbytes(p.elements, shape) for p in points.values())
+        size = sum(each) // self.pipe.sp.degree
+        buffer = self.build.buffer("cache", rank, size, "kv", list(points))
         return [Ref(buffer, step, part) for part in parts]
 
     def hidden_bytes(self, d: int, p: int | None, *, text: bool) -> int:
@@ -300,8 +309,9 @@ class Stages:
         lo, hi = pipe.stages[d]
         shape = self.dense_shape(p)
         shares = [pipe.shares(j) for j in range(len(ranks))]
-        tags = [lane.tags(*(s if p is None else [s[p]])) for s in shares]
-        forward = Forward(build, ranks, [shape] * len(ranks), lo, hi, tags, f"{self.label(p)}/s{d}")
+        tags = [(*lane.tags(*(s if p is None else [s[p]])), *self.text_tags(p)) for s in shares]
+        shapes, label = [shape] * len(ranks), f"{self.label(p)}/s{d}"
+        forward = Forward(build, ranks, shapes, lo, hi, tags, label, p or 0)
         older: dict[int, list[Ref]] = {}
         for j, rank in enumerate(ranks):
             forward.need(rank, *self.inputs(lane, d, j, p))
@@ -327,6 +337,12 @@ class Stages:
                 for j, rank in enumerate(ranks)
             },
         )
+
+    def text_tags(self, p: int | None) -> Tags:
+        """``patch0_frozen``: each block keeps the text that enters it with patch 0, for the others."""
+        if p is None or self.pipe.text_mode != "patch0_frozen":
+            return ()
+        return (("text", "take" if p else "keep"),)
 
     def dense_shape(self, p: int | None) -> Shape:
         """Rows of patch p on one sequence rank; the text is computed again with every patch."""

@@ -127,7 +127,7 @@ class AsyncDiff:
         """Outputs of all modules (of one component) as computed in ``step``, held on ``rank``."""
         chosen = self.components if component is None else [self.components[component]]
         return [
-            Ref(self.build.buffer(f"cache.{name}", rank, size, "hidden"), step)
+            Ref(self.build.buffer(f"cache.{name}", rank, size, "hidden", module=name), step)
             for each in chosen
             for name, size in each.modules
         ]
@@ -173,8 +173,11 @@ class AsyncDiff:
                     channel="world",
                 )
 
-    def run_component(self, c: int, rank: int, step: int, read: int, *, keep: bool) -> None:
-        """Component c on ``rank`` with all other modules' outputs of step ``read``."""
+    def run_component(
+        self, c: int, rank: int, step: int, read: int, *, keep: bool, ahead: int = 0
+    ) -> None:
+        """Component c on ``rank`` with all other modules' outputs of step ``read``, at the timestep
+        of ``ahead`` steps later."""
         build = self.build
         writes = self.cached(rank, step, c) if keep else []
         if c == self.last:
@@ -189,6 +192,7 @@ class AsyncDiff:
             step=step,
             reads=[build.x(rank, step), build.text(rank), *self.cached(rank, read)],
             writes=writes,
+            tags=(*whole_rows(build), *([("timestep", str(ahead))] if ahead else [])),
         )
 
     def share_output(self, source: int, step: int) -> None:
@@ -219,9 +223,12 @@ class AsyncDiff:
         self.share_output(self.last, 0)
 
     def double_round(self, read: int, *, replay: bool) -> None:
-        """Stride 2: one computation serves two scheduler steps; the second replays the caches."""
+        """Stride 2: one computation serves two scheduler steps; the second replays the caches.
+
+        So the components compute at the second one's timestep; in the last step of a run there is none.
+        """
         for c in range(len(self.components)):
-            self.run_component(c, c, 0, read, keep=True)
+            self.run_component(c, c, 0, read, keep=True, ahead=int(replay))
         self.run_component(self.last, self.last + 1, 0, read, keep=False)
         self.share_output(self.last + 1, 0)
         if replay:

@@ -1,0 +1,175 @@
+"""The executor against plain loops: pipelines of patches, components in flight, steps in parallel."""
+
+from __future__ import annotations
+
+import plain_loops as plain
+import plain_steps
+import pytest
+import torch
+from test_executor_strips import execute, graph_of, latent, reference
+
+from paradiff.models.interception import block_inputs, block_output, block_streams
+from paradiff.strategies.builder import Builder, Mesh, Workload
+from paradiff.strategies.pipefusion import patch_rows
+from paradiff.strategies.steps import owners_of
+
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+
+STEPS = 5
+DITS = ("pixart-alpha", "sd3-medium", "flux1-dev", "cogvideox-2b")
+JOINT = DITS[1:]
+
+
+def blocks(name: str) -> list[str]:
+    return [cut.name for cut in plain.twin(name)[0].denoiser.cuts]
+
+
+def rows_of(name: str, patches: int) -> list[int]:
+    """ceil(rows / M) to a multiple of the patch size, the last takes the rest: 16 rows of 2."""
+    return {1: [16], 2: [8, 8], 3: [6, 6, 4], 4: [4, 4, 4, 4], 8: [2] * 8}[patches]
+
+
+# ------------------------------------------------------------------------------------ PipeFusion
+
+
+@pytest.mark.parametrize("name", DITS)
+@pytest.mark.parametrize("spec", ["pipefusion=3,patches=1", "pipefusion=2,patches=4,warmup=5"])
+def test_one_patch_or_warmup_alone_is_exact(name: str, spec: str) -> None:
+    assert plain.relative(latent(name, spec), reference(name)) < 1e-10
+
+
+@pytest.mark.parametrize("name", DITS)
+@pytest.mark.parametrize(("stages", "patches", "warmup"), [(2, 2, 1), (4, 3, 1), (2, 8, 3)])
+def test_patches_in_a_pipeline_equal_the_read_map(
+    name: str, stages: int, patches: int, warmup: int
+) -> None:
+    spec = f"pipefusion={stages},patches={patches},warmup={warmup}"
+    if name in JOINT:
+        spec += ",text=patch0_frozen"
+    fixed = blocks(name) if name in JOINT else []
+    rows = rows_of(name, patches)
+    expected = plain_steps.pipefusion(name, STEPS, rows, warmup, fixed)
+    ours = latent(name, spec)
+    assert plain.relative(ours, expected) < 1e-10
+    assert plain.relative(ours, reference(name)) > 1e-8
+
+
+@pytest.mark.parametrize("name", JOINT)
+@pytest.mark.parametrize(("stages", "counts"), [(2, "1:3"), (3, "1:2:1"), (4, "1:1:1:1")])
+def test_text_with_every_patch_equals_the_read_map(name: str, stages: int, counts: str) -> None:
+    """Every patch carries its own text through a stage, and begins each with that of patch 0."""
+    spec = f"pipefusion={stages},patches=4,stages={counts},text=per_patch"
+    starts = [sum(map(int, counts.split(":")[:d])) for d in range(1, stages)]
+    fixed = [blocks(name)[i] for i in starts]
+    expected = plain_steps.pipefusion(name, STEPS, rows_of(name, 4), 1, fixed)
+    assert plain.relative(latent(name, spec), expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", DITS)
+def test_number_of_stages_changes_no_bit(name: str) -> None:
+    text = ",text=patch0_frozen" if name in JOINT else ""
+    found = [latent(name, f"pipefusion={n},patches=4{text}") for n in (2, 3, 4)]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_number_of_stages_matters_where_text_goes_with_every_patch() -> None:
+    found = [latent("flux1-dev", f"pipefusion={n},patches=4,text=per_patch") for n in (2, 4)]
+    assert plain.relative(*found) > 1e-9
+
+
+@pytest.mark.parametrize("name", DITS)
+def test_when_receives_are_posted_changes_no_bit(name: str) -> None:
+    found = [latent(name, f"pipefusion=2,patches=4,prepost={when}") for when in ("true", "false")]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", ["pixart-alpha", "sd3-medium", "cogvideox-2b"])
+def test_twin_pipelines_for_the_guidance_branches(name: str) -> None:
+    together = latent(name, "pipefusion=2,patches=4")
+    assert plain.relative(latent(name, "cfg=2,pipefusion=2,patches=4"), together) < 1e-10
+
+
+def test_patch_rows_are_those_of_the_strategy() -> None:
+    profile, _ = plain.twin("sd3-medium")
+    build = Builder(profile, Workload(*plain.size_of(profile), STEPS), Mesh(pp=2))
+    for patches in (1, 2, 3, 4, 8):
+        assert list(patch_rows(build, patches)) == rows_of("sd3-medium", patches)
+
+
+# ------------------------------------------------------------------------------------- AsyncDiff
+
+
+def owners(name: str, components: int) -> dict[str, int]:
+    """Unit -> component, as the strategy balances them."""
+    profile, _ = plain.twin(name)
+    build = Builder(profile, Workload(*plain.size_of(profile), STEPS), Mesh())
+    found = owners_of(build, components, "balanced")
+    return dict(zip(blocks(name), found, strict=True))
+
+
+@pytest.mark.parametrize("name", plain.NAMES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_components_in_flight_equal_the_read_map(name: str, stride: int) -> None:
+    table = owners(name, 3)
+    spec = f"asyncdiff=3,warmup=1,stride={stride},cuts=balanced"
+    expected = plain_steps.asyncdiff(name, STEPS, table, 3, 1, stride)
+    ours = latent(name, spec)
+    assert plain.relative(ours, expected) < 1e-10
+    assert plain.relative(ours, reference(name)) > 1e-8
+
+
+@pytest.mark.parametrize("name", ["sd21", "sd3-medium"])
+@pytest.mark.parametrize("warmup", [2, 3, 4])
+def test_last_round_of_stride_two_keeps_its_timestep(name: str, warmup: int) -> None:
+    expected = plain_steps.asyncdiff(name, STEPS, owners(name, 2), 2, warmup, 2)
+    ours = latent(name, f"asyncdiff=2,warmup={warmup},stride=2,cuts=balanced")
+    assert plain.relative(ours, expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", plain.NAMES)
+def test_components_that_only_warm_up_are_exact(name: str) -> None:
+    assert plain.relative(latent(name, "asyncdiff=2,warmup=5"), reference(name)) < 1e-10
+
+
+# -------------------------------------------------------------------------------------- ParaStep
+
+
+@pytest.mark.parametrize("name", plain.NAMES)
+@pytest.mark.parametrize(("degree", "warmup"), [(2, 1), (3, 1)])
+def test_steps_in_parallel_equal_the_read_map(name: str, degree: int, warmup: int) -> None:
+    ours = latent(name, f"parastep={degree},warmup={warmup}")
+    expected = plain_steps.parastep(name, STEPS, degree, warmup)
+    assert plain.relative(ours, expected) < 1e-10
+    assert plain.relative(ours, reference(name)) > 1e-8
+
+
+# ----------------------------------------------------------------------------------------- blocks
+
+
+@pytest.mark.parametrize("name", DITS)
+def test_streams_of_a_block_go_in_and_out(name: str) -> None:
+    """What is taken from a block's inputs and put in place of its output has the output's shape."""
+    run = plain.Plain(name, 2)
+    seen: list[bool] = []
+
+    def hook(_: object, args: tuple[object, ...], kwargs: dict[str, object], out: object) -> None:
+        image, text = block_streams(run.model, out)
+        passed = block_output(run.model, *block_inputs(run.model, args, kwargs))
+        again = block_streams(run.model, passed)
+        seen.append(image.shape == again[0].shape)
+        seen.append(text is None or text.shape == again[1].shape)
+
+    module = run.model.get_submodule(blocks(name)[1])
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        run.network(run.x, run.scheduler.timesteps[0])
+    handle.remove()
+    assert seen == [True, True]
+
+
+def test_graphs_run_as_they_are_written() -> None:
+    """A second run of the same graph has nothing left over from the first."""
+    graph = graph_of("sd3-medium", "pipefusion=2,patches=4")
+    first = execute("sd3-medium", graph).latents[0]
+    assert torch.equal(execute("sd3-medium", graph).latents[0], first)
