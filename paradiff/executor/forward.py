@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -27,6 +29,17 @@ from paradiff.executor.payload import (
     neighbours,
     parse_spans,
     take_rows,
+)
+from paradiff.executor.sequence import (
+    Tokens,
+    attend,
+    heads_apart,
+    heads_together,
+    layout_of,
+    merged,
+    own_heads,
+    together,
+    tokens_apart,
 )
 from paradiff.graph import Buffer, Op
 from paradiff.models.interception import (
@@ -79,17 +92,20 @@ class Forward(Handler):
     captured: dict[str, Payload] = field(default_factory=dict)
     streams: list[Payload] = field(default_factory=list)
     output: Payload = ()
-    _received: list[Any] = field(default_factory=list)
+    _received: list[Payload] = field(default_factory=list)
     _modules: dict[str, Any] = field(default_factory=dict)
     _bound: dict[int, list[Piece]] = field(default_factory=dict)
     _latent: list[Piece] = field(default_factory=list)
     _given: Conditioning = field(default_factory=dict)
     _at: int = 0
+    _again: int = -1
+    _stopped: bool = False
 
     def __post_init__(self) -> None:
-        self.spans = parse_spans(self.task.tags["rows"])
+        self.rows = parse_spans(self.task.tags["rows"])
         self.branch = self.task.tags["branch"]
         self._at = self.task.lo
+        self.layout = layout_of(self.task.tags)
         self._greenlet = greenlet(self._run)
         self._segments = self.network.profile.denoiser.segments
 
@@ -103,10 +119,14 @@ class Forward(Handler):
             self._latent.extend(payload)
         elif kind == "text":
             self._given = for_branch(payload[0].value, self.branch)
+            if "words" in self.task.tags:
+                ((first, last),) = parse_spans(self.task.tags["words"])
+                words = self._given["encoder_hidden_states"][:, first:last]
+                self._given = {**self._given, "encoder_hidden_states": words}
         elif buffer.module:
             self._modules[buffer.module] = payload[0].value
         elif kind == "hidden":
-            self._received.append(payload[0].value)
+            self._received.append(payload)
         else:
             for piece in payload:
                 assert piece.point is not None, kind
@@ -114,16 +134,16 @@ class Forward(Handler):
 
     def resume(self, task: Task) -> None:
         """Run to the end of ``task``. Raises ScheduleMismatch if the forward ends elsewhere."""
-        if task.lo != self._at:
+        if task.lo not in (self._at, self._again):
             raise ScheduleMismatch(f"{task.id} begins at {self._name(task.lo)}, not {self.here}")
-        self.task = task
+        self.task, self._again, self.streams = task, -1, []
         self._greenlet.switch()
         if self._at != task.hi and not (self.finished and self._modules):
             raise ScheduleMismatch(f"{task.id} ends at {self._name(task.hi)}, not {self.here}")
 
     @property
     def finished(self) -> bool:
-        return bool(self._greenlet.dead) or bool(self.streams)
+        return bool(self._greenlet.dead) or self._stopped
 
     def close(self) -> None:
         """Unwind what a stage has left of the forward."""
@@ -139,11 +159,11 @@ class Forward(Handler):
     # ---------------------------------------------------------------------------- the coroutine
 
     def _run(self) -> None:
-        x = self._input(self.spans)
-        out = self.network.call(x, self._given, self.timestep, self.spans)
+        x = self._input(self.rows)
+        out = self.network.call(x, self._given, self.timestep, self.rows)
         self._at = len(self._segments)
         pieces, at = [], 0
-        for first, last in self.spans:
+        for first, last in self.rows:
             rows = out[..., at : at + last - first, :]
             pieces.append(Piece((first, last), rows, branch=self.branch))
             at += last - first
@@ -169,21 +189,26 @@ class Forward(Handler):
             self._pause(at)
         others = self._bound.pop(at, [])
         if others and piece is None:
-            piece = Piece(self.spans[0], own(), at)
+            piece = Piece(self.rows[0], own(), at)
         return piece, others
 
     def _pieces(self, at: int, value: Any) -> Payload:
         """Own data at a point; K and V of several patches apart."""
-        if len(self.spans) == 1:
-            return (Piece(self.spans[0], value, at),)
-        key, value = (self.network.by_rows(t, self.spans, self.frames) for t in value)
-        return tuple(Piece(s, pair, at) for s, *pair in zip(self.spans, key, value, strict=True))
+        if len(self.rows) == 1:
+            return (Piece(self.rows[0], value, at),)
+        key, value = (self.network.by_rows(t, self.rows, self.frames) for t in value)
+        return tuple(Piece(s, pair, at) for s, *pair in zip(self.rows, key, value, strict=True))
 
     def _pause(self, at: int) -> None:
         if at <= self._at:
             raise ScheduleMismatch(f"{self._name(at)} comes again after {self.here}")
         self._at = at
         getcurrent().parent.switch()
+
+    def _take(self) -> list[Payload]:
+        """What the op in hand has read of other ranks' streams."""
+        taken, self._received = self._received, []
+        return taken
 
     # ---------------------------------------------------------------------------- units
 
@@ -209,9 +234,8 @@ class Forward(Handler):
         """A block of this stage: the first starts from what was received, after the last we stop."""
         model, (image, text) = self.network.model, self._streams_in(args, kwargs)
         if self._received:
-            image, *rest = self._received
+            image, *rest = (payload[0].value for payload in self._take())
             text = rest[0] if rest else text
-            self._received = []
         role = self.task.tags.get("text")
         if role == "keep":
             self.kept[name] = text.clone()
@@ -221,31 +245,39 @@ class Forward(Handler):
         output = forward(*args, **kwargs)
         if hi == self.ranges[-1][1] and hi < len(self._segments) and not self._modules:
             streams = [z for z in block_streams(model, output) if z is not None]
-            self.streams = [(Piece(self.spans[0], z.clone()),) for z in streams]
+            self.streams = [(Piece(self.rows[0], z.clone()),) for z in streams]
+            self._stopped = True
             self._pause(hi)
         return output
 
     def leave(self, name: str, output: Any) -> Any:
         if name in self.captures:
             copy = tree_map(lambda z: z.clone() if isinstance(z, Tensor) else z, output)
-            self.captured[name] = (Piece(self.spans[0], copy),)
+            self.captured[name] = (Piece(self.rows[0], copy),)
         return output
 
     # ---------------------------------------------------------------------------- points
 
     def span(self) -> tuple[int, int] | None:
-        return self.spans[0][0], self.total_rows
+        return self.rows[0][0], self.total_rows
+
+    def spans(self) -> tuple[tuple[int, int], ...] | None:
+        return self.rows
 
     def attention(
         self, name: str, call: Callable[[], Tensor], query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        result = call()
         at = self.network.point_of.get(name)
+        if at is not None and self.layout is not None:
+            return self._spread(at, call, query, key, value)
+        result = call()
         if at is not None and self.task.hi == at + 1:
             self._pause(at + 1)
         return result
 
     def kv(self, site: Site, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.layout is not None:
+            return key, value
         at = self.network.point_of[site.name]
         own, others = self._reach(at, lambda: (key, value))
         if own is None or not others:
@@ -254,16 +286,114 @@ class Forward(Handler):
             return near_keys(own, others, float(self.task.tags["portion"]))
         return all_keys(own, others)
 
+    def _spread(
+        self, at: int, call: partial[Tensor], query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """An attention over the tokens of the whole group: exchange, attend, exchange back."""
+        layout, span = self.layout, self.rows[0]
+        assert layout is not None
+        local = {r: self._apart(z) for r, z in zip("qkv", (query, key, value), strict=True)}
+        text = {r: own_heads(z, layout) for r, z in local.items()}
+        sent = {r: heads_apart(z, r, span, layout) for r, z in local.items()}
+        if layout.ulysses > 1:
+            self.streams = list(sent.values())
+        else:
+            self.streams = [sent["k"] + sent["v"]]
+        self._pause(at)
+        read = self._take()
+        queries = sent["q"] if layout.ulysses == 1 else read[0]
+        q = together([queries], "q", text["q"])
+        k, v = (together(read, role, text[role]) for role in "kv")
+        k, v = self._with_cache(at, read, k, v)
+        if layout.blocks == 1:
+            out = call.func(q.joined(), k.joined(), v.joined(), *call.args[3:], **call.keywords)
+        else:
+            out = self._ring(at, q, k, v)
+        words = 0 if q.text is None else q.text.shape[2]
+        image, of_text = out.split([out.shape[2] - words, words], dim=2)
+        result = Tokens(image, of_text if words else None)
+        if layout.ulysses > 1:
+            self.streams = [tokens_apart(result, queries)]
+            if text["q"] is not None:
+                self.streams.append((Piece(span, Tokens(of_text, None), role="text"),))
+        self._pause(at + 1)
+        if layout.ulysses > 1:
+            result = self._heads_back()
+        return self._joined(result)
+
+    def _ring(self, at: int, q: Tokens, k: Tokens, v: Tokens) -> Tensor:
+        """One block of keys after another; each further one is an op of its own."""
+        assert self.layout is not None
+        found = attend(q.joined(), k.joined(), v.joined())
+        for _ in range(1, self.layout.blocks):
+            self._at, self._again = at + 1, at
+            getcurrent().parent.switch()
+            block = self._take()
+            key, value = (together(block, role, None).joined() for role in "kv")
+            found = merged(found, attend(q.joined(), key, value))
+        self._at = at
+        return found[0]
+
+    def _heads_back(self) -> Tokens:
+        """All heads of the own tokens, and of text that every rank has."""
+        back, *gathered = self._take()
+        result = heads_together(back)
+        if gathered:
+            result = Tokens(result.image, heads_together(gathered[0]).image)
+        return result
+
+    def _with_cache(
+        self, at: int, read: list[Payload], k: Tokens, v: Tokens
+    ) -> tuple[Tokens, Tokens]:
+        """Publish the exchanged rows of this patch (of each, in the warm-up); see the cached others."""
+        if at not in self.publishes:
+            return k, v
+        sources = sorted((p for payload in read for p in payload if p.role in "kv"), key=_span_of)
+        by_role = [
+            [
+                self.network.by_rows(p.value.image, self.rows, self.frames)
+                for p in sources
+                if p.role == r
+            ]
+            for r in "kv"
+        ]
+        fresh = [[torch.cat(part, dim=2) for part in zip(*each, strict=True)] for each in by_role]
+        self.published[at] = tuple(
+            Piece(s, pair, at) for s, *pair in zip(self.rows, *fresh, strict=True)
+        )
+        mine = {piece.span: piece for piece in self._bound.pop(at, [])}
+        mine |= {piece.span: piece for piece in self.published[at]}
+        keys, values = zip(*(mine[s].value for s in sorted(mine)), strict=True)
+        return Tokens(torch.cat(keys, dim=2), k.text), Tokens(torch.cat(values, dim=2), v.text)
+
+    def _apart(self, z: Tensor) -> Tokens:
+        """Image and text tokens of one of Q, K, V."""
+        if not self.network.joint_text:
+            return Tokens(z, None)
+        words = self._given["encoder_hidden_states"].shape[1]
+        sizes = [words, z.shape[2] - words]
+        if self.network.text_first:
+            text, image = z.split(sizes, dim=2)
+        else:
+            image, text = z.split(sizes[::-1], dim=2)
+        return Tokens(image, text)
+
+    def _joined(self, z: Tokens) -> Tensor:
+        """In the order that the model has them."""
+        if z.text is not None and self.network.text_first:
+            return torch.cat((z.text, z.image), dim=2)
+        return z.joined()
+
     def halo(self, site: Site, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if site.is_input:
             return self._input_halo(site.rows)
         at = self.network.point_of[site.name]
         _, others = self._reach(at, lambda: edges(x, site.rows))
-        return neighbours(self.spans[0], others)
+        return neighbours(self.rows[0], others)
 
     def _input_halo(self, rows: int) -> tuple[Tensor | None, Tensor | None]:
         """The latent is whole on every rank, so the first convolution needs no exchange."""
-        first, last = self.spans[0]
+        first, last = self.rows[0]
         if not self.halo_rows:
             return None, None
         lent = [(first - rows, first), (last, last + rows)]
@@ -289,6 +419,10 @@ def task_of(op: Op, op_id: str) -> Task:
     """The task of a compute op of the denoiser."""
     assert op.work is not None
     return Task(op_id, op.work.ranges[0][0], op.work.ranges[-1][1], dict(op.tags))
+
+
+def _span_of(piece: Piece) -> tuple[int, int]:
+    return piece.span
 
 
 class Router(Handler):
@@ -317,3 +451,6 @@ class Router(Handler):
 
     def span(self) -> tuple[int, int] | None:
         return self.active.span()
+
+    def spans(self) -> tuple[tuple[int, int], ...] | None:
+        return self.active.spans()

@@ -78,10 +78,10 @@ def check_executable(graph: ScheduleGraph, network: Network, request: Request) -
     """Raise Unexecutable unless this executor has a meaning for every op of ``graph``."""
     meta = dict(graph.meta)
     spec = parse_spec(meta["spec"])
-    if spec.name not in EXECUTABLE or spec.degree("ulysses") * spec.degree("ring") > 1:
+    if spec.name not in EXECUTABLE or (spec.name == "pipefusion" and spec.degree("ring") > 1):
         raise Unexecutable(
-            f"{spec.text!r} cannot be executed yet; executable: {', '.join(EXECUTABLE)}, with cfg"
-            " and data"
+            f"{spec.text!r} cannot be executed yet; executable: {', '.join(EXECUTABLE)}, with cfg,"
+            " data, ulysses and ring as each allows, but no ring inside pipefusion"
         )
     if network.class_name not in CLASSES:
         raise Unexecutable(f"{network.class_name}: executable are {', '.join(CLASSES)}")
@@ -101,6 +101,7 @@ class _Plan:
     ranges: list[tuple[int, int]]
     publishes: set[int] = field(default_factory=set)
     captures: set[str] = field(default_factory=set)
+    last: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
@@ -146,7 +147,8 @@ class _Run:
     def run(self) -> Result:
         """Everything, under one interception and one ``no_grad``: both must not leak between
         coroutines."""
-        kv = self.network.kv(self.shape)
+        words = next(i.op.work.shape.t for i in self.graph.instances() if i.op.call == "forward")
+        kv = self.network.kv({**self.shape, "t": words})
         model, units = self.network.model, self.units
         with torch.no_grad(), intercept(model, self.router, kv=kv, units=units):
             start = perf_counter()
@@ -263,8 +265,8 @@ class _Run:
         if buffer.kind not in POINT_KINDS:
             return forward.output
         pieces = chain.from_iterable(forward.published[p] for p in self._points(op, ref))
-        if buffer.kind == "kv" and ref.part is not None and len(forward.spans) > 1:
-            return tuple(p for p in pieces if p.span == forward.spans[ref.part])
+        if buffer.kind == "kv" and ref.part is not None and len(forward.rows) > 1:
+            return tuple(p for p in pieces if p.span == forward.rows[ref.part])
         return tuple(pieces)
 
     def _begin(self, number: int, instance: Instance, task: Task) -> Forward:
@@ -302,16 +304,20 @@ class _Run:
 
         An op that begins where the last one of its rank has ended goes on with the same forward.
         """
+        kv = dict(self.network.profile.denoiser.points("kv"))
         found: dict[int, _Plan] = {}
         running: dict[int, _Plan] = {}
         for number, (op, _) in enumerate(self.graph.instances()):
             if op.call != "forward" or op.work is None:
                 continue
-            plan = running.get(op.ranks[0])
-            if plan is None or plan.ranges[-1][1] != op.work.ranges[0][0]:
+            plan, here = running.get(op.ranks[0]), op.work.ranges
+            if plan is not None and here == plan.last:
+                pass  # another block of a ring
+            elif plan is None or plan.ranges[-1][1] != here[0][0]:
                 plan = found[number] = running[op.ranks[0]] = _Plan(list(op.work.ranges))
             else:
-                plan.ranges[-1] = plan.ranges[-1][0], op.work.ranges[0][1]
+                plan.ranges[-1] = plan.ranges[-1][0], here[0][1]
+            plan.last = here if here[0][0] in kv and here[0][1] == here[0][0] + 1 else ()
             for ref in op.writes:
                 plan.publishes.update(self._points(op, ref))
                 plan.captures.add(self.buffers[ref.buffer].module)
@@ -338,7 +344,9 @@ class _Run:
         out = branches_of(noise)[0] if guided is None else guided
         prediction = self.network.prediction(out)
         spans = sorted({piece.span for piece in noise})
-        have = [Piece((spans[0][0], spans[-1][1]), prediction)]
+        sizes = [last - first for first, last in spans]
+        strips = prediction.split(sizes, dim=-2)
+        have = [Piece(span, rows) for span, rows in zip(spans, strips, strict=True)]
         step = op.step + instance.base
         for ref, old in zip(op.writes, latent, strict=True):
             rows = take_rows(have, [old.span])

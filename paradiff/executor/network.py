@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from paradiff.executor.payload import Span
-from paradiff.models.interception import TEXT_OUT_FIRST, UNET_CLASSES
+from paradiff.models.interception import TEXT_FIRST, TEXT_OUT_FIRST, UNET_CLASSES
 from paradiff.models.stages import DENOISERS
 from paradiff.profiles import Profile
 
@@ -46,6 +46,10 @@ class Network:
         """Module name -> segment index of its exchange point."""
         segments = self.profile.denoiser.segments
         return {segments[i].name: i for i, _ in self.profile.denoiser.points()}
+
+    @cached_property
+    def text_first(self) -> bool:
+        return TEXT_FIRST.get(self.class_name, False)
 
     @cached_property
     def joint_text(self) -> bool:

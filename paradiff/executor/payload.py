@@ -27,7 +27,7 @@ class Piece:
 
     ``value`` is a tensor, a pair of them (K and V; a strip's first and last rows), or the conditioning
     of a request. ``point`` is the exchange point that it belongs to, if any; ``weight`` counts the
-    strips summed in it.
+    strips summed in it, ``role`` is q, k, v or o where an attention's tokens are spread.
     """
 
     span: Span
@@ -35,6 +35,7 @@ class Piece:
     point: int | None = None
     branch: str = "both"
     weight: int = 1
+    role: str = ""
 
 
 Payload = tuple[Piece, ...]

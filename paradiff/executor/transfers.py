@@ -27,6 +27,8 @@ def transfer(op: Op, reads: Sequence[tuple[int, Payload]], targets: Sequence[int
     if op.call == "all_reduce":
         total = reduced([sent[r] for r in op.ranks])
         return [total for _ in targets]
+    if op.call == "all_to_all":  # what a rank gives has one piece for each
+        return [tuple(sent[r][op.ranks.index(rank)] for r in op.ranks) for rank in targets]
     if op.call == "broadcast":
         return [sent[op.ranks[0]] for _ in targets]
     raise AssertionError(f"{op.name}: no strategy emits {op.call}")

@@ -104,6 +104,10 @@ class Handler:
         """First latent row of the strip and rows of the whole latent; None: it is whole."""
         return None
 
+    def spans(self) -> tuple[tuple[int, int], ...] | None:
+        """Latent rows [first, last) of each piece, where ``span`` begins several."""
+        return None
+
     def table(self, compute: Callable[[], Any]) -> Any:
         """A positional table for the shape at hand."""
         return compute()
@@ -261,7 +265,7 @@ def intercept(
             wrap(site.name, partial(make, handler, site, modules[site.name]))
         for name, module in modules.items():
             if type(module).__name__ in ("PatchEmbed", "CogVideoXPatchEmbed"):
-                wrap(name, partial(_with_positions, handler, module.patch_size))
+                wrap(name, partial(_with_positions, handler, module))
         for name in units:
             wrap(name, partial(_unit_scope, handler, name))
         sdpa = partial(
@@ -371,8 +375,11 @@ def _with_moments(handler: Handler, site: Site, norm: Any, forward: Callable[...
     return run
 
 
-def _with_positions(handler: Handler, patch: int, forward: Callable[..., Any]) -> Any:
-    """Embed the strip inside a latent of full height, whose other rows are zero, and slice."""
+def _with_positions(handler: Handler, embed: Any, forward: Callable[..., Any]) -> Any:
+    """Embed the strip inside a latent of full height, whose other rows are zero, and slice.
+
+    CogVideoX's table has room for one text length, so a part of the text is filled up to it."""
+    patch = embed.patch_size
 
     @wraps(forward)
     def run(*args: Tensor) -> Tensor:
@@ -382,12 +389,16 @@ def _with_positions(handler: Handler, patch: int, forward: Callable[..., Any]) -
         *text, image = args
         first, total = span
         rows, columns = image.shape[-2:]
-        whole = F.pad(image, (0, 0, first, total - first - rows))
-        tokens = forward(*text, whole)
-        before = sum(each.shape[1] for each in text)
-        grid = tokens[:, before:].unflatten(1, (-1, total // patch, columns // patch))
-        strip = grid[:, :, first // patch : (first + rows) // patch].flatten(1, 3)
-        return torch.cat((tokens[:, :before], strip), dim=1)
+        spans = handler.spans() or ((first, first + rows),)
+        whole = image.new_zeros(*image.shape[:-2], total, columns)
+        for (a, b), part in zip(spans, image.split([b - a for a, b in spans], dim=-2), strict=True):
+            whole[..., a:b, :] = part
+        words = sum(each.shape[1] for each in text)
+        room = [getattr(embed, "max_text_seq_length", words)] * bool(text)
+        tokens = forward(*(F.pad(t, (0, 0, 0, room[0] - words)) for t in text), whole)
+        grid = tokens[:, sum(room) :].unflatten(1, (-1, total // patch, columns // patch))
+        strips = [grid[:, :, a // patch : b // patch] for a, b in spans]
+        return torch.cat((tokens[:, :words], torch.cat(strips, dim=2).flatten(1, 3)), dim=1)
 
     return run
 

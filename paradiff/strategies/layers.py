@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from paradiff.graph import Ref, Shape
 from paradiff.profiles import Point
-from paradiff.strategies.builder import Builder, Forward, Infeasible, Tags
+from paradiff.strategies.builder import Builder, Forward, Infeasible, Tags, strip
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,19 @@ class SequenceParallel:
     @property
     def degree(self) -> int:
         return self.ulysses * self.ring
+
+    def tags(self, j: int, text: int) -> Tags:
+        """Tags of a forward on rank j of the group: its place in the all-to-all, the blocks that a ring
+        brings by, and which of ``text`` tokens it has, where they are spread."""
+        if self.degree == 1:
+            return ()
+        tags = [("ulysses", f"{j % self.ulysses}/{self.ulysses}")]
+        if self.ring > 1 and self.rotate == "p2p":
+            tags.append(("ring", str(self.ring)))
+        if self.split_text:
+            first, last = strip(text, self.degree, j)
+            tags.append(("words", f"{first}-{last}"))
+        return tuple(tags)
 
 
 def plan_sequence(build: Builder, rotate: str, patches: int) -> SequenceParallel:
@@ -140,7 +153,8 @@ class _Exchange:
         """Version of work buffer ``name`` that this attention writes (``sub``: ring iteration)."""
         size = 2 * self.token_bytes if size is None else size
         buffer = self.build.buffer(name, rank, size, "hidden")
-        return Ref(buffer, self.forward.step, None, False, self.at * self.sp.ring + sub)
+        layer = self.forward.index * len(self.build.denoiser.segments) + self.at
+        return Ref(buffer, self.forward.step, None, False, layer * self.sp.ring + sub)
 
     def own(self, rank: int) -> list[Ref]:
         """K and V that this rank starts with: after the all-to-all where there is one."""

@@ -95,7 +95,13 @@ def whole(build: Builder, options: Options) -> None:
     with build.section("steps", 0, steps):
         for lanes in build.mesh.replicas():
             for lane in lanes:
-                tags = [lane.tags(strip(build.rows, sp.degree, j)) for j in range(sp.degree)]
+                tags = [
+                    (
+                        *lane.tags(strip(build.rows, sp.degree, j)),
+                        *sp.tags(j, build.latent["t"]),
+                    )
+                    for j in range(sp.degree)
+                ]
                 forward = Forward(build, lane.ranks, [shape] * sp.degree, 0, end, tags)
                 for rank in lane.ranks:
                     forward.need(rank, build.x(rank), build.text(rank))

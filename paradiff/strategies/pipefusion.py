@@ -309,7 +309,14 @@ class Stages:
         lo, hi = pipe.stages[d]
         shape = self.dense_shape(p)
         shares = [pipe.shares(j) for j in range(len(ranks))]
-        tags = [(*lane.tags(*(s if p is None else [s[p]])), *self.text_tags(p)) for s in shares]
+        tags = [
+            (
+                *lane.tags(*(s if p is None else [s[p]])),
+                *self.text_tags(p),
+                *pipe.sp.tags(j, build.latent["t"]),
+            )
+            for j, s in enumerate(shares)
+        ]
         shapes, label = [shape] * len(ranks), f"{self.label(p)}/s{d}"
         forward = Forward(build, ranks, shapes, lo, hi, tags, label, p or 0)
         older: dict[int, list[Ref]] = {}

@@ -180,8 +180,8 @@ def test_values_are_freed_at_their_last_read(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_strategy_without_meaning_lists_those_with_one() -> None:
-    meta = (("model", "tiny-sd21"), ("spec", "ulysses=2"))
-    with pytest.raises(Unexecutable, match=r"'ulysses=2' cannot be .*: serial, patch"):
+    meta = (("model", "tiny-sd21"), ("spec", "pipefusion=2,ring=2"))
+    with pytest.raises(Unexecutable, match=r"'pipefusion=2,ring=2' cannot be .*: serial, patch"):
         execute("sd21", ScheduleGraph(1, (), (), meta))
 
 

@@ -1,0 +1,118 @@
+"""Attention whose tokens and heads are spread over a group of ranks (Ulysses, ring, both).
+
+Pure functions on what a rank has: heads apart for an all-to-all, tokens together again, attention over
+one block of keys after another with its log-sum-exp. Image and text tokens are kept apart, since the
+text may be on every rank. Suffixes: b batch, h heads, n tokens, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from paradiff.executor.payload import Payload, Piece, Span
+
+
+class Tokens(NamedTuple):
+    """Image and text tokens of one of Q, K, V, O: (b, h, n, d); no text where it is no part."""
+
+    image: Tensor
+    text: Tensor | None
+
+    def joined(self) -> Tensor:
+        """Image, then text."""
+        return self.image if self.text is None else torch.cat((self.image, self.text), dim=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A rank's place: ``index`` of ``ulysses`` in the all-to-all, ``blocks`` that a ring brings by, and
+    whether the text tokens are spread like the image's."""
+
+    index: int
+    ulysses: int
+    blocks: int
+    split_text: bool
+
+
+def layout_of(tags: Mapping[str, str]) -> Layout | None:
+    """The layout that an op's tags name; None where no attention is spread."""
+    if "ulysses" not in tags:
+        return None
+    index, degree = map(int, tags["ulysses"].split("/"))
+    return Layout(index, degree, int(tags.get("ring", "1")), "words" in tags)
+
+
+def heads_apart(tokens: Tokens, role: str, span: Span, layout: Layout) -> Payload:
+    """One piece for each rank of the all-to-all: its heads of this rank's tokens."""
+    image = tokens.image.chunk(layout.ulysses, dim=1)
+    text = [None] * layout.ulysses
+    if tokens.text is not None and layout.split_text:
+        text = list(tokens.text.chunk(layout.ulysses, dim=1))
+    return tuple(Piece(span, Tokens(i, t), role=role) for i, t in zip(image, text, strict=True))
+
+
+def own_heads(tokens: Tokens, layout: Layout) -> Tensor | None:
+    """This rank's heads of text that every rank has whole."""
+    if tokens.text is None or layout.split_text:
+        return None
+    return tokens.text.chunk(layout.ulysses, dim=1)[layout.index]
+
+
+def together(payloads: Iterable[Payload], role: str, text: Tensor | None) -> Tokens:
+    """All tokens of ``role`` among ``payloads``, in the order of their rows, each once.
+
+    ``text`` is what every rank has of it; otherwise the pieces' own.
+    """
+    found = {p.span: p.value for payload in payloads for p in payload if p.role == role}
+    parts = [found[span] for span in sorted(found)]
+    spread = [part.text for part in parts if part.text is not None]
+    whole = torch.cat(spread, dim=2) if spread else text
+    return Tokens(torch.cat([part.image for part in parts], dim=2), whole)
+
+
+def tokens_apart(out: Tokens, queries: Payload) -> Payload:
+    """One piece for each rank of the all-to-all: this rank's heads of the tokens it sent."""
+    order = sorted(queries, key=lambda piece: piece.span)
+    images = dict(
+        zip(
+            (p.span for p in order),
+            out.image.split([p.value.image.shape[2] for p in order], dim=2),
+            strict=True,
+        )
+    )
+    texts: dict[Span, Tensor] = {}
+    if out.text is not None and all(p.value.text is not None for p in order):
+        sizes = [p.value.text.shape[2] for p in order]
+        texts = dict(zip(images, out.text.split(sizes, dim=2), strict=True))
+    return tuple(
+        Piece(p.span, Tokens(images[p.span], texts.get(p.span)), role="o") for p in queries
+    )
+
+
+def heads_together(pieces: Sequence[Piece]) -> Tokens:
+    """All heads of this rank's tokens, from the ranks in order."""
+    image = torch.cat([p.value.image for p in pieces], dim=1)
+    texts = [p.value.text for p in pieces if p.value.text is not None]
+    return Tokens(image, torch.cat(texts, dim=1) if texts else None)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over one block of keys, and the log-sum-exp of its scores (b, h, n, 1)."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    total = torch.logsumexp(scores, dim=-1, keepdim=True)
+    return torch.exp(scores - total) @ value, total
+
+
+def merged(
+    one: tuple[Tensor, Tensor] | None, other: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Attention over two blocks of keys from that over each (Dao et al., log-sum-exp merge)."""
+    if one is None:
+        return other
+    total = torch.logaddexp(one[1], other[1])
+    return torch.exp(one[1] - total) * one[0] + torch.exp(other[1] - total) * other[0], total

@@ -1,0 +1,85 @@
+"""Attention spread over a group: Ulysses, Ring and USP are exact, alone and inside a pipeline."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import plain_loops as plain
+import pytest
+import torch
+import torch.nn.functional as F
+from test_executor_strips import execute, graph_of, latent, reference
+
+from paradiff.executor.interpreter import Unexecutable
+from paradiff.executor.sequence import attend, merged
+from paradiff.strategies import Infeasible
+
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+
+DITS = ("pixart-alpha", "sd3-medium", "flux1-dev", "cogvideox-2b")
+SPREAD = [
+    # six words of text: spread over 2 ranks, whole on each of 4
+    "ulysses=2",
+    "ring=2",
+    "ring=2,rotate=allgather",
+    "ring=4",
+    "ring=4,rotate=allgather",
+    "ulysses=2,ring=2",
+    "ulysses=2,ring=2,rotate=allgather",
+    "cfg=2,ulysses=2",
+    "cfg=2,ulysses=2,ring=2",
+]
+
+
+@pytest.mark.parametrize("name", DITS)
+@pytest.mark.parametrize("spec", SPREAD)
+def test_spread_attention_is_exact(name: str, spec: str) -> None:
+    if name == "flux1-dev":
+        spec = spec.removeprefix("cfg=2,")
+    assert plain.relative(latent(name, spec), reference(name)) < 1e-10
+
+
+def test_both_ways_of_having_text_occur() -> None:
+    def words(spec: str) -> set[str]:
+        ops = (i.op for i in graph_of("sd3-medium", spec).instances())
+        return {value for op in ops for name, value in op.tags if name == "words"}
+
+    assert words("ulysses=2") == words("ring=2") == {"0-3", "3-6"}
+    assert words("ring=4") == set()
+
+
+@pytest.mark.parametrize("name", DITS)
+@pytest.mark.parametrize(("stages", "patches"), [(2, 1), (2, 2), (4, 4), (2, 3)])
+def test_degree_inside_a_pipeline_changes_nothing(name: str, stages: int, patches: int) -> None:
+    """16 rows: patches of 16, 8, 4 rows, or of 8 and 8 where 3 are wanted (6 is no multiple of 4)."""
+    alone = f"pipefusion={stages},patches={2 if patches == 3 else patches}"
+    spread = f"pipefusion={stages},patches={patches},ulysses=2"
+    assert plain.relative(latent(name, spread), latent(name, alone)) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["pixart-alpha", "cogvideox-2b"])
+def test_branches_stages_and_heads_together(name: str) -> None:
+    together = latent(name, "cfg=2,pipefusion=2,patches=4,ulysses=2")
+    assert plain.relative(together, latent(name, "pipefusion=2,patches=4")) < 1e-10
+
+
+def test_ring_inside_a_pipeline_is_refused() -> None:
+    with pytest.raises(Unexecutable, match="no ring inside pipefusion"):
+        execute("sd3-medium", graph_of("sd3-medium", "pipefusion=2,ring=2,patches=2"))
+
+
+def test_convolutions_cannot_be_spread() -> None:
+    with pytest.raises(Infeasible, match="halos"):
+        graph_of("sd21", "ulysses=2")
+
+
+def test_blocks_of_keys_merge_to_attention_over_all() -> None:
+    draw = partial(torch.randn, 2, 3, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    query = draw(5, 8, generator=generator)
+    keys, values = (list(draw(12, 8, generator=generator).split([3, 4, 5], dim=2)) for _ in "kv")
+    found = None
+    for key, value in zip(keys, values, strict=True):
+        found = merged(found, attend(query, key, value))
+    whole = F.scaled_dot_product_attention(query, torch.cat(keys, 2), torch.cat(values, 2))
+    torch.testing.assert_close(found[0], whole, rtol=1e-13, atol=1e-13)
