@@ -73,7 +73,7 @@ class Forward(Handler):
     ``ranges`` are the segments that it computes; transformer blocks outside are passed by, modules
     outside that an op has read the output of give that. ``publishes`` are the points whose own data
     some op of this forward writes: computed nowhere else. ``kept`` is the text that entered each block
-    with patch 0, for the rank's later forwards.
+    with patch 0, for the rank's later forwards; ``blank`` stands for the latent where a stage has none.
     """
 
     network: Network

@@ -133,6 +133,7 @@ class _Run:
         self.last_read = {
             _key(ref, i.base): n for n, i in enumerate(self.graph.instances()) for ref in i.op.reads
         }
+        self.blank = torch.zeros_like(self.initial_latent(0))
         self.plans = self._forwards_ahead()
         self.kept: dict[int, dict[str, Tensor]] = {}
         self.units = list(self.network.unit_ranges) if self._is_partial() else []
@@ -286,7 +287,7 @@ class _Run:
             ranges=self.plans[number].ranges,
             captures=self.plans[number].captures,
             kept=self.kept.setdefault(op.ranks[0], {}),
-            blank=self.initial_latent(0) * 0,
+            blank=self.blank,
             frames=self.network.frames_together(self.shape),
         )
 
