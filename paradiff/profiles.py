@@ -230,6 +230,8 @@ class Profile:
     and ``guidance`` are the elementwise work of a step. ``text_mode`` of a joint-text transformer
     says how PipeFusion treats its text (``patch0_frozen`` or ``per_patch``), else None.
     ``asyncdiff`` holds published component tables: degree -> the owner of each cut, in order.
+    ``skips`` are the long skip connections of a transformer: pairs of cuts (indices), where the first
+    one's output is an input of the second, too.
     """
 
     name: str
@@ -240,6 +242,7 @@ class Profile:
     stages: Mapping[str, Stage]
     text_mode: str | None
     asyncdiff: Mapping[int, tuple[int, ...]]
+    skips: tuple[tuple[int, int], ...] = ()
 
     @property
     def denoiser(self) -> Stage:
@@ -266,7 +269,7 @@ class Profile:
             )
         rows = height // g.scale
         text = (*g.text_tokens, 0, 0)
-        return {
+        shape = {
             "b": batch,
             "f": (frames - 1) // g.temporal_scale + 1,
             "r": rows,
@@ -276,6 +279,13 @@ class Profile:
             "s": text[1],
             "h": 0,
         }
+        for stage in self.stages.values():
+            if stage.repeat(shape) < 0:
+                raise ValueError(
+                    f"frames {frames}: too few for the {stage.name} of {self.name}; "
+                    f"nearest {frames + g.temporal_scale}"
+                )
+        return shape
 
 
 # ------------------------------------------------------------------------------------------ JSON
@@ -331,6 +341,7 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
         "asyncdiff": {str(n): list(owners) for n, owners in profile.asyncdiff.items()},
         "kernels": [[[k.kind, k.count, *map(str, k.dims)] for k in kernels] for kernels in table],
         "stages": stages,
+        **({"skips": [list(pair) for pair in profile.skips]} if profile.skips else {}),
     }
 
 
@@ -369,6 +380,9 @@ def _check(profile: Profile) -> None:
     for degree, owners in profile.asyncdiff.items():
         if len(owners) != len(profile.denoiser.cuts):
             raise InvalidProfile(f"asyncdiff {degree}: {len(owners)} owners for its cuts")
+    for source, target in profile.skips:
+        if not source < target < len(profile.denoiser.cuts):
+            raise InvalidProfile(f"skips: {source} to {target}")
 
 
 def _read_profile(data: Mapping[str, Any]) -> Profile:
@@ -422,6 +436,7 @@ def _read_profile(data: Mapping[str, Any]) -> Profile:
         stages={name: stage(name, row) for name, row in data["stages"].items()},
         text_mode=data["text_mode"],
         asyncdiff={int(n): tuple(map(_natural, o)) for n, o in data["asyncdiff"].items()},
+        skips=tuple((_natural(a), _natural(b)) for a, b in data.get("skips", ())),
     )
 
 

@@ -119,6 +119,8 @@ def damaged(keys: tuple[Any, ...], value: Any) -> dict[str, Any]:
         (("defaults", "steps"), KeyError, "no steps"),
         (("asyncdiff", "2"), [0], "asyncdiff 2: 1 owners"),
         (("asyncdiff", "two"), [0], "malformed"),
+        (("skips",), [[3, 1]], "skips: 3 to 1"),
+        (("skips",), [[0, 28]], "skips: 0 to 28"),
     ],
 )
 def test_damage_is_named(keys: tuple[Any, ...], value: Any, message: str) -> None:
@@ -213,6 +215,13 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         ("flux1-schnell", 19 + 38, 0, 0),
         ("cogvideox-2b", 30, 0, 0),
         ("cogvideox-5b", 42, 0, 0),
+        ("cogvideox1.5-5b", 42, 0, 0),
+        ("wan2.1-1.3b", 30, 0, 0),
+        ("wan2.1-14b", 40, 0, 0),
+        ("hunyuandit", 40, 0, 0),
+        ("mochi", 48, 0, 0),
+        ("hunyuanvideo", 20 + 40, 0, 0),  # not the two of its token refiner
+        ("latte", 28, 0, 0),  # not the 28 temporal ones
     ],
 )
 def test_exchange_points(name: str, kv: int, moments: int, halo: int) -> None:
@@ -291,6 +300,9 @@ def test_what_sd3_carries_between_blocks() -> None:
         ("sd21", (32, 32, 32)),
         ("pixart-alpha", (44, 44, 40)),
         ("flux1-dev", (34, 34, 34, 26)),
+        ("latte", (22, 22, 20)),
+        ("hunyuanvideo", (30, 30, 30)),
+        ("wan2.1-1.3b", (16, 16, 28)),
         ("audioldm2-large", (88, 88, 74)),  # 250 rows are not a multiple of 8: uneven and ragged
     ],
 )
@@ -315,8 +327,17 @@ def test_strips_share_the_work(name: str, rows: tuple[int, ...]) -> None:
     assert gemms == (len(rows) - 1) * flops(nothing, kinds=("gemm",))
 
 
+def test_skip_connections_of_hunyuandit() -> None:
+    """40 blocks: 0 feeds 39, ..., 18 feeds 21; 19 and 20 are in the middle. No other model has any."""
+    assert shipped("hunyuandit").skips == tuple((block, 39 - block) for block in range(19))
+    assert [path.stem for path in FILES if load_profile(path).skips] == ["hunyuandit"]
+
+
 def test_latent_shape_names_the_nearest_size() -> None:
     with pytest.raises(ValueError, match="height 1001: flux1-dev takes multiples of 16; nearest"):
         shipped("flux1-dev").latent_shape(1001, 1024, 1, 1)
     with pytest.raises(ValueError, match=r"frames 50: cogvideox-2b takes 4 n \+ 1"):
         shipped("cogvideox-2b").latent_shape(480, 720, 50, 1)
+    for name in ("cogvideox-2b", "wan2.1-1.3b", "hunyuanvideo"):
+        with pytest.raises(ValueError, match=r"frames 1: too few for the vae of .*; nearest 5"):
+            shipped(name).latent_shape(480, 720 - 720 % 16, 1, 1)

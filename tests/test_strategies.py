@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import toys
@@ -434,6 +435,7 @@ def test_malformed_spec_says_what_is_wrong(text: str, says: str) -> None:
         (DIT, "ring=5", "16 token rows", "a sequence degree of 4"),
         (UNET, "ulysses=2", "U-Net", "patch=2"),
         (UNET, "pipefusion=2", "U-Net", "distrifusion=2"),
+        (replace(DIT, skips=((0, 3),)), "pipefusion=2", "1 skip connection", "distrifusion=2"),
         (UNET, "distrifusion=3", "16 latent rows", "distrifusion=2"),
         (DIT, "cfg=3", "two branches", "cfg=2"),
         (DIT, "pipefusion=5", "4 blocks", "pipefusion=4"),

@@ -265,6 +265,16 @@ _FIRST: Mapping[str, Entry] = {
     ),
 }
 
+_WAN = Entry(
+    class_name="WanTransformer3DModel",
+    config={"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    geometry=_geometry(16, 2, 512, temporal_scale=4),
+    size=(480, 832, 81, 50),
+    text=(("text_encoder", "umt5-xxl", stages.call_masked_text, None),),
+    vae="wan",
+    scheduler="wan",
+)
+
 CATALOGUE: Mapping[str, Entry] = {
     **_FIRST,
     "sd15": replace(
@@ -343,6 +353,92 @@ CATALOGUE: Mapping[str, Entry] = {
             "use_rotary_positional_embeddings": True,
         },
         scheduler="cogvideox-5b",
+    ),
+    "cogvideox1.5-5b": replace(
+        _FIRST["cogvideox-2b"],
+        config={
+            "num_attention_heads": 48,
+            "num_layers": 42,
+            "use_rotary_positional_embeddings": True,
+            "patch_size_t": 2,
+            "patch_bias": False,
+            "sample_height": 96,
+            "sample_width": 170,
+            "sample_frames": 81,
+        },
+        size=(768, 1360, 81, 50),
+        scheduler="cogvideox-5b",
+    ),
+    "wan2.1-1.3b": _WAN,
+    "wan2.1-14b": replace(_WAN, config={}, size=(720, 1280, 81, 50)),
+    "hunyuanvideo": Entry(
+        class_name="HunyuanVideoTransformer3DModel",
+        config={},
+        geometry=_geometry(16, 2, 256, temporal_scale=4, guidance="embedded"),
+        size=(720, 1280, 129, 50),
+        # 95 tokens of a template go before the prompt's 256; their hidden states are cut off.
+        text=(
+            ("text_encoder", "llama-3-8b", stages.call_chat_text, 351),
+            ("text_encoder_2", "clip-l", stages.call_text, 77),
+        ),
+        vae="hunyuan-video",
+        scheduler="hunyuan-video",
+        text_mode="per_patch",
+    ),
+    "latte": Entry(
+        class_name="LatteTransformer3DModel",
+        config={
+            "sample_size": 64,
+            "video_length": 16,
+            "num_layers": 28,
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 8,
+            "caption_channels": 4096,
+            "cross_attention_dim": 1152,
+            "attention_bias": True,
+            "activation_fn": "gelu-approximate",
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+        },
+        geometry=_geometry(4, 2, 120),
+        size=(512, 512, 16, 50),
+        text=(("text_encoder", "t5-xxl", stages.call_masked_text, None),),
+        vae="kl-4",
+        scheduler="latte",
+    ),
+    "hunyuandit": Entry(
+        class_name="HunyuanDiT2DModel",
+        config={
+            "in_channels": 4,
+            "patch_size": 2,
+            "sample_size": 128,
+            "hidden_size": 1408,
+            "num_layers": 40,
+            "mlp_ratio": 4.3637,
+            "use_style_cond_and_image_meta_size": False,
+        },
+        geometry=_geometry(4, 2, 77, 256),
+        size=(1024, 1024, 1, 50),
+        text=(
+            ("text_encoder", "bert-large-zh", stages.call_masked_text, 77),
+            ("text_encoder_2", "mt5-xl", stages.call_masked_text, 256),
+        ),
+        vae="kl-4",
+        scheduler="hunyuandit",
+    ),
+    "mochi": Entry(
+        class_name="MochiTransformer3DModel",
+        config={},
+        geometry=_geometry(12, 2, 256, temporal_scale=6),
+        size=(480, 848, 163, 64),
+        text=(("text_encoder", "t5-xxl", stages.call_masked_text, None),),
+        vae="mochi",
+        scheduler="mochi",
+        text_mode="patch0_frozen",
     ),
 }
 """The first models, then those that differ from one of them in few values, then the others."""

@@ -71,6 +71,55 @@ TRANSFORMERS: Mapping[str, tuple[str, str, Config]] = {
             "feed_forward_proj": "gated-gelu",
         },
     ),
+    "mt5-xl": (
+        "T5EncoderModel",
+        "T5Config",
+        {
+            "vocab_size": 250112,
+            "d_model": 2048,
+            "d_ff": 5120,
+            "d_kv": 64,
+            "num_heads": 32,
+            "num_layers": 24,
+            "feed_forward_proj": "gated-gelu",
+        },
+    ),
+    "umt5-xxl": (
+        "UMT5EncoderModel",
+        "UMT5Config",
+        {
+            "vocab_size": 256384,
+            "d_model": 4096,
+            "d_ff": 10240,
+            "d_kv": 64,
+            "num_heads": 64,
+            "num_layers": 24,
+            "feed_forward_proj": "gated-gelu",
+        },
+    ),
+    "bert-large-zh": (
+        "BertModel",
+        "BertConfig",
+        {
+            "vocab_size": 47020,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
+    ),
+    "llama-3-8b": (
+        "LlamaModel",
+        "LlamaConfig",
+        {
+            "vocab_size": 128320,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+    ),
     "flan-t5-large": (
         "T5EncoderModel",
         "T5Config",
@@ -159,6 +208,9 @@ VAES: Mapping[str, tuple[str, Config]] = {
         },
     ),
     "cogvideox": ("AutoencoderKLCogVideoX", {}),
+    "wan": ("AutoencoderKLWan", {}),
+    "hunyuan-video": ("AutoencoderKLHunyuanVideo", {}),
+    "mochi": ("AutoencoderKLMochi", {}),
 }
 """Name -> (class, arguments), all of diffusers."""
 
@@ -221,6 +273,32 @@ SCHEDULERS: Mapping[str, tuple[str, Config]] = {
     "sd3": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     "flux": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
     "flux-schnell": ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0}),
+    "hunyuandit": (
+        "DDPMScheduler",
+        {
+            "beta_start": 0.00085,
+            "beta_end": 0.018,
+            "beta_schedule": "scaled_linear",
+            "clip_sample": False,
+            "prediction_type": "v_prediction",
+            "steps_offset": 1,
+        },
+    ),
+    "latte": (
+        "DDIMScheduler",
+        {
+            "beta_start": 0.0001,
+            "beta_end": 0.02,
+            "beta_schedule": "linear",
+            "clip_sample": False,
+        },
+    ),
+    "wan": (
+        "UniPCMultistepScheduler",
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+    ),
+    "hunyuan-video": ("FlowMatchEulerDiscreteScheduler", {"shift": 7.0}),
+    "mochi": ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}),
     "cogvideox": ("CogVideoXDDIMScheduler", _COGVIDEOX),
     "cogvideox-5b": ("CogVideoXDDIMScheduler", {**_COGVIDEOX, "snr_shift_scale": 1.0}),
 }

@@ -2,7 +2,8 @@
 
 A probe is one forward at one shape. Every dimension of every tensor that a kernel touches is a
 vector over the probes, and is fitted on its own: an integer combination of at most two monomials,
-exact on every probe, and the only such combination with that few terms. Sizes are products and sums
+exact on every probe, and the only such combination with that few terms (the second may be a negative
+constant: a causal VAE makes 4 f - 3 frames). Sizes are products and sums
 of dimensions, so their expressions are products and sums too and no size is ever fitted whole.
 A dimension that does not fit, or fits in two ways, is an error: never an approximation.
 """
@@ -50,12 +51,18 @@ class Fitter:
     """Fits dimensions seen at ``probes``; ``levels`` are the divisions that rows and columns take.
 
     A transformer knows one level, its patch size; a U-Net 1, 2, 4, 8 (with ceilings).
+    ``frame_levels`` are the divisions of frames: more than 1 where patches extend over frames.
     """
 
-    def __init__(self, probes: Sequence[Mapping[str, int]], levels: Sequence[int]) -> None:
+    def __init__(
+        self,
+        probes: Sequence[Mapping[str, int]],
+        levels: Sequence[int],
+        frame_levels: Sequence[int] = (1,),
+    ) -> None:
         self.probes = probes
         self._known: dict[Shape, Expr] = {}
-        self._vectors = {m: self._evaluate(m) for m in self._monomials(levels)}
+        self._vectors = {m: self._evaluate(m) for m in self._monomials(levels, frame_levels)}
         self._by_direction: dict[tuple[Fraction, ...], list[Monomial]] = {}
         for monomial, vector in self._vectors.items():
             if any(vector):
@@ -80,7 +87,7 @@ class Fitter:
                 terms.append((prod(c for c, _ in choice), monomial))
         return expr(terms)
 
-    def _monomials(self, levels: Sequence[int]) -> list[Monomial]:
+    def _monomials(self, levels: Sequence[int], frame_levels: Sequence[int]) -> list[Monomial]:
         """Candidates: batch and frames times (rows, columns at one level | text), halo alone.
 
         Symbols that are the same in every probe are left out, and k where it is always r."""
@@ -92,7 +99,9 @@ class Fitter:
             r, w, k = ("r", level), ("w", level), ("k", level)
             grids += [(r,), (w,), (r, w), (k,), (k, w)]
         grids += [(("t", 1),), (("s", 1),), (("h", 1),)]
-        outer: list[Monomial] = [(), (("b", 1),), (("f", 1),), (("b", 1), ("f", 1))]
+        frames: list[Monomial] = [(("f", level),) for level in frame_levels]
+        b = ("b", 1)
+        outer: list[Monomial] = [(), (b,), *frames, *((b, *each) for each in frames)]
         return [
             (*head, *grid)
             for head in outer
@@ -109,7 +118,7 @@ class Fitter:
         if not any(seen):
             return Expr(())
         single = self._singles(seen)
-        found = single or self._pairs(seen)
+        found = single or self._pairs(seen) or self._pairs(seen, subtract_constant=True)
         if len(found) != 1:
             options = " or ".join(map(str, found)) or "none"
             raise FitError(f"sizes {seen} at {list(self.probes)}: fits {options}")
@@ -124,8 +133,10 @@ class Fitter:
                 matches.append(expr([(int(coefficient), monomial)]))
         return matches
 
-    def _pairs(self, seen: Shape) -> list[Expr]:
-        """All a*m + c*n with positive integers a, c: eliminated exactly from two probes."""
+    def _pairs(self, seen: Shape, *, subtract_constant: bool = False) -> list[Expr]:
+        """All a*m + c*n with positive integers a, c: eliminated exactly from two probes.
+
+        With ``subtract_constant`` all c*n - a instead."""
         matches = []
         for (m, x), (n, y) in combinations(self._vectors.items(), 2):
             other = next((i for i in range(1, len(seen)) if x[0] * y[i] != x[i] * y[0]), None)
@@ -135,7 +146,7 @@ class Fitter:
             det = x[0] * y[i] - x[i] * y[0]
             a, rest = divmod(seen[0] * y[i] - seen[i] * y[0], det)
             c, rest2 = divmod(x[0] * seen[i] - x[i] * seen[0], det)
-            if rest or rest2 or a <= 0 or c <= 0:
+            if rest or rest2 or c <= 0 or (a >= 0 or m if subtract_constant else a <= 0):
                 continue
             if all(a * p + c * q == size for p, q, size in zip(x, y, seen, strict=True)):
                 matches.append(expr([(a, m), (c, n)]))

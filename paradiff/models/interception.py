@@ -11,7 +11,8 @@ handler is asked, and may replace what the layer would have used:
 - ``enter`` and ``leave``: a unit (a transformer block, a U-Net sub-block) begins or ends.
 
 Positions follow from the rows: a handler that runs a strip says which rows it has (``span``), and
-patch embeddings then run at full height and are sliced. (Flux takes its positions as an argument.)
+patch embeddings and rotary tables then run at full height and are sliced. (Flux, HunyuanDiT and
+CogVideoX with rotary embeddings take their positions as an argument.)
 Positional tables that a model computes when its shape is not the configured one go through
 ``table``, so that a handler can leave them out of its account.
 
@@ -36,6 +37,8 @@ TEXT_FIRST = {
     "FluxTransformer2DModel": True,
     "CogVideoXTransformer3DModel": True,
     "SD3Transformer2DModel": False,
+    "HunyuanVideoTransformer3DModel": False,
+    "MochiTransformer3DModel": False,
 }
 """Joint attention: does the text come before the image tokens? Read from the class's processor."""
 
@@ -51,7 +54,22 @@ UNET_CLASSES = (
     "UNetSpatioTemporalConditionModel",
     "AudioLDM2UNet2DConditionModel",
 )
-TRANSFORMER_CLASSES = ("PixArtTransformer2DModel", *TEXT_FIRST)
+TRANSFORMER_CLASSES = (
+    "PixArtTransformer2DModel",
+    "WanTransformer3DModel",
+    "LatteTransformer3DModel",
+    "HunyuanDiT2DModel",
+    *TEXT_FIRST,
+)
+BLOCK_LISTS = (
+    "transformer_blocks",
+    "single_transformer_blocks",
+    "temporal_transformer_blocks",
+    "blocks",
+)
+"""Names under which transformers keep their blocks."""
+TOKEN_AXIS = {"WanRotaryPosEmbed": 1, "HunyuanVideoRotaryPosEmbed": 0, "MochiRoPE": 0}
+"""Modules that compute rotary tables: the axis of the tables that counts tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +185,7 @@ def self_attention_names(model: nn.Module) -> list[str]:
 def unit_parents(model: nn.Module) -> dict[str, str]:
     """Unit -> enclosing U-Net block (itself where there is none), in no particular order.
 
-    Transformers: every block of every top-level ``*blocks`` list. U-Nets: ``conv_in``, the resnets,
+    Transformers: every block of every top-level list of blocks. U-Nets: ``conv_in``, the resnets,
     attentions and samplers of each block, ``mid_block`` whole, ``conv_norm_out``, ``conv_out``.
     """
     if type(model).__name__ in UNET_CLASSES:
@@ -181,8 +199,7 @@ def unit_parents(model: nn.Module) -> dict[str, str]:
     return {
         name: name
         for name, _ in model.named_modules()
-        if name.count(".") == 1
-        and name.split(".")[0] in ("transformer_blocks", "single_transformer_blocks")
+        if name.count(".") == 1 and name.split(".")[0] in BLOCK_LISTS
     }
 
 
@@ -266,6 +283,9 @@ def intercept(
         for name, module in modules.items():
             if type(module).__name__ in ("PatchEmbed", "CogVideoXPatchEmbed"):
                 wrap(name, partial(_with_positions, handler, module))
+            elif type(module).__name__ in TOKEN_AXIS:
+                axis = TOKEN_AXIS[type(module).__name__]
+                wrap(name, partial(_with_rotation, handler, model.config.patch_size, axis))
         for name in units:
             wrap(name, partial(_unit_scope, handler, name))
         sdpa = partial(
@@ -314,7 +334,10 @@ def _attend(
     if name in kv:
         text = kv[name]
         site = Site(name, "kv")
+        own = key.shape[2]
         key, value = _widen(handler, site, key, value, text, text_first)
+        if kwargs.get("attn_mask") is not None and key.shape[2] != own:
+            kwargs["attn_mask"] = _widen_mask(kwargs["attn_mask"], key.shape[2], text, text_first)
     call = partial(original, query, key, value, *args, **kwargs)
     return handler.attention(name, call, query, key, value)
 
@@ -332,6 +355,14 @@ def _widen(
         pair = (whole[:, :, beside], part) if text_first else (part, whole[:, :, beside])
         joined.append(torch.cat(pair, dim=2))
     return joined[0], joined[1]
+
+
+def _widen_mask(mask: Tensor, keys: int, text: int, text_first: bool) -> Tensor:
+    """A boolean mask of joint keys, which masks text alone, for more image tokens."""
+    image = mask.new_ones(*mask.shape[:-1], keys - text)
+    if text_first:
+        return torch.cat((mask[..., :text], image), dim=-1)
+    return torch.cat((image, mask[..., mask.shape[-1] - text :]), dim=-1)
 
 
 def _with_halo(handler: Handler, site: Site, conv: Any, forward: Callable[..., Any]) -> Any:
@@ -399,6 +430,38 @@ def _with_positions(handler: Handler, embed: Any, forward: Callable[..., Any]) -
         grid = tokens[:, sum(room) :].unflatten(1, (-1, total // patch, columns // patch))
         strips = [grid[:, :, a // patch : b // patch] for a, b in spans]
         return torch.cat((tokens[:, :words], torch.cat(strips, dim=2).flatten(1, 3)), dim=1)
+
+    return run
+
+
+def _with_rotation(
+    handler: Handler, patch: int | Sequence[int], axis: int, forward: Callable[..., Any]
+) -> Any:
+    """Rotary tables of a latent of full height, of which the strip's rows are kept.
+
+    Called with the latent, or (Mochi) with frequencies, frames, rows and columns in patches."""
+    size = patch if isinstance(patch, int) else patch[1]
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        span = handler.span()
+        if span is None:
+            return forward(*args, **kwargs)
+        first, total = span
+        if len(args) == 1:
+            own, columns = (n // size for n in args[0].shape[-2:])
+            whole = (args[0].new_empty(*args[0].shape[:-2], total, args[0].shape[-1]),)
+        else:
+            own, columns = args[2:4]
+            whole = (*args[:2], total // size, *args[3:])
+        spans = handler.spans() or ((first, first + own * size),)
+
+        def sliced(table: Tensor) -> Tensor:
+            grid = table.unflatten(axis, (-1, total // size, columns))
+            pieces = [grid.narrow(axis + 1, a // size, (b - a) // size) for a, b in spans]
+            return torch.cat(pieces, dim=axis + 1).flatten(axis, axis + 2)
+
+        return tuple(sliced(table) for table in forward(*whole, **kwargs))
 
     return run
 

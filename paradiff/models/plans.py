@@ -19,9 +19,18 @@ from paradiff.models.catalogue import (
     unet_probes,
 )
 from paradiff.models.encoders import SCHEDULERS, TRANSFORMERS, VAES
+from paradiff.models.fitting import expr
 from paradiff.models.interception import UNET_CLASSES
 from paradiff.models.stages import DENOISERS, Shape, StageSpec, build_diffusers, build_transformers
-from paradiff.profiles import Geometry, InvalidProfile, Profile
+from paradiff.profiles import Geometry, InvalidProfile, Profile, parse_expr
+
+BATCHED = (
+    "FluxTransformer2DModel",
+    "UNetSpatioTemporalConditionModel",
+    "LatteTransformer3DModel",
+    "MochiTransformer3DModel",
+)
+"""Denoisers that save copies for a batch of one: see ``_batched``."""
 
 Config = Mapping[str, Any]
 Symbols = Mapping[str, str]
@@ -30,7 +39,7 @@ Symbols = Mapping[str, str]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """A model to trace. ``asyncdiff``: degree -> owner of a cut, by the longest prefix of its
-    name (AsyncDiff's published tables)."""
+    name (AsyncDiff's published tables). ``skips`` as in the profile."""
 
     name: str
     kind: Literal["unet", "transformer"]
@@ -40,6 +49,7 @@ class Plan:
     configurations: Mapping[str, Any]
     text_mode: str | None = None
     asyncdiff: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    skips: tuple[tuple[int, int], ...] = ()
 
 
 def plan_for(name_or_config_path: str) -> Plan:
@@ -71,9 +81,20 @@ def plan_of(name: str, entry: Entry, vae_config: Config | None = None) -> Plan:
     else:
         levels = (entry.geometry.row_multiple,)
         probes = transformer_probes(base, video)
-    if entry.class_name in ("FluxTransformer2DModel", "UNetSpatioTemporalConditionModel"):
+    if entry.class_name in BATCHED:
         probes = _batched(probes)
-    denoiser = StageSpec("denoiser", build, stages.call_denoiser, probes, levels, True)
+    if entry.class_name == "HunyuanDiT2DModel":
+        probes = tuple({**probe, "t": base["t"], "s": base["s"]} for probe in probes)
+    frame_levels = tuple(sorted({1, _patch_depth(entry)}))
+    denoiser = StageSpec(
+        "denoiser",
+        build,
+        stages.call_denoiser,
+        probes,
+        levels,
+        is_denoiser=True,
+        frame_levels=frame_levels,
+    )
     vae = VAES[entry.vae] if vae_config is None else (VAES[entry.vae][0], vae_config)
     configurations: dict[str, Any] = {
         "denoiser": {"class": entry.class_name, **entry.config},
@@ -96,7 +117,16 @@ def plan_of(name: str, entry: Entry, vae_config: Config | None = None) -> Plan:
         configurations=configurations,
         text_mode=entry.text_mode,
         asyncdiff=entry.asyncdiff,
+        skips=_skips(entry),
     )
+
+
+def _skips(entry: Entry) -> tuple[tuple[int, int], ...]:
+    """HunyuanDiT: block l feeds block L - 1 - l, but for the two in the middle."""
+    if entry.class_name != "HunyuanDiT2DModel":
+        return ()
+    layers = entry.config.get("num_layers", 28)
+    return tuple((block, layers - 1 - block) for block in range(layers // 2 - 1))
 
 
 def _base_shape(entry: Entry) -> dict[str, int]:
@@ -162,6 +192,15 @@ def _decoder_stages(entry: Entry, base: Shape, vae: tuple[str, Config]) -> list[
     image = latent_probes(base, video=False, unit=1)
     if vae[0] == "AutoencoderKLCogVideoX":
         return _cogvideox_chunks(base, build)
+    if vae[0] == "AutoencoderKLWan":
+        return _wan_chunks(base, build)
+    if vae[0] == "AutoencoderKLHunyuanVideo":
+        return _hunyuan_video_tiles(base, build)
+    if vae[0] == "AutoencoderKLMochi":
+        probes = _batched(latent_probes({**_small(base), "f": 7}, video=True, unit=1))
+        return [StageSpec("vae", build, stages.call_decode_video, probes)]
+    if entry.class_name == "LatteTransformer3DModel":
+        return _image_chunks(base, build)
     if vae[0] == "AutoencoderKLTemporalDecoder":
         probes = _batched(latent_probes(base, video=True, unit=1))
         return [StageSpec("vae", _svd_decoder, stages.call_svd_decode, probes)]
@@ -172,13 +211,18 @@ def _decoder_stages(entry: Entry, base: Shape, vae: tuple[str, Config]) -> list[
     return specs
 
 
+def _small(base: Shape) -> Shape:
+    """Half the size or less: above 2 GiB the causal VAEs of CogVideoX and Mochi split a convolution,
+    which costs copies but no FLOPs."""
+    divisor = 2 if base["r"] * base["w"] <= 6000 else 4
+    return {**base, **{symbol: base[symbol] // divisor for symbol in "rwk"}}
+
+
 def _cogvideox_chunks(base: Shape, build: Callable[[], tuple[Any, ...]]) -> list[StageSpec]:
     """The causal VAE decodes two latent frames at a time; an odd number starts with three.
 
-    Of the two first chunks the one of the wrong parity has repeat 0; at least two frames. Traced at
-    half size: above 2 GiB CogVideoX splits a convolution, which costs copies but no FLOPs.
-    """
-    base = {**base, "r": base["r"] // 2, "w": base["w"] // 2, "k": base["k"] // 2}
+    Of the two first chunks the one of the wrong parity has repeat 0; at least two frames."""
+    base = _small(base)
 
     def first(name: str, frames: int, repeat: str) -> StageSpec:
         probes = latent_probes({**base, "f": frames}, video=False, unit=1, frames=frames)
@@ -203,36 +247,130 @@ def _cogvideox_chunks(base: Shape, build: Callable[[], tuple[Any, ...]]) -> list
     ]
 
 
+def _wan_chunks(base: Shape, build: Callable[[], tuple[Any, ...]]) -> list[StageSpec]:
+    """The causal VAE decodes one latent frame at a time; of at least two frames."""
+
+    def chunk(name: str, index: int, repeat: str) -> StageSpec:
+        probes = _batched(latent_probes(base, video=True, unit=1))
+        call = stages.call_wan_chunk(index)
+        return StageSpec(name, build, call, probes, repeat=repeat, owns_parameters=name == "vae")
+
+    return [chunk("vae_first", 0, "1"), chunk("vae_second", 1, "1"), chunk("vae", 2, "f - 2")]
+
+
+_ONE_LEFT = "2*f3 - f2 - f6 + 4*f2*f6 - 2*f*f6 - 2*f2*f3 + f*f3"
+"""1 iff f = 1 modulo 3, else 0: as sums of products of ceilings can say it."""
+_NONE_LEFT = f"1 - 3*f3 + f + {_ONE_LEFT}"
+"""1 iff f = 0 modulo 3, else 0: since 3 f3 - f is 0, 2, 1 for f = 0, 1, 2 modulo 3."""
+
+
+def _hunyuan_video_tiles(base: Shape, build: Callable[[], tuple[Any, ...]]) -> list[StageSpec]:
+    """The VAE decodes five latent frames from every third: the last two tiles may have less.
+
+    Exact from five latent frames on, and for two and three. Not tiled in space, which is off by
+    default."""
+
+    def tile(frames: int, repeat: str) -> StageSpec:
+        probes = latent_probes({**base, "f": frames}, video=False, unit=1, frames=frames)
+        probes = _batched(probes)
+        return StageSpec(
+            "vae" if frames == 5 else f"vae_tile_{frames}",
+            build,
+            stages.call_hunyuan_video_tile(blended=frames == 5),
+            probes,
+            repeat=str(expr(parse_expr(repeat).terms)),
+            shape=(("f", str(frames)),),
+            owns_parameters=frames == 5,
+        )
+
+    one, none = _ONE_LEFT, _NONE_LEFT
+    minus_one = _negative(one)
+    return [
+        tile(5, f"f3 - 1 {minus_one}"),
+        tile(4, one),
+        tile(3, none),
+        tile(2, f"3*f3 - f {minus_one} {minus_one}"),
+        tile(1, one),
+        StageSpec(
+            "vae_join",
+            tuple,
+            stages.call_hunyuan_video_join,
+            latent_probes(base, video=True, unit=1),
+        ),
+    ]
+
+
+def _negative(sum_of_products: str) -> str:
+    """The terms of ``- (sum_of_products)``."""
+    flipped = {"+": "-", "-": "+"}
+    return "- " + "".join(flipped.get(character, character) for character in sum_of_products)
+
+
+def _image_chunks(base: Shape, build: Callable[[], tuple[Any, ...]]) -> list[StageSpec]:
+    """Latte decodes with an image VAE, 14 frames at a time, the rest last."""
+    probes = latent_probes(base, video=True, unit=1)
+    call = stages.call_decode_frames
+    return [
+        StageSpec(
+            "vae_chunks",
+            build,
+            call,
+            probes,
+            repeat="f14 - 1",
+            shape=(("f", "14"),),
+            owns_parameters=False,
+        ),
+        StageSpec("vae", build, call, probes, shape=(("f", "f - 14*f14 + 14"),)),
+    ]
+
+
 def _step_stages(entry: Entry, base: Shape) -> list[StageSpec]:
     """Scheduler and guidance, on latents laid out as the pipeline of the class has them."""
     g = entry.geometry
     video = base["f"] > 1
     unit = 2 if entry.class_name == "FluxTransformer2DModel" else 1
     probes = latent_probes(base, video, unit)
-    latent = partial(_latent_sizes, entry.class_name, g.channels)
+    depth = _patch_depth(entry)
+    frame_levels = tuple(sorted({1, depth}))
+    latent = partial(_latent_sizes, entry.class_name, g.channels, depth)
     class_name, config = SCHEDULERS[entry.scheduler]
     step = stages.call_scheduler(class_name, config, latent)
-    specs = [StageSpec("scheduler", tuple, step, probes, levels=(unit,))]
+    specs = [StageSpec("scheduler", tuple, step, probes, levels=(unit,), frame_levels=frame_levels)]
     if g.guidance == "cfg":
         channels = entry.config.get("out_channels", 8) if _learns_sigma(entry) else g.channels
-        predicted = partial(_latent_sizes, entry.class_name, channels)
+        predicted = partial(_latent_sizes, entry.class_name, channels, depth)
         call = stages.call_guidance(predicted)
-        specs.append(StageSpec("guidance", tuple, call, probes, levels=(unit,)))
+        specs.append(
+            StageSpec("guidance", tuple, call, probes, levels=(unit,), frame_levels=frame_levels)
+        )
     return specs
 
 
+def _patch_depth(entry: Entry) -> int:
+    """How many latent frames a patch of CogVideoX 1.5 has."""
+    return entry.config.get("patch_size_t") or 1
+
+
 def _learns_sigma(entry: Entry) -> bool:
-    """PixArt predicts the variance beside the noise; guidance mixes both, the scheduler one."""
-    return entry.class_name == "PixArtTransformer2DModel"
+    """PixArt and Latte predict the variance beside the noise; guidance mixes both, the scheduler
+    one. (HunyuanDiT's pipeline drops the variance first.)"""
+    return entry.class_name in ("PixArtTransformer2DModel", "LatteTransformer3DModel")
 
 
-def _latent_sizes(class_name: str, channels: int, s: Shape) -> tuple[int, ...]:
+def _latent_sizes(class_name: str, channels: int, depth: int, s: Shape) -> tuple[int, ...]:
     if class_name == "FluxTransformer2DModel":
         return s["b"], s["r"] // 2 * (s["w"] // 2), 4 * channels
     if class_name == "UNetSpatioTemporalConditionModel":
         return s["b"], s["f"], channels, s["r"], s["w"]
     if class_name == "CogVideoXTransformer3DModel":
-        return s["b"], s["f"], channels, s["r"], s["w"]
+        return s["b"], depth * -(-s["f"] // depth), channels, s["r"], s["w"]
+    if class_name in (
+        "WanTransformer3DModel",
+        "HunyuanVideoTransformer3DModel",
+        "LatteTransformer3DModel",
+        "MochiTransformer3DModel",
+    ):
+        return s["b"], channels, s["f"], s["r"], s["w"]
     return s["b"], channels, s["r"], s["w"]
 
 

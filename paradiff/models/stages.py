@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import diffusers
+import diffusers.models.attention_processor
 import torch
 import transformers
 from torch import Tensor, nn
@@ -23,8 +26,9 @@ Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 class StageSpec:
     """One stage to trace. ``build`` makes its modules; ``call`` says what runs at a shape.
 
-    ``levels`` are the divisions of rows and columns; ``repeat`` and ``shape`` go into the profile
-    as they stand. ``owns_parameters`` is False for a stage whose modules another stage counts.
+    ``levels`` are the divisions of rows and columns, ``frame_levels`` of frames; ``repeat`` and
+    ``shape`` go into the profile as they stand. ``owns_parameters`` is False for a stage whose
+    modules another stage counts.
     """
 
     name: str
@@ -36,6 +40,7 @@ class StageSpec:
     repeat: str = "1"
     shape: tuple[tuple[str, str], ...] = ()
     owns_parameters: bool = True
+    frame_levels: tuple[int, ...] = (1,)
 
 
 def versions() -> dict[str, str]:
@@ -165,18 +170,85 @@ def inputs_flux(model: Any, s: Shape) -> dict[str, Any]:
 
 def inputs_cogvideox(model: Any, s: Shape) -> dict[str, Any]:
     """The positional table has room for exactly one text length, which a probe has to set; models
-    with rotary embeddings are given theirs."""
+    with rotary embeddings are given theirs. Where patches extend over frames, the pipeline adds
+    frames until they divide."""
     b, c, rotary = s["b"], model.config, None
     model.patch_embed.max_text_seq_length = s["t"]
+    depth = c.patch_size_t or 1
+    patches = -(-s["f"] // depth)
     if c.use_rotary_positional_embeddings:
-        tokens = s["f"] * (s["r"] // c.patch_size) * (s["w"] // c.patch_size)
+        tokens = patches * (s["r"] // c.patch_size) * (s["w"] // c.patch_size)
         table = empty(tokens, c.attention_head_dim, dtype=torch.float32)
         rotary = (table, torch.empty_like(table))
     return {
-        "hidden_states": empty(b, s["f"], c.in_channels, s["r"], s["w"]),
+        "hidden_states": empty(b, depth * patches, c.in_channels, s["r"], s["w"]),
         "encoder_hidden_states": empty(b, s["t"], c.text_embed_dim),
         "timestep": _timestep(b),
         "image_rotary_emb": rotary,
+    }
+
+
+def _video(model: Any, s: Shape) -> Tensor:
+    return empty(s["b"], model.config.in_channels, s["f"], s["r"], s["w"])
+
+
+def inputs_wan(model: Any, s: Shape) -> dict[str, Any]:
+    """Text to video."""
+    return {
+        "hidden_states": _video(model, s),
+        "encoder_hidden_states": empty(s["b"], s["t"], model.config.text_dim),
+        "timestep": _timestep(s["b"]),
+    }
+
+
+def inputs_hunyuan_video(model: Any, s: Shape) -> dict[str, Any]:
+    b, c = s["b"], model.config
+    return {
+        "hidden_states": _video(model, s),
+        "encoder_hidden_states": empty(b, s["t"], c.text_embed_dim),
+        "encoder_attention_mask": empty(b, s["t"]),
+        "pooled_projections": empty(b, c.pooled_projection_dim),
+        "timestep": _timestep(b),
+        "guidance": empty(b, dtype=torch.float32) if c.guidance_embeds else None,
+    }
+
+
+def inputs_latte(model: Any, s: Shape) -> dict[str, Any]:
+    """The temporal table has room for exactly one number of frames, which a probe has to set."""
+    model.temp_pos_embed = empty(1, s["f"], model.temp_pos_embed.shape[-1], dtype=torch.float32)
+    return {
+        "hidden_states": _video(model, s),
+        "encoder_hidden_states": empty(s["b"], s["t"], model.config.caption_channels),
+        "timestep": _timestep(s["b"]),
+    }
+
+
+def inputs_hunyuandit(model: Any, s: Shape) -> dict[str, Any]:
+    """Text lengths are those of the configuration: a parameter pads them."""
+    b, c = s["b"], model.config
+    tokens = (s["r"] // c.patch_size) * (s["w"] // c.patch_size)
+    table = empty(tokens, c.attention_head_dim, dtype=torch.float32)
+    extra = {}
+    if c.use_style_cond_and_image_meta_size:
+        extra = {"image_meta_size": empty(b, 6), "style": empty(b, dtype=torch.int64)}
+    return {
+        "hidden_states": empty(b, c.in_channels, s["r"], s["w"]),
+        "timestep": empty(b),
+        "encoder_hidden_states": empty(b, c.text_len, c.cross_attention_dim),
+        "text_embedding_mask": empty(b, c.text_len, dtype=torch.int64),
+        "encoder_hidden_states_t5": empty(b, c.text_len_t5, c.cross_attention_dim_t5),
+        "text_embedding_mask_t5": empty(b, c.text_len_t5, dtype=torch.int64),
+        "image_rotary_emb": (table, torch.empty_like(table)),
+        **extra,
+    }
+
+
+def inputs_mochi(model: Any, s: Shape) -> dict[str, Any]:
+    return {
+        "hidden_states": _video(model, s),
+        "encoder_hidden_states": empty(s["b"], s["t"], model.config.text_embed_dim),
+        "timestep": _timestep(s["b"]),
+        "encoder_attention_mask": empty(s["b"], s["t"], dtype=torch.bool),
     }
 
 
@@ -188,13 +260,50 @@ DENOISERS: Mapping[str, Callable[[Any, Shape], dict[str, Any]]] = {
     "SD3Transformer2DModel": inputs_sd3,
     "FluxTransformer2DModel": inputs_flux,
     "CogVideoXTransformer3DModel": inputs_cogvideox,
+    "WanTransformer3DModel": inputs_wan,
+    "HunyuanVideoTransformer3DModel": inputs_hunyuan_video,
+    "LatteTransformer3DModel": inputs_latte,
+    "HunyuanDiT2DModel": inputs_hunyuandit,
+    "MochiTransformer3DModel": inputs_mochi,
 }
 
 
 def call_denoiser(modules: tuple[Any, ...], s: Shape) -> Call:
     """One network call with the inputs that its class takes."""
     model = modules[0]
-    return model, (), {**DENOISERS[type(model).__name__](model, s), "return_dict": False}
+    inputs = {**DENOISERS[type(model).__name__](model, s), "return_dict": False}
+    if type(model).__name__ == "MochiTransformer3DModel":
+        return partial(_run_mochi, model), (), inputs
+    return model, (), inputs
+
+
+class _EverySample(int):
+    """An index into a batch that is all of it: ``x[i : i + 1]`` is ``x``."""
+
+    batch: int
+
+    def __add__(self, _: object) -> int:
+        return self.batch
+
+
+def _run_mochi(model: Any, **inputs: Any) -> Any:
+    """Mochi attends sample by sample over the text tokens that its mask leaves. Here all are left, and
+    a batch attends at once: FLOPs are those of the longest prompt, launches those of one sample."""
+
+    def samples(batch: int) -> list[_EverySample]:
+        every = _EverySample(0)
+        every.batch = batch
+        return [every]
+
+    def nonzero(mask: Tensor, *, as_tuple: bool) -> Tensor:
+        return torch.arange(mask.numel(), device=mask.device)[:, None]
+
+    with (
+        mock.patch.object(diffusers.models.attention_processor, "range", samples, create=True),
+        mock.patch.object(torch, "nonzero", nonzero),
+        mock.patch.object(torch, "autocast", return_value=nullcontext()),
+    ):
+        return model(**inputs)
 
 
 # ----------------------------------------------------------------- text and image encoders, decoders
@@ -211,6 +320,14 @@ def call_masked_text(modules: tuple[Any, ...], s: Shape) -> Call:
     ids = empty(s["b"], s["t"], dtype=torch.int64)
     mask = empty(s["b"], s["t"], dtype=torch.int64)
     return modules[0], (), {"input_ids": ids, "attention_mask": mask}
+
+
+def call_chat_text(modules: tuple[Any, ...], s: Shape) -> Call:
+    """A language model on a padded prompt, hidden states of every layer kept."""
+    ids = empty(s["b"], s["t"], dtype=torch.int64)
+    mask = empty(s["b"], s["t"], dtype=torch.int64)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return modules[0], (), {**inputs, "output_hidden_states": True, "use_cache": False}
 
 
 def call_clap(modules: tuple[Any, ...], s: Shape) -> Call:
@@ -261,6 +378,23 @@ def call_decode(modules: tuple[Any, ...], s: Shape) -> Call:
     return vae.decode, (empty(s["b"], channels, s["r"], s["w"]),), {"return_dict": False}
 
 
+def call_decode_video(modules: tuple[Any, ...], s: Shape) -> Call:
+    """A video decoder on all frames at once. Mochi's normalises eight frames at a time; here all, which
+    moves as many elements in fewer launches."""
+    vae = modules[0]
+    for module in vae.modules():
+        if type(module).__name__ == "MochiChunkedGroupNorm3D":
+            module.chunk_size = 6 * s["b"] * s["f"]
+    latent = empty(s["b"], vae.config.latent_channels, s["f"], s["r"], s["w"])
+    return vae.decode, (latent,), {"return_dict": False}
+
+
+def call_decode_frames(modules: tuple[Any, ...], s: Shape) -> Call:
+    """An image decoder on the frames of a video."""
+    latent = empty(s["b"] * s["f"], modules[0].config.latent_channels, s["r"], s["w"])
+    return modules[0].decode, (latent,), {"return_dict": False}
+
+
 def call_svd_decode(modules: tuple[Any, ...], s: Shape) -> Call:
     """All frames in one chunk, the pipeline's default."""
     decoder, frames = modules[0], s["f"]
@@ -289,6 +423,67 @@ def call_next_chunk(modules: tuple[Any, ...], s: Shape) -> Call:
     with torch.no_grad():
         _, cache = vae.decoder(latent, conv_cache=None)
     return lambda z, conv_cache: vae.decoder(z, conv_cache=conv_cache), (latent, cache), {}
+
+
+def call_wan_chunk(index: int) -> Callable[[tuple[Any, ...], Shape], Call]:
+    """Wan decodes frame by frame; chunks 0, 1 and all later ones differ in what they find cached.
+
+    With the first goes what happens once to all frames. Each later chunk is joined to the video so
+    far, 4 i + 1 frames after chunk i, which is 2 f + 1 on average: that is what is recorded."""
+
+    def call(modules: tuple[Any, ...], s: Shape) -> Call:
+        vae = modules[0]
+        b, f, r, w = s["b"], s["f"], s["r"], s["w"]
+        cache = [None] * vae._cached_conv_counts["decoder"]
+        frame = empty(b, vae.config.z_dim, 1, r, w)
+
+        def decode(x: Tensor, first: bool) -> Tensor:
+            result: Tensor = vae.decoder(x, feat_cache=cache, feat_idx=[0], first_chunk=first)
+            return result
+
+        def once(latent: Tensor, video: Tensor) -> Tensor:
+            decode(vae.post_quant_conv(latent)[:, :, :1], True)
+            return torch.clamp(video, min=-1.0, max=1.0)
+
+        def later(x: Tensor, one: Tensor, other: Tensor, _: Any) -> Tensor:
+            decode(x, False)
+            return torch.cat([one, other], 2)
+
+        def video(frames: int) -> Tensor:
+            return empty(b, vae.config.out_channels, frames, 8 * r, 8 * w)
+
+        if index == 0:
+            return once, (empty(b, vae.config.z_dim, f, r, w), video(4 * f - 3)), {}
+        with torch.no_grad():
+            for chunk in range(index):
+                decode(frame, chunk == 0)
+        return later, (frame, video(f), video(f + 1), cache), {}
+
+    return call
+
+
+def call_hunyuan_video_tile(blended: bool) -> Callable[[tuple[Any, ...], Shape], Call]:
+    """HunyuanVideo decodes tiles of up to five latent frames; one that is not the first is blended
+    into the one before it."""
+
+    def call(modules: tuple[Any, ...], s: Shape) -> Call:
+        vae = modules[0]
+
+        def decode(latent: Tensor, before: Tensor) -> Tensor:
+            tile: Tensor = vae.decoder(vae.post_quant_conv(latent))
+            extent = vae.tile_sample_min_num_frames - vae.tile_sample_stride_num_frames
+            return vae.blend_t(before, tile[:, :, 1:], extent) if blended else tile
+
+        latent = empty(s["b"], vae.config.latent_channels, s["f"], s["r"], s["w"])
+        return decode, (latent, empty(s["b"], 3, 4, 8 * s["r"], 8 * s["w"])), {}
+
+    return call
+
+
+def call_hunyuan_video_join(_: tuple[Any, ...], s: Shape) -> Call:
+    """HunyuanVideo's tiles become one video."""
+    b, f, r, w = s["b"], s["f"], 8 * s["r"], 8 * s["w"]
+    return torch.cat, ([empty(b, 3, 4 * f - 4, r, w), empty(b, 3, 1, r, w)],), {"dim": 2}
 
 
 # -------------------------------------------------------------------------- scheduler and guidance

@@ -77,6 +77,7 @@ def trace_plan(plan: Plan) -> Profile:
             n: tuple(_owner(cut.name, table) for cut in traced["denoiser"].cuts)
             for n, table in plan.asyncdiff.items()
         },
+        skips=plan.skips,
     )
 
 
@@ -93,10 +94,11 @@ def trace_stage(spec: StageSpec) -> Stage:
     recordings = [record(spec, modules, p) for p in whole]
     attentions: dict[str, Expr] = {}
     if spec.is_denoiser:
-        attentions = find_kv(Fitter(whole, spec.levels), recordings)
+        attentions = find_kv(Fitter(whole, spec.levels, spec.frame_levels), recordings)
         recordings += [record(spec, modules, p, attentions) for p in strips]
         _check_points_run(modules[0], recordings[0])
-    assembly = _Assembly(Fitter([*whole, *strips], spec.levels), _aligned(recordings), attentions)
+    fitter = Fitter([*whole, *strips], spec.levels, spec.frame_levels)
+    assembly = _Assembly(fitter, _aligned(recordings), attentions)
     assembly.build(spec.name, parents=unit_parents(modules[0]) if spec.is_denoiser else {})
     return Stage(
         name=spec.name,

@@ -112,6 +112,12 @@ def plan_pipeline(build: Builder, options: Options) -> Pipeline:
             f"pipefusion needs a plain stack of blocks; {profile.name} is a U-Net with skips",
             f"distrifusion={n}",
         )
+    if profile.skips:
+        raise Infeasible(
+            f"pipefusion needs a plain stack of blocks; {profile.name} has {len(profile.skips)} skip"
+            " connections between them",
+            f"distrifusion={n}",
+        )
     if not 2 <= n <= blocks:
         raise Infeasible(
             f"pipefusion={n}: {profile.name} has {blocks} blocks and a pipeline at least 2 stages",
@@ -336,7 +342,6 @@ class Stages:
         else:
             for at in forward.points("kv"):
                 attend(forward, at, pipe.sp, self.rows(p), build.rows, older)
-                older = {}
         forward.run(
             hi,
             {

@@ -180,7 +180,169 @@ def cogvideox() -> tuple[Any, Inputs]:
     }
 
 
-MODELS = (unet, svd, audioldm2, pixart, sd3, flux, cogvideox)
+def cogvideox15() -> tuple[Any, Inputs]:
+    """Patches of two frames; the caller slices the rotary table."""
+    model = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=12,
+        text_embed_dim=24,
+        num_layers=2,
+        patch_size_t=2,
+        patch_bias=False,
+        use_rotary_positional_embeddings=True,
+    )
+    return model, lambda a, b: {
+        "hidden_states": image(4, 4, total=max(b, ROWS))[..., a:b, :],
+        "timestep": torch.tensor([7.0, 7.0]),
+        "encoder_hidden_states": text(24),
+        "image_rotary_emb": rotary(a, b, 24, frames=2),
+    }
+
+
+def rotary(a: int, b: int, width: int, frames: int = 1) -> tuple[Tensor, Tensor]:
+    """Rows [a, b) of two tables, one line a token."""
+    whole = noise(2, frames, max(b, ROWS) // 2, COLUMNS // 2, width, seed=4)
+    cosine, sine = whole[:, :, a // 2 : b // 2].flatten(1, 3)
+    return cosine, sine
+
+
+def video(a: int, b: int, batch: int = BATCH) -> Tensor:
+    """Four channels, three frames."""
+    return image(4, 3, total=max(b, ROWS))[:batch, ..., a:b, :].transpose(1, 2)
+
+
+def wan() -> tuple[Any, Inputs]:
+    model = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=24,
+        freq_dim=8,
+        ffn_dim=32,
+        num_layers=2,
+    )
+    return model, lambda a, b: {
+        "hidden_states": video(a, b),
+        "timestep": torch.tensor([7.0, 7.0]),
+        "encoder_hidden_states": text(24),
+    }
+
+
+def hunyuan_video() -> tuple[Any, Inputs]:
+    """Prompts of different lengths: the mask is for text alone, whatever the rows."""
+    model = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=24,
+        pooled_projection_dim=12,
+        rope_axes_dim=(4, 6, 6),
+    )
+    return model, lambda a, b: {
+        "hidden_states": video(a, b),
+        "timestep": torch.tensor([7.0, 7.0], dtype=torch.float64),
+        "encoder_hidden_states": text(24),
+        "encoder_attention_mask": torch.tensor([[1] * TEXT, [1] * 3 + [0] * (TEXT - 3)]),
+        "pooled_projections": noise(BATCH, 12, seed=3),
+        "guidance": torch.tensor([3.0, 3.0], dtype=torch.float64),
+    }
+
+
+def latte() -> tuple[Any, Inputs]:
+    model = diffusers.LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        attention_bias=True,
+        sample_size=ROWS,
+        patch_size=2,
+        activation_fn="gelu-approximate",
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        caption_channels=24,
+        video_length=3,
+    )
+    return model, lambda a, b: {
+        "hidden_states": video(a, b),
+        "timestep": torch.tensor([7.0, 7.0]),
+        "encoder_hidden_states": text(24),
+    }
+
+
+def hunyuandit() -> tuple[Any, Inputs]:
+    """The last of four blocks has a skip connection from the first."""
+    model = diffusers.HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        patch_size=2,
+        sample_size=ROWS,
+        hidden_size=16,
+        num_layers=4,
+        cross_attention_dim=24,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=16,
+        text_len=TEXT,
+        text_len_t5=TEXT,
+        use_style_cond_and_image_meta_size=False,
+    )
+    return model, lambda a, b: {
+        "hidden_states": image(4, total=max(b, ROWS))[..., a:b, :],
+        "timestep": torch.tensor([7.0, 7.0], dtype=torch.float64),
+        "encoder_hidden_states": text(24),
+        "text_embedding_mask": torch.ones(BATCH, TEXT),
+        "encoder_hidden_states_t5": text(16),
+        "text_embedding_mask_t5": torch.ones(BATCH, TEXT),
+        "image_rotary_emb": rotary(a, b, 8),
+    }
+
+
+def mochi() -> tuple[Any, Inputs]:
+    """One sample: it attends sample by sample."""
+    model = diffusers.MochiTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=4,
+        text_embed_dim=24,
+        time_embed_dim=8,
+        max_sequence_length=TEXT,
+    )
+    return model, lambda a, b: {
+        "hidden_states": video(a, b, batch=1),
+        "timestep": torch.tensor([7.0]),
+        "encoder_hidden_states": text(24)[:1],
+        "encoder_attention_mask": torch.ones(1, TEXT, dtype=torch.bool),
+    }
+
+
+MODELS = (
+    unet,
+    svd,
+    audioldm2,
+    pixart,
+    sd3,
+    flux,
+    cogvideox,
+    cogvideox15,
+    wan,
+    hunyuan_video,
+    latte,
+    hunyuandit,
+    mochi,
+)
 
 
 class Keep(Handler):
@@ -296,6 +458,8 @@ def test_neither_text_nor_frames_are_exchanged(tiny: tuple[Any, Inputs]) -> None
         "SD3Transformer2DModel",
         "FluxTransformer2DModel",
         "CogVideoXTransformer3DModel",
+        "HunyuanVideoTransformer3DModel",
+        "MochiTransformer3DModel",
     )
     assert set(points.values()) == {TEXT if joint else 0}
     second = [name for name in points if name.endswith("attn2")]

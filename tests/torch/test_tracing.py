@@ -18,7 +18,7 @@ from paradiff.models.catalogue import CATALOGUE, shape
 from paradiff.models.fitting import FitError, Fitter, value
 from paradiff.models.plans import plan_for
 from paradiff.models.recording import Launch, Recording
-from paradiff.models.stages import StageSpec, versions
+from paradiff.models.stages import DTYPE, StageSpec, versions
 from paradiff.models.trace import dump_profile, record, trace_plan, trace_profile, write_profile
 from paradiff.profiles import Expr, InvalidProfile, Kernel, Profile, Stage, load_profile
 
@@ -104,6 +104,12 @@ SIZES = [
     ("svd-xt", {}, "1524.6", "39.97"),
     ("sd3.5-large", {}, "8056.6", "15.56"),
     ("cogvideox-5b", {}, "5570.3", "166.1"),
+    ("hunyuandit", {}, "1500.0", "7.183"),
+    ("latte", {}, "1057.2", "17.20"),
+    ("hunyuanvideo", {}, "12821.0", "6034"),
+    ("wan2.1-1.3b", {}, "1419.0", "141.5"),
+    ("wan2.1-14b", {"height": 480, "width": 832}, "14288.5", "839.2"),
+    ("wan2.1-14b", {}, "14288.5", "3262"),
 ]
 
 
@@ -208,14 +214,16 @@ def test_launches_of_whole_latents_and_strips_equal_profile(name: str) -> None:
     spec, profile = denoiser_spec(name), shipped(name)
     modules, keys = spec.build(), key_counts(profile.denoiser)
     tokens = profile.geometry.text_tokens
+    fixed_text = len({probe["t"] for probe in spec.probes}) == 1
+    first, second = (*tokens, 0)[:2] if fixed_text else (23, 6 if len(tokens) > 1 else 0)
     for rows, visible, neighbours in (STRIPS if name in FIRST else STRIPS_OF_OTHERS)[profile.kind]:
         at = shape(
             2,
             5 if profile.defaults["frames"] > 1 else 1,
             rows,
             26,
-            23,
-            6 if len(tokens) > 1 else 0,
+            first,
+            second,
             k=visible,
             h=neighbours,
         )
@@ -266,18 +274,82 @@ def test_peak_of_live_elements(name: str) -> None:
     assert peak == max(segment.live(at) for segment in profile.denoiser.segments)
 
 
-def test_cogvideox_chunks_add_up_to_the_whole_decoder() -> None:
-    """FLOPs of the chunk stages equal those of ``vae.decode`` for odd and even frame counts."""
-    profile = shipped("cogvideox-2b")
-    spec = next(spec for spec in plan_for("cogvideox-2b").stages if spec.name == "vae")
-    vae = spec.build()[0]
-    for frames in (2, 3, 6, 7):
-        latent = torch.empty(1, 16, frames, 4, 6, device="meta", dtype=torch.bfloat16)
+def vae_stages(name: str) -> list[Stage]:
+    return [stage for stage in shipped(name).stages.values() if stage.name.startswith("vae")]
+
+
+def vae_of(name: str) -> Any:
+    return next(spec for spec in plan_for(name).stages if spec.name == "vae").build()[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "frame_counts"),
+    [
+        ("cogvideox-2b", 16, (2, 3, 6, 7)),
+        ("wan2.1-1.3b", 16, (2, 3, 6)),
+        ("hunyuanvideo", 16, (2, 3, 5, 6, 7, 9)),
+        ("mochi", 12, (1, 2, 5)),
+    ],
+)
+def test_chunks_add_up_to_the_whole_decoder(
+    name: str, channels: int, frame_counts: tuple[int, ...]
+) -> None:
+    """FLOPs of the chunk stages equal those of ``vae.decode`` for frame counts of every remainder."""
+    vae, stages = vae_of(name), vae_stages(name)
+    for frames in frame_counts:
+        latent = torch.empty(1, channels, frames, 4, 6, device="meta", dtype=torch.bfloat16)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             vae.decode(latent, return_dict=False)
         at = dict(shape(1, frames, 4, 6))
-        stages = [s for n, s in profile.stages.items() if n.startswith("vae")]
-        assert sum(stage.flops(at) for stage in stages) == counter.get_total_flops()
+        assert sum(stage.flops(at) for stage in stages) == counter.get_total_flops(), frames
+
+
+@pytest.mark.parametrize("name", ["wan2.1-1.3b", "hunyuanvideo"])
+@pytest.mark.parametrize("frames", [6, 7, 8])
+def test_launches_of_chunks_add_up_to_the_whole_decoder(name: str, frames: int) -> None:
+    """As many kernels of each kind as ``vae.decode``, which move as many elements (Wan's joins, each
+    of another size, are all of the average one)."""
+
+    def call(modules: Any, s: Any) -> Any:
+        latent = torch.empty(s["b"], 16, s["f"], s["r"], s["w"], device="meta", dtype=DTYPE)
+        return modules[0].decode, (latent,), {"return_dict": False}
+
+    vae, at = vae_of(name), dict(shape(2, frames, 4, 6))
+    spec = StageSpec("vae", lambda: (vae,), call, (at,))
+    whole: Counter[str] = Counter()
+    for (kind, dims), count in launches(record(spec, (vae,), at)).items():
+        whole[kind] += count
+        whole[f"elements of {kind}"] += count * sum(dims)
+    chunks: Counter[str] = Counter()
+    for stage in vae_stages(name):
+        for (kind, dims), count in predicted(stage, stage.bind(at)).items():
+            chunks[kind] += count * stage.repeat(at)
+            chunks[f"elements of {kind}"] += count * stage.repeat(at) * sum(dims)
+    assert chunks == whole
+
+
+def test_latte_decodes_fourteen_frames_at_a_time() -> None:
+    """Every frame once, as the image decoder does one."""
+    image = next(stage for stage in vae_stages("pixart-alpha"))
+    for frames in (9, 14, 16, 29):
+        at = dict(shape(1, frames, 4, 6))
+        stages = vae_stages("latte")
+        assert sum(stage.flops(at) for stage in stages) == frames * image.flops(at)
+        chunks = [stage.bind(at)["f"] for stage in stages for _ in range(stage.repeat(at))]
+        assert sum(chunks) == frames
+        assert len(chunks) == -(-frames // 14)
+
+
+def test_mochi_attends_sample_by_sample() -> None:
+    """Where its profile has one launch of a batch, the model has one a sample; the work is the same,
+    for prompts as long as the text encoder takes."""
+    spec, profile = denoiser_spec("mochi"), shipped("mochi")
+    attention = [k for s in profile.denoiser.segments for k in s.kernels if k.kind == "attention"]
+    at = {**spec.probes[0], "b": 2}
+    keys = [kernel.dims[3](at) for kernel in attention]
+    assert keys[1:] == [28 * 30 * 53 + 256] * 48
+    assert keys[0] == 1 + 256  # the pooling of the text
+    assert {kernel.dims[0](at) for kernel in attention} == {2}
 
 
 # ---------------------------------------------------------------------------- a user's own model
