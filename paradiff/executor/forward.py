@@ -33,6 +33,7 @@ from paradiff.executor.payload import (
 from paradiff.executor.sequence import (
     Tokens,
     attend,
+    block_tokens,
     heads_apart,
     heads_together,
     layout_of,
@@ -303,8 +304,13 @@ class Forward(Handler):
         read = self._take()
         queries = sent["q"] if layout.ulysses == 1 else read[0]
         q = together([queries], "q", text["q"])
-        k, v = (together(read, role, text[role]) for role in "kv")
-        k, v = self._with_cache(at, read, k, v)
+        own = read[: 3 if layout.ulysses > 1 else 1]
+        k, v = (together(own, role, text[role]) for role in "kv")
+        mine = {piece.span for each in (*own, self._bound.get(at, ())) for piece in each}
+        k, v = self._with_cache(at, own, k, v)
+        if len(read) > len(own):
+            more = tuple(p for p in read[-1] if p.span not in mine)
+            k, v = (_longer(z, w) for z, w in zip((k, v), block_tokens(more, at), strict=True))
         if layout.blocks == 1:
             out = call.func(q.joined(), k.joined(), v.joined(), *call.args[3:], **call.keywords)
         else:
@@ -328,9 +334,9 @@ class Forward(Handler):
         for _ in range(1, self.layout.blocks):
             self._at, self._again = at + 1, at
             getcurrent().parent.switch()
-            block = self._take()
-            key, value = (together(block, role, None).joined() for role in "kv")
-            found = merged(found, attend(q.joined(), key, value))
+            (block,) = self._take()
+            key, value = block_tokens(block, at)
+            found = merged(found, attend(q.joined(), key.joined(), value.joined()))
         self._at = at
         return found[0]
 
@@ -419,6 +425,13 @@ def task_of(op: Op, op_id: str) -> Task:
     """The task of a compute op of the denoiser."""
     assert op.work is not None
     return Task(op_id, op.work.ranges[0][0], op.work.ranges[-1][1], dict(op.tags))
+
+
+def _longer(z: Tokens, w: Tokens) -> Tokens:
+    """Tokens of both."""
+    texts = [t for t in (z.text, w.text) if t is not None]
+    image = torch.cat((z.image, w.image), dim=2)
+    return Tokens(image, torch.cat(texts, dim=2) if texts else None)
 
 
 def _span_of(piece: Piece) -> tuple[int, int]:

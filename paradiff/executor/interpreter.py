@@ -78,10 +78,10 @@ def check_executable(graph: ScheduleGraph, network: Network, request: Request) -
     """Raise Unexecutable unless this executor has a meaning for every op of ``graph``."""
     meta = dict(graph.meta)
     spec = parse_spec(meta["spec"])
-    if spec.name not in EXECUTABLE or (spec.name == "pipefusion" and spec.degree("ring") > 1):
+    if spec.name not in EXECUTABLE:
         raise Unexecutable(
             f"{spec.text!r} cannot be executed yet; executable: {', '.join(EXECUTABLE)}, with cfg,"
-            " data, ulysses and ring as each allows, but no ring inside pipefusion"
+            " data, ulysses and ring as each allows"
         )
     if network.class_name not in CLASSES:
         raise Unexecutable(f"{network.class_name}: executable are {', '.join(CLASSES)}")

@@ -75,6 +75,19 @@ def together(payloads: Iterable[Payload], role: str, text: Tensor | None) -> Tok
     return Tokens(torch.cat([part.image for part in parts], dim=2), whole)
 
 
+def block_tokens(block: Payload, at: int) -> tuple[Tokens, Tokens]:
+    """K and V that came from other ranks: fresh rows, and those cached for point ``at``."""
+    key, value = (together([block], role, None) for role in "kv")
+    cached = [piece.value for piece in block if piece.point == at]
+    if not cached:
+        return key, value
+    keys, values = zip(*cached, strict=True)
+    return (
+        Tokens(torch.cat((key.image, *keys), dim=2), key.text),
+        Tokens(torch.cat((value.image, *values), dim=2), value.text),
+    )
+
+
 def tokens_apart(out: Tokens, queries: Payload) -> Payload:
     """One piece for each rank of the all-to-all: this rank's heads of the tokens it sent."""
     order = sorted(queries, key=lambda piece: piece.span)

@@ -5,12 +5,15 @@ Exact: every version read is of the step at hand. STRATEGIES sections 5 to 7 and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from paradiff.graph import Ref, Shape
 from paradiff.profiles import Point
 from paradiff.strategies.builder import Builder, Forward, Infeasible, Tags, strip
+
+Cache = Mapping[int, Sequence[Ref]]
+"""rank -> K/V of other patches that it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ def attend(
     sp: SequenceParallel,
     rows: int,
     keys: int,
-    cache: dict[int, list[Ref]] | None = None,
+    cache: Cache | None = None,
 ) -> None:
     """Run ``forward`` through the attention at segment ``at`` under sequence parallelism.
 
@@ -108,10 +111,10 @@ def attend(
     for rank in forward.ranks:
         forward.need(rank, *(cache or {}).get(rank, ()))
     if sp.ring > 1 and sp.rotate == "p2p":
-        qkv.rotate(rows, keys, cached=cache is not None)
+        qkv.rotate(rows, keys, cache)
     else:
         if sp.ring > 1:
-            qkv.gather_ring(keys)
+            qkv.gather_ring(keys, cache)
         share = build.shape(
             rows // sp.ring,
             keys=keys,
@@ -226,7 +229,11 @@ class _Exchange:
         image = self.build.nbytes(self.point.elements, share) // self.sp.ulysses
         return image + (2 * self.text_bytes if self.sp.split_text else 0)
 
-    def gather_ring(self, keys: int) -> None:
+    def block(self, rank: int, cache: Cache | None) -> list[Ref]:
+        """What a rank gives to the ring: its fresh K and V and, in a pipeline, what it has cached."""
+        return [*self.own(rank), *(cache or {}).get(rank, ())]
+
+    def gather_ring(self, keys: int, cache: Cache | None) -> None:
         """diffusers' ring: one all-gather of K and V, then a local loop over the blocks."""
         size = self.block_bytes(keys)
         name = f"{self.build.denoiser.segments[self.at].name}/kv{self.forward.tag}"
@@ -236,7 +243,7 @@ class _Exchange:
                 name,
                 group,
                 size,
-                [ref for r in group for ref in self.own(r)],
+                [ref for r in group for ref in self.block(r, cache)],
                 [self.ref("kvall", r, size=(self.sp.ring - 1) * size) for r in group],
                 step=self.forward.step,
                 channel="ring",
@@ -244,20 +251,20 @@ class _Exchange:
         for rank in self.forward.ranks:
             self.forward.need(rank, self.ref("kvall", rank, size=(self.sp.ring - 1) * size))
 
-    def rotate(self, rows: int, keys: int, cached: bool) -> None:
+    def rotate(self, rows: int, keys: int, cache: Cache | None) -> None:
         """A true ring: while block j is attended to, it travels on to the next rank.
 
         Two buffers alternate, so block j + 2 waits until block j has been read. A PipeFusion cache
-        must survive, so there both rotating buffers are extra (``cached``).
+        must survive, so there both rotating buffers are extra.
         """
         sp, size = self.sp, self.block_bytes(keys)
-        names = ("kva", "kvb") if cached or sp.ulysses > 1 else ("kv0", "kv1")
+        names = ("kva", "kvb") if cache is not None or sp.ulysses > 1 else ("kv0", "kv1")
         name = self.build.denoiser.segments[self.at].name
         text = self.local.t * (sp.ulysses if sp.split_text else 1)
 
         def block(j: int, rank: int) -> list[Ref]:
             if j == 0:
-                return self.own(rank)
+                return self.block(rank, cache)
             return [self.ref(names[j % 2], rank, sub=j, size=size)]
 
         for j in range(sp.ring):

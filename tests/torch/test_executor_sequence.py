@@ -8,9 +8,8 @@ import plain_loops as plain
 import pytest
 import torch
 import torch.nn.functional as F
-from test_executor_strips import execute, graph_of, latent, reference
+from test_executor_strips import graph_of, latent, reference
 
-from paradiff.executor.interpreter import Unexecutable
 from paradiff.executor.sequence import attend, merged
 from paradiff.strategies import Infeasible
 
@@ -63,9 +62,16 @@ def test_branches_stages_and_heads_together(name: str) -> None:
     assert plain.relative(together, latent(name, "pipefusion=2,patches=4")) < 1e-10
 
 
-def test_ring_inside_a_pipeline_is_refused() -> None:
-    with pytest.raises(Unexecutable, match="no ring inside pipefusion"):
-        execute("sd3-medium", graph_of("sd3-medium", "pipefusion=2,ring=2,patches=2"))
+@pytest.mark.parametrize("name", DITS)
+@pytest.mark.parametrize("rotate", ["p2p", "allgather"])
+@pytest.mark.parametrize("patches", [1, 2, 4])
+def test_a_ring_inside_a_pipeline_carries_the_cache(name: str, rotate: str, patches: int) -> None:
+    alone = latent(name, f"pipefusion=2,patches={patches}")
+    ring = f"pipefusion=2,patches={patches},ring=2,rotate={rotate}"
+    assert plain.relative(latent(name, ring), alone) < 1e-10
+    if patches == 2:
+        both = latent(name, f"{ring},ulysses=2")
+        assert plain.relative(both, alone) < 1e-10
 
 
 def test_convolutions_cannot_be_spread() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from paradiff.executor import interpreter
 from paradiff.executor.forward import ScheduleMismatch
 from paradiff.executor.interpreter import Request, Result, Unexecutable, run_graph
 from paradiff.executor.network import Network
@@ -162,8 +163,6 @@ def test_graph_survives_its_text() -> None:
 
 
 def test_values_are_freed_at_their_last_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    from paradiff.executor import interpreter
-
     kept: list[dict[object, object]] = []
 
     class Watched(interpreter._Run):
@@ -179,10 +178,10 @@ def test_values_are_freed_at_their_last_read(monkeypatch: pytest.MonkeyPatch) ->
 # --------------------------------------------------------------------------------------- errors
 
 
-def test_strategy_without_meaning_lists_those_with_one() -> None:
-    meta = (("model", "tiny-sd21"), ("spec", "pipefusion=2,ring=2"))
-    with pytest.raises(Unexecutable, match=r"'pipefusion=2,ring=2' cannot be .*: serial, patch"):
-        execute("sd21", ScheduleGraph(1, (), (), meta))
+def test_strategy_without_meaning_lists_those_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter, "EXECUTABLE", ("serial", "patch"))
+    with pytest.raises(Unexecutable, match=r"'pcpp=2' cannot be executed yet; .*: serial, patch"):
+        execute("sd21", graph_of("sd21", "pcpp=2"))
 
 
 def test_graph_of_another_model_is_refused() -> None:
