@@ -443,7 +443,12 @@ def _user_geometry(
     if class_name in UNET_CLASSES and "block_out_channels" in config:
         geometry = replace(geometry, row_multiple=2 ** (len(config["block_out_channels"]) - 1))
     elif class_name != "FluxTransformer2DModel" and "patch_size" in config:
-        geometry = replace(geometry, row_multiple=config["patch_size"])
+        patch = config["patch_size"]
+        rows = patch[1] if isinstance(patch, list) else patch  # Wan: frames, rows, columns
+        geometry = replace(geometry, row_multiple=rows)
+    if class_name == "HunyuanDiT2DModel":
+        text = (config.get("text_len", 77), config.get("text_len_t5", 256))
+        geometry = replace(geometry, text_tokens=text)
     if class_name == "FluxTransformer2DModel":
         geometry = replace(geometry, channels=config.get("in_channels", 64) // 4)
         guidance = "embedded" if config.get("guidance_embeds") else "none"

@@ -19,7 +19,14 @@ from paradiff.models.fitting import FitError, Fitter, value
 from paradiff.models.plans import plan_for
 from paradiff.models.recording import Launch, Recording
 from paradiff.models.stages import DTYPE, StageSpec, versions
-from paradiff.models.trace import dump_profile, record, trace_plan, trace_profile, write_profile
+from paradiff.models.trace import (
+    dump_profile,
+    record,
+    trace_plan,
+    trace_profile,
+    trace_stage,
+    write_profile,
+)
 from paradiff.profiles import Expr, InvalidProfile, Kernel, Profile, Stage, load_profile
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
@@ -443,6 +450,52 @@ def test_user_configuration_of_a_published_model(
     digits = len(tmac.partition(".")[2])
     assert f"{sum(p.numel() for p in modules[0].parameters()) / 1e6:.1f}" == params
     assert f"{flops / 2e12:.{digits}f}" == tmac
+
+
+@pytest.mark.parametrize(
+    ("config", "row_multiple", "text_tokens"),
+    [
+        (
+            {
+                "_class_name": "WanTransformer3DModel",
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "num_layers": 2,
+                "ffn_dim": 32,
+                "patch_size": [1, 2, 2],
+            },
+            2,
+            (512,),
+        ),
+        (
+            {
+                "_class_name": "HunyuanDiT2DModel",
+                "num_attention_heads": 2,
+                "attention_head_dim": 8,
+                "hidden_size": 16,
+                "num_layers": 4,
+                "patch_size": 2,
+                "in_channels": 4,
+                "text_len": 50,
+            },
+            2,
+            (50, 256),
+        ),
+    ],
+    ids=["wan", "hunyuandit-1.1"],
+)
+def test_geometry_of_a_user_configuration(
+    tmp_path: Path, config: dict[str, Any], row_multiple: int, text_tokens: tuple[int, ...]
+) -> None:
+    """Patches with a depth; text lengths that are the configuration's."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    plan = plan_for(str(file))
+    assert plan.geometry.row_multiple == row_multiple
+    assert plan.geometry.text_tokens == text_tokens
+    spec = next(spec for spec in plan.stages if spec.is_denoiser)
+    stage = trace_stage(spec)
+    assert len(list(stage.points("kv"))) == config["num_layers"]
 
 
 def test_configuration_that_does_not_run_is_reported(tmp_path: Path) -> None:
