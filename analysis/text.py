@@ -147,6 +147,7 @@ def recommendation(plan: Plan) -> str:
             f"Run {best.spec} on {_count(best.n_gpus or 0, 'GPU')}: "
             f"{seconds(best.latency_s)}, 90 % between {seconds(best.latency_low_s)} and "
             f"{seconds(best.latency_high_s)}{faster}{split}.",
+            f"Placement: {placement_of(best)}.",
             f"Why: {plan.decided_by}.",
             f"Output: {_output_sentence(plan)}",
             f"Memory: {gigabytes(best.peak_memory_bytes)} of {gigabytes(plan.gpu_memory_bytes)} a GPU "
@@ -154,6 +155,14 @@ def recommendation(plan: Plan) -> str:
             *(f"Note: {note}" for note in plan.notes),
         ]
     )
+
+
+def placement_of(candidate: Candidate) -> str:
+    """Which rank runs on which GPU of the box."""
+    gpus = candidate.placement or ()
+    if len(gpus) == 1:
+        return f"rank 0 on GPU {gpus[0]}"
+    return f"ranks 0 to {len(gpus) - 1} on GPUs {', '.join(map(str, gpus))}"
 
 
 def _output_sentence(plan: Plan) -> str:

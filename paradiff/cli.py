@@ -393,7 +393,8 @@ def _stage_results(
         name = re.sub(r"[^\w=,.+-]", "_", candidate.spec)
         target = staging / f"{number:02d}-{name}.plan.yaml"
         target.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    planner.write_trace(request, plan.ranked[0].spec, staging / "trace.json.gz")
+    best = plan.ranked[0]
+    planner.write_trace(request, best.spec, staging / "trace.json.gz", best.placement)
 
 
 # ------------------------------------------------------------------------------- profile, topology

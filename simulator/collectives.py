@@ -18,8 +18,9 @@ broadcast      S, last rank 0               n-1                     pipelined ch
 permute, p2p   S                            1                       to the next rank; to the peer
 ============== ============================ ======================= ==============================
 
-NCCL lays its rings along the machine, not along rank order, and so do we: the participants of a
-collective in order of their devices. Algorithm choice: NCCL's tuner takes the fastest by
+NCCL lays its rings along the machine, not along rank order, and so do we: from the first device of a
+group to the nearest that is left (the lower number where two are equally near), and so on. Groups of
+more than 64 go by device number. Algorithm choice: NCCL's tuner takes the fastest by
 ``steps x latency + bytes / bandwidth`` (src/graph/tuning.cc); trees serve all_reduce only.
 """
 
@@ -34,6 +35,9 @@ from typing import NamedTuple
 from paradiff.graph import Op, ScheduleGraph
 from paradiff.trace import TRANSFERS
 from simulator.network import Network
+
+MAX_TOUR = 64
+"""Larger groups are laid by device number."""
 
 
 class Flow(NamedTuple):
@@ -97,6 +101,7 @@ class Lowering:
         self.placement = tuple(placement)
         self.backend = backend
         self._known: dict[tuple[str, str, tuple[int, ...], int], Lowered] = {}
+        self._tours: dict[tuple[int, ...], list[int]] = {}
 
     def lower(self, op: Op) -> Lowered:
         """The wire's view of ``op``. A payload of no bytes costs its latency only."""
@@ -131,7 +136,7 @@ class Lowering:
 
     def _collective(self, call: str, devices: list[int], size: float) -> Lowered:
         n = len(devices)
-        ring = sorted(devices)
+        ring = self._tour(devices)
         if call == "broadcast":
             root = devices[0]
             return self._chain([root, *(d for d in ring if d != root)], size)
@@ -148,6 +153,23 @@ class Lowering:
             self._trees(ring, size),
         ]
         return min(candidates, key=self.alone_s)
+
+    def _tour(self, devices: Sequence[int]) -> list[int]:
+        """The order of a ring through ``devices``."""
+        key = tuple(sorted(devices))
+        if len(key) < 4 or len(key) > MAX_TOUR:
+            return list(key)
+        known = self._tours.get(key)
+        if known is None:
+            left = list(key)
+            known = [left.pop(0)]
+            while left:
+                here = known[-1]
+                nearest = min(left, key=lambda there: (self.network.message_s(here, there), there))
+                left.remove(nearest)
+                known.append(nearest)
+            self._tours[key] = known
+        return known
 
     def _ring(self, ring: list[int], nbytes: float, steps: int) -> Lowered:
         """Each device sends ``nbytes`` to its successor, in ``steps`` dependent steps."""

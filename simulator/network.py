@@ -129,6 +129,7 @@ class Network:
         self._routes: dict[tuple[int, int], Route] = {}
         self._by_id: list[Route] = []
         self._masks: list[int] = []
+        self._alone: dict[int, float] = {}
         self._rates: dict[tuple[int, ...], tuple[float, ...]] = {}
         self._shares: dict[tuple[tuple[int, int], ...], tuple[float, ...]] = {}
 
@@ -142,6 +143,14 @@ class Network:
             finite = [r for r, _ in known.resources if self.capacities[r] < math.inf]
             self._masks.append(sum(1 << r for r in finite))
         return known
+
+    def message_s(self, source: int, destination: int, nbytes: float = ROUTING_BYTES) -> float:
+        """Seconds of one message between two devices on idle links."""
+        route = self.route(source, destination)
+        rate = self._alone.get(route.id)
+        if rate is None:
+            rate = self._alone[route.id] = self.rates((route.id,))[0]
+        return route.latency_s + nbytes / rate
 
     def rates(self, route_ids: tuple[int, ...]) -> tuple[float, ...]:
         """Rates in bytes/s of flows that run together, one per entry of ``route_ids``."""

@@ -1,8 +1,13 @@
 """From a model, a box and a workload to a ranked list of strategies, with the reasons.
 
 Decides which specs are tried, what puts one out, the order of the rest, and which sentence explains
-the order. Building, pricing and simulating happen elsewhere; this file only asks. The placement is
-the identity: rank r on device r.
+the order. Building, pricing and simulating happen elsewhere; this file only asks.
+
+Placement. Every spec is simulated with rank r on device r. Those that could become the first (they
+would without all their waiting and exposed communication) are then simulated on up to TRIES other
+placements: of the classes that the box's automorphisms leave, those whose transfers (and, on a box of
+several GPU models, compute) look shorter; for the first itself also those that look at most SLACK
+times as long.
 
 Intervals (nominally 90 %). On the critical rank every instant of the denoising loop has one class:
 compute, host, exposed communication, bubble. Each class is scaled by its own low and high factor and
@@ -41,6 +46,7 @@ from simulator.engine import simulate
 from simulator.gpu import load_gpu
 from simulator.memory import misfit, peak_memory
 from simulator.network import Network
+from simulator.placement import Placement, Wire, placements, promising
 from simulator.topology import Topology
 
 Objective = Literal["latency", "throughput", "cost"]
@@ -56,6 +62,14 @@ FAR = 3.0
 """An error of this many half intervals (in logarithms) is not worth a warning."""
 HOST_SPREAD: Factors = (0.6, 1.8)
 """Launch costs depend on the CPU: published ones range from 5 to 25 us where 8 us is assumed."""
+
+
+TRIES = 6
+"""Placements simulated besides the first."""
+SLACK = 1.2
+WORTH = 1e-3
+"""Share of the latency that waiting and exposed communication must have for other placements to be
+tried."""
 
 
 class Contradiction(ValueError):
@@ -185,6 +199,7 @@ def plan(request: Request, progress: Callable[[int, int], None] | None = None) -
         results.append(planner.candidate(text))
         if progress is not None:
             progress(done + 1, len(specs))
+    results = planner.with_better_placements(results)
     order = _order(request.goal.objective)
     ranked = tuple(sorted((c for c in results if c.feasible), key=order))
     return Plan(
@@ -218,8 +233,17 @@ class _Run(NamedTuple):
     """One spec, built and simulated: what candidates and explanations are made of."""
 
     graph: ScheduleGraph
+    placement: Placement
     breakdown: Breakdown
     factors: Mapping[Part, Factors]
+
+    @property
+    def latency_s(self) -> float:
+        return _latency_s(self.breakdown.stages)
+
+    def devices(self, op: Op) -> tuple[int, ...]:
+        """GPUs of an op's ranks."""
+        return tuple(self.placement[rank] for rank in op.ranks)
 
 
 class _Planner:
@@ -230,10 +254,15 @@ class _Planner:
         names = request.topology.profiles
         gpus = {name: load_gpu(name) for name in dict.fromkeys(names)}
         self.gpus = tuple(gpus[name] for name in names)
+        self.devices_by_model = {name: i for i, name in enumerate(names)}
+        """A device of each GPU model."""
+        self.mixed = len(gpus) > 1
         self.memory_bytes = int(min(gpu.memory.value for gpu in self.gpus[: request.gpus]))
         self.network = Network(request.topology)
         self.costs = CostModel(request.profile, self.gpus, request.workload.dtype, request.runtime)
+        self.wire = Wire(self.network)
         self.runs: dict[str, _Run] = {}
+        self.choices: dict[str, list[Placement]] = {}
         if request.measured is not None:
             self.costs = self._calibrated(*request.measured)
         self.baseline = self._baseline()
@@ -244,7 +273,7 @@ class _Planner:
         return Network(replace(self.request.topology, collectives=()))
 
     def _calibrated(self, seconds: float, scope: Scope) -> CostModel:
-        serial = self._run(self._build("serial")).breakdown
+        serial = self._run(self._build("serial"), (0,)).breakdown
         stages = StageSeconds(**asdict(serial.stages), host_s=serial.host_s)
         try:
             return self.costs.calibrated(seconds, scope, stages)
@@ -254,19 +283,30 @@ class _Planner:
     def _build(self, text: str) -> ScheduleGraph:
         return build(parse_spec(text), self.request.profile, self.request.workload)
 
-    def _run(self, graph: ScheduleGraph) -> _Run:
-        breakdown = attribute(simulate(graph, self.network, self.costs))
-        return _Run(graph, breakdown, self._factors(graph, breakdown.rank))
+    def _run(self, graph: ScheduleGraph, placement: Placement) -> _Run:
+        trace = simulate(graph, self.network, self.costs, placement=placement)
+        breakdown = attribute(trace)
+        return _Run(graph, placement, breakdown, self._factors(graph, placement, breakdown.rank))
+
+    def _slowest_rank_s(self, graph: ScheduleGraph) -> Callable[[Placement], float]:
+        """Compute seconds of the rank that has most of them, by placement."""
+        work = {
+            (rank, name): sum(n * cost.device_s for _, n, cost in self._prices(graph, rank, device))
+            for name, device in self.devices_by_model.items()
+            for rank in range(graph.world_size)
+        }
+        names = self.request.topology.profiles
+        return lambda placement: max(work[r, names[d]] for r, d in enumerate(placement))
 
     def _baseline(self) -> Baseline:
         try:
             graph = self._build("serial")
         except Infeasible as error:
             return Baseline(None, None, None, str(error))
-        peak, misfits = self._memory(graph)
+        peak, misfits, fitting = self._memory(graph, [(0,)])
         if misfits is not None:
             return Baseline(None, peak, None, misfits)
-        stages = self._run(graph).breakdown.stages
+        stages = self._run(graph, fitting[0]).breakdown.stages
         return Baseline(_latency_s(stages), peak, stages, None)
 
     # ------------------------------------------------------------------------------ one candidate
@@ -285,7 +325,10 @@ class _Planner:
                 spec=text, feasible=False, reason=str(error), nearest=error.nearest,
                 n_gpus=known.n_gpus,
             )  # fmt: skip
-        peak, misfits = self._memory(graph)
+        mesh = spec.mesh
+        axes = (mesh.dp, mesh.cfg, mesh.pp, mesh.ring, mesh.ulysses)
+        choices = placements(self.request.topology, graph.world_size, axes)
+        peak, misfits, fitting = self._memory(graph, choices)
         base = Candidate(
             spec=text,
             feasible=True,
@@ -295,12 +338,13 @@ class _Planner:
             max_staleness_steps=graph.staleness(),
             peak_memory_bytes=peak,
             comm_bytes_per_gpu=round(max(graph.received_bytes().values())),
-            placement=tuple(range(graph.world_size)),
+            placement=choices[0],
         )
         reason = misfits or self._unwanted(base)
         if reason is not None:
             return replace(base, feasible=False, reason=reason)
-        run = self.runs[text] = self._run(graph)
+        self.choices[text] = fitting
+        run = self.runs[text] = self._run(graph, fitting[0])
         return self._timed(base, spec, run)
 
     def _timed(self, base: Candidate, spec: Spec, run: _Run) -> Candidate:
@@ -315,6 +359,7 @@ class _Planner:
         one_gpu_s = self.baseline.latency_s
         return replace(
             base,
+            placement=run.placement,
             latency_s=latency_s,
             latency_low_s=low,
             latency_high_s=high,
@@ -329,6 +374,37 @@ class _Planner:
             provenance=self._provenance(run),
             topology_only_latency_s=self._links_only_latency(run),
         )
+
+    def with_better_placements(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates, those that could become the first on their best placement."""
+        found = {c.spec: c for c in candidates}
+        times = {c.spec: self._weight(c) * (c.latency_s or 0.0) for c in candidates if c.feasible}
+        for text in sorted(times, key=lambda text: times[text]):
+            run = self.runs[text]
+            waits_s = run.breakdown.communication_s + run.breakdown.bubble_s
+            least = times[text] * (1 - waits_s / run.latency_s)
+            first = min(times.values())
+            if not self.mixed and (waits_s < WORTH * run.latency_s or least >= first):
+                continue
+            slack = SLACK if times[text] == first else 1.0
+            best = self._best_placement(run, self.choices[text], slack)
+            if best is not run:
+                self.runs[text] = best
+                found[text] = self._timed(found[text], parse_spec(text), best)
+                times[text] *= best.latency_s / run.latency_s
+        return list(found.values())
+
+    def _best_placement(
+        self, first: _Run, choices: Sequence[Placement], slack: float = SLACK
+    ) -> _Run:
+        """The fastest of a run and those of its promising other placements."""
+        best, graph = first, first.graph
+        slowest = self._slowest_rank_s(graph) if self.mixed else None
+        for placement in promising(self.wire, graph, choices, TRIES, slowest, slack):
+            other = self._run(graph, placement)
+            if other.latency_s < best.latency_s * (1 - 1e-9):
+                best = other
+        return best
 
     def _cost(self, n_gpus: int, rate: float) -> float | None:
         """USD per request: the GPUs it takes at their share of the box, busy all the time."""
@@ -353,8 +429,11 @@ class _Planner:
             )
         return None
 
-    def _memory(self, graph: ScheduleGraph) -> tuple[int, str | None]:
-        """Peak bytes of the fullest rank, and why that does not fit (None where it does)."""
+    def _memory(
+        self, graph: ScheduleGraph, choices: Sequence[Placement]
+    ) -> tuple[int, str | None, list[Placement]]:
+        """Peak bytes of the fullest rank, why that fits nowhere (None where it does), and where it
+        fits."""
         used = peak_memory(
             graph,
             self.request.profile,
@@ -362,22 +441,36 @@ class _Planner:
             channels=self.gpus[0].collective_sms.value,
             ideal=self.gpus[0].kernel_floor.value == 0,
         )
-        return round(max(m.total for m in used)), misfit(used, self.gpus[: graph.world_size])
+        reasons = {
+            models: misfit(used, [self.gpus[self.devices_by_model[name]] for name in models])
+            for models in dict.fromkeys(map(self._models, choices))
+        }
+        fitting = [p for p in choices if reasons[self._models(p)] is None]
+        reason = None if fitting else reasons[self._models(choices[0])]
+        return round(max(m.total for m in used)), reason, fitting
+
+    def _models(self, placement: Placement) -> tuple[str, ...]:
+        """GPU model of each rank."""
+        return tuple(self.request.topology.profiles[device] for device in placement)
 
     # ------------------------------------------------------------------------------ intervals, basis
 
-    def _prices(self, graph: ScheduleGraph, rank: int) -> Iterator[tuple[Part, int, ComputeCost]]:
-        """(part of the latency, how often, price) of every compute op of ``rank``."""
+    def _prices(
+        self, graph: ScheduleGraph, rank: int, device: int
+    ) -> Iterator[tuple[Part, int, ComputeCost]]:
+        """(part of the latency, how often, price on ``device``) of every compute op of ``rank``."""
         for section in graph.sections:
             for op in section.ops:
                 if op.work is not None and op.ranks == (rank,):
-                    cost = self.costs.compute(op.work, rank)
+                    cost = self.costs.compute(op.work, device)
                     yield _part_of(op.work.stage), section.count, cost
 
-    def _factors(self, graph: ScheduleGraph, rank: int) -> dict[Part, Factors]:
+    def _factors(
+        self, graph: ScheduleGraph, placement: Placement, rank: int
+    ) -> dict[Part, Factors]:
         """Low and high factor of each part of the latency; see the module docstring."""
         sums: dict[Part, list[float]] = {}
-        for part, count, cost in self._prices(graph, rank):
+        for part, count, cost in self._prices(graph, rank, placement[rank]):
             known = sums.setdefault(part, [0.0, 0.0, 0.0])
             for i, seconds in enumerate((cost.low_s, cost.device_s, cost.high_s)):
                 known[i] += count * seconds
@@ -386,7 +479,7 @@ class _Planner:
             for part, (low, middle, high) in sums.items()
         }
         compute = factors.get("compute", (1.0, 1.0))
-        tabled = all(self._measured(op) for op in _collectives(graph))
+        tabled = all(self._measured(op, placement) for op in _collectives(graph))
         return {
             "text_encoder": (1.0, 1.0),
             "vae": (1.0, 1.0),
@@ -400,23 +493,26 @@ class _Planner:
     def _provenance(self, run: _Run) -> str:
         """What the denoising loop's kernel times mostly rest on, the weakest of the large shares."""
         shares: dict[str, float] = {}
-        for part, count, cost in self._prices(run.graph, run.breakdown.rank):
+        rank = run.breakdown.rank
+        for part, count, cost in self._prices(run.graph, rank, run.placement[rank]):
             if part == "compute":
                 shares[cost.provenance] = shares.get(cost.provenance, 0.0) + count * cost.device_s
         total = sum(shares.values())
         weakest = ("analytic", "interpolated", "table", "calibrated")
         return next((p for p in weakest if shares.get(p, 0.0) > 0.1 * total), "analytic")
 
-    def _measured(self, op: Op) -> bool:
+    def _measured(self, op: Op, placement: Placement) -> bool:
         """Whether the topology has a table for this collective."""
-        box = self.request.topology
-        return box.measured_collective(op.call, op.ranks, op.nbytes) is not None
+        devices = [placement[rank] for rank in op.ranks]
+        found = self.request.topology.measured_collective(op.call, devices, op.nbytes)
+        return found is not None
 
     def _links_only_latency(self, run: _Run) -> float | None:
         """What the links alone predict, for a candidate that a measured table has changed."""
-        if not any(self._measured(op) for op in _collectives(run.graph)):
+        if not any(self._measured(op, run.placement) for op in _collectives(run.graph)):
             return None
-        return simulate(run.graph, self.links_only, self.costs).makespan_s
+        trace = simulate(run.graph, self.links_only, self.costs, placement=run.placement)
+        return trace.makespan_s
 
     # ------------------------------------------------------------------------------ why
 
@@ -441,15 +537,16 @@ class _Planner:
 
     def _gaps(self, first: Candidate, second: Candidate) -> dict[Part, float]:
         """Part by part, how much more of the objective's time ``second`` takes than ``first``."""
-
-        def weight(c: Candidate) -> float:
-            replicas = parse_spec(c.spec).mesh.dp
-            return {"latency": 1.0, "throughput": 1 / replicas, "cost": (c.n_gpus or 1) / replicas}[
-                self.request.goal.objective
-            ]
-
         one, two = (_parts(self.runs[c.spec].breakdown) for c in (first, second))
-        return {part: weight(second) * two[part] - weight(first) * one[part] for part in one}
+        of_one, of_two = self._weight(first), self._weight(second)
+        return {part: of_two * two[part] - of_one * one[part] for part in one}
+
+    def _weight(self, c: Candidate) -> float:
+        """What a second of latency counts in the objective."""
+        replicas = parse_spec(c.spec).mesh.dp
+        return {"latency": 1.0, "throughput": 1 / replicas, "cost": (c.n_gpus or 1) / replicas}[
+            self.request.goal.objective
+        ]
 
     def _deciding(self, first: Candidate, second: Candidate, gaps: Mapping[Part, float]) -> str:
         """The measurement that would settle an order whose intervals overlap.
@@ -483,16 +580,16 @@ class _Planner:
         if part != "comm":
             return "measure one GPU (--measured-latency)"
         transfers = [
-            (section.count * op.nbytes, op)
-            for c in (first, second)
-            for section in self.runs[c.spec].graph.sections
+            (section.count * op.nbytes, op, run)
+            for run in (self.runs[first.spec], self.runs[second.spec])
+            for section in run.graph.sections
             for op in section.ops
             if op.kind in TRANSFERS
         ]
-        op = max(transfers, key=lambda each: each[0])[1]
+        _, op, run = max(transfers, key=lambda each: each[0])
         size = op.nbytes * (len(op.ranks) if op.call == "all_gather" else 1)
         tool = _NCCL_TESTS.get(op.call, "sendrecv_perf")
-        gpus = ",".join(map(str, op.ranks))
+        gpus = ",".join(map(str, run.devices(op)))
         return f"measure nccl-tests {tool} with {size} bytes on GPUs {gpus}"
 
 
@@ -563,9 +660,11 @@ def fingerprint(request: Request, spec: str) -> str:
     return build(parse_spec(spec), request.profile, request.workload).fingerprint()
 
 
-def write_trace(request: Request, spec: str, path: Path) -> None:
+def write_trace(
+    request: Request, spec: str, path: Path, placement: Placement | None = None
+) -> None:
     """Simulate ``spec`` step by step, nothing extrapolated, and write it for Perfetto."""
     planner = _Planner(request)
     graph = build(parse_spec(spec), request.profile, request.workload)
-    trace = simulate(graph, planner.network, planner.costs, periodic=False)
+    trace = simulate(graph, planner.network, planner.costs, placement=placement, periodic=False)
     write_chrome_trace(trace, path)

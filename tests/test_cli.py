@@ -113,13 +113,15 @@ def test_a_second_plan_replaces_the_plan_files_of_the_first(tmp_path: Path) -> N
 
 
 def test_underscores_and_what_if() -> None:
-    """Links at a tenth of their bandwidth: a plan that communicates takes longer."""
+    """Links at a tenth of their bandwidth: a plan that communicates takes longer, and where they are
+    those of one socket, it goes to the other."""
     common = ["--topology", "pcie8", "--steps", "6", "--strategy", "patch=2", "--format=json"]
-    slow = plan(*common, "--set", "links.0.bandwidth=2.6 GB/s", "--exact_only")
-    fast = plan(*common)
-    assert slow.exit_code == fast.exit_code == 0, slow.stderr
-    slow_s, fast_s = (json.loads(r.stdout)["candidates"][0]["latency_s"] for r in (slow, fast))
-    assert slow_s > fast_s
+    one = [*common, "--set", "links.0.bandwidth=2.6 GB/s", "--exact_only"]
+    done = [plan(*args) for args in (common, one, [*one, "--set", "links.1.bandwidth=2.6 GB/s"])]
+    assert [each.exit_code for each in done] == [0, 0, 0], done[1].stderr
+    fast, moved, slow = (json.loads(each.stdout)["candidates"][0] for each in done)
+    assert slow["latency_s"] > moved["latency_s"] == pytest.approx(fast["latency_s"])
+    assert (fast["placement"], moved["placement"], slow["placement"]) == ([0, 1], [4, 5], [0, 1])
 
 
 def test_version_and_topology_show() -> None:

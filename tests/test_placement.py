@@ -1,0 +1,228 @@
+"""Placements: classes that cover every permutation, and the choice among them."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from itertools import combinations, permutations
+
+import networkx as nx
+import pytest
+from toys import transformer
+from unit_hardware import UnitCosts
+
+from analysis import text
+from paradiff.config import find
+from paradiff.graph import ScheduleGraph
+from paradiff.profiles import load_profile
+from paradiff.strategies import Workload, build, parse_spec
+from simulator.engine import simulate
+from simulator.network import Network
+from simulator.placement import Wire, axis_orders, classes, placements, promising
+from simulator.planner import Plan, Request, plan
+from simulator.topology import Link, Node, Topology, load_topology
+
+BRIDGED = Topology(
+    name="bridged",
+    gpus=("gpu0", "gpu1", "gpu2", "gpu3"),
+    profiles=("unit",) * 4,
+    nodes=(Node(name="host", gpus=("gpu0", "gpu1", "gpu2", "gpu3")),),
+    switches=("rc",),
+    links=(
+        *(Link(a=f"gpu{i}", b="rc", bandwidth_bytes_per_s=1.0, kind="pcie") for i in range(4)),
+        Link(a="gpu0", b="gpu2", bandwidth_bytes_per_s=4.0, kind="nvlink"),
+        Link(a="gpu1", b="gpu3", bandwidth_bytes_per_s=4.0, kind="nvlink"),
+    ),
+)
+"""Four GPUs; the pairs (0, 2) and (1, 3), not (0, 1) and (2, 3), have a bridge four times as fast."""
+
+
+def random_box(seed: int) -> Topology:
+    """Two to five GPUs of one or two models on one to three joined switches, some pairs bridged."""
+    rng = random.Random(seed)
+    gpus = tuple(f"gpu{i}" for i in range(rng.randint(2, 5)))
+    switches = tuple(f"rc{i}" for i in range(rng.randint(1, 3)))
+    speeds = (1.0, 2.0, 4.0)
+    ends = [(gpu, rng.choice(switches)) for gpu in gpus]
+    ends += [(switches[i], switches[rng.randrange(i)]) for i in range(1, len(switches))]
+    links = [Link(a=a, b=b, bandwidth_bytes_per_s=rng.choice(speeds), kind="pcie") for a, b in ends]
+    bridged = [pair for pair in combinations(gpus, 2) if rng.random() < 0.2]
+    links += [Link(a=a, b=b, bandwidth_bytes_per_s=8.0, kind="nvlink") for a, b in bridged]
+    return Topology(
+        name=f"random{seed}",
+        gpus=gpus,
+        profiles=tuple(rng.choice(("unit", "l40")) for _ in gpus),
+        nodes=(Node(name="host", gpus=gpus, host_memory_bytes_per_s=rng.choice((3.0, 9.0))),),
+        switches=switches,
+        links=tuple(links),
+        peer_to_peer=rng.random() < 0.5,
+    )
+
+
+def automorphisms(box: Topology) -> list[dict[str, str]]:
+    """All of them, from the whole graph of GPUs, switches and machines, nothing pooled."""
+    graph = box.graph()
+    profile = dict(zip(box.gpus, box.profiles, strict=True))
+    for vertex, data in graph.nodes(data=True):
+        data["look"] = profile.get(vertex, "switch")
+    for _, _, data in graph.edges(data=True):
+        link = data["link"]
+        data["look"] = (link.bandwidth_bytes_per_s, link.latency_s, link.is_nvlink, link.duplex)
+    for node in box.nodes:
+        graph.add_node(node, look=node.host_memory_bytes_per_s)
+        for end in (*node.gpus, *node.memory_at):
+            graph.add_edge(node, end, look="in" if end in node.gpus else "memory")
+
+    def same(a: dict[str, object], b: dict[str, object]) -> bool:
+        return a["look"] == b["look"]
+
+    matcher = nx.isomorphism.GraphMatcher(graph, graph, node_match=same, edge_match=same)
+    return list(matcher.isomorphisms_iter())
+
+
+def orbits(box: Topology, ranks: int) -> dict[tuple[int, ...], int]:
+    """Every placement and the number of its orbit, by brute force."""
+    index = {gpu: i for i, gpu in enumerate(box.gpus)}
+    maps = [[index[m[gpu]] for gpu in box.gpus] for m in automorphisms(box)]
+    orbit: dict[tuple[int, ...], int] = {}
+    for number, start in enumerate(permutations(range(len(box.gpus)), ranks)):
+        if start not in orbit:
+            orbit.update({tuple(image[d] for d in start): number for image in maps})
+    return orbit
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_one_placement_of_every_class(seed: int) -> None:
+    """The classes cover all permutations, each once."""
+    box = random_box(seed)
+    for ranks in range(1, len(box.gpus) + 1):
+        orbit = orbits(box, ranks)
+        chosen = [orbit[p] for p in classes(box, ranks)]
+        assert sorted(chosen) == sorted(set(orbit.values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "count"),
+    [
+        ("pcie8", 2, 2),  # one socket or two
+        ("pcie8", 8, 35),  # words of four A and four B, up to exchange: 70 / 2
+        ("nvlink8-h100", 8, 1),
+        ("pcie4-a5000", 4, 3),  # the partner of rank 0
+    ],
+)
+def test_shipped_boxes(name: str, ranks: int, count: int) -> None:
+    found = classes(load_topology(name), ranks)
+    assert len(found) == count
+    assert found[0] == tuple(range(ranks))
+
+
+def test_big_boxes_nest_their_axes() -> None:
+    assert list(axis_orders((2, 4), 8)) == [tuple(range(8)), (0, 2, 4, 6, 1, 3, 5, 7)]
+    found = placements(load_topology("nvlink8x8-h100"), 64, (1, 2, 8, 1, 4))
+    assert len(found) == len(set(found)) == 6
+    assert found[0] == tuple(range(64))
+    assert all(sorted(p) == list(range(64)) for p in found)
+
+
+SPECS = (
+    "cfg=2",
+    "ulysses=2",
+    "ring=2",
+    "pipefusion=2,patches=2,warmup=1",
+    "cfg=2,ulysses=2",
+    "ulysses=4",
+)
+COSTS = UnitCosts(unit_s=1e-3)
+
+
+def toy(spec: str) -> ScheduleGraph:
+    return build(parse_spec(spec), transformer(), Workload(height=16, width=4, frames=1, steps=4))
+
+
+def makespan_s(network: Network, graph: ScheduleGraph, placement: tuple[int, ...]) -> float:
+    return simulate(graph, network, COSTS, placement=placement).makespan_s
+
+
+@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_best_class_is_the_best_permutation(seed: int, spec: str) -> None:
+    """Simulating one placement of each class finds what simulating every permutation finds."""
+    box, graph = random_box(seed), toy(spec)
+    if graph.world_size > len(box.gpus):
+        pytest.skip("more ranks than GPUs")
+    network = Network(box)
+    every = permutations(range(len(box.gpus)), graph.world_size)
+    best_s = min(makespan_s(network, graph, p) for p in every)
+    choices = classes(box, graph.world_size)
+    tried = (choices[0], *promising(Wire(network), graph, choices, 1000, slack=math.inf))
+    assert len(set(tried)) == len(choices)
+    assert min(makespan_s(network, graph, p) for p in tried) == pytest.approx(best_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("spec", ["ulysses=2", "ring=2", "cfg=2,ulysses=2"])
+def test_what_the_score_leaves_holds_the_best(spec: str) -> None:
+    """On the bridged box: the first placement that is promising is the best of all permutations."""
+    network, graph = Network(BRIDGED), toy(spec)
+    choices = classes(BRIDGED, graph.world_size)
+    first = promising(Wire(network), graph, choices, 1)[0]
+    every = permutations(range(4), graph.world_size)
+    best_s = min(makespan_s(network, graph, p) for p in every)
+    assert makespan_s(network, graph, first) == pytest.approx(best_s, rel=1e-9)
+    assert makespan_s(network, graph, choices[0]) > 1.01 * best_s
+    assert {frozenset(first[i : i + 2]) for i in range(0, len(first), 2)} <= {
+        frozenset((0, 2)),
+        frozenset((1, 3)),
+    }
+
+
+def planned(model: str, box: Topology, spec: str) -> Plan:
+    """One spec on a box, eight steps."""
+    profile = load_profile(find("models", model, ".json"))
+    sizes = {key: profile.defaults[key] for key in ("height", "width", "frames")}
+    workload = Workload(**sizes, steps=8)
+    return plan(
+        Request(profile=profile, topology=box, workload=workload, gpus=len(box.gpus), specs=(spec,))
+    )
+
+
+def crossed() -> Topology:
+    """pcie4-a5000 with the bridges on the pairs (0, 2) and (1, 3)."""
+    box = load_topology("pcie4-a5000")
+    ends = iter([("gpu0", "gpu2"), ("gpu1", "gpu3")])
+    links = [
+        replace(link, **dict(zip("ab", next(ends), strict=True))) if link.is_nvlink else link
+        for link in box.links
+    ]
+    return replace(box, links=tuple(links))
+
+
+@pytest.mark.parametrize("spec", ["distrifusion=2,warmup=1", "ring=2", "ulysses=2"])
+def test_the_planner_puts_a_pair_on_a_bridge(spec: str) -> None:
+    model = "sdxl" if spec.startswith("distrifusion") else "pixart-alpha"
+    shipped = planned(model, load_topology("pcie4-a5000"), spec)
+    changed = planned(model, crossed(), spec)
+    assert shipped.ranked[0].placement == (0, 1)
+    assert changed.ranked[0].placement == (0, 2)
+    assert changed.ranked[0].latency_s == pytest.approx(shipped.ranked[0].latency_s, rel=1e-9)
+    assert "Placement: ranks 0 to 1 on GPUs 0, 2." in text.recommendation(changed)
+    assert changed.to_json()["candidates"][0]["placement"] == [0, 2]
+
+
+def test_groups_spread_over_the_switches_that_they_would_fill() -> None:
+    """pcie8-l20: four ranks behind one uplink of 26 GB/s take longer than two behind each of two."""
+    found = planned("pixart-alpha", load_topology("pcie8-l20"), "ring=4").ranked[0].placement
+    assert found is not None
+    assert sorted(device // 4 for device in found) == [0, 0, 1, 1]
+
+
+def test_a_fast_gpu_among_slow_ones_is_found() -> None:
+    """Serial work goes where it is done first: the last GPU is an L40S, the others L4."""
+    box = replace(load_topology("pcie4-t4"), profiles=("l4", "l4", "l4", "l40s"))
+    assert planned("pixart-alpha", box, "serial").ranked[0].placement == (3,)
+
+
+def test_a_model_too_large_for_the_first_gpu_goes_where_it_fits() -> None:
+    """FLUX.1-dev takes 34 GB in bf16: not on a T4 of 16 GB, but on an L40 of 48 GB."""
+    box = replace(load_topology("pcie4-t4"), profiles=("t4", "l40", "t4", "t4"))
+    assert planned("flux1-dev", box, "serial").ranked[0].placement == (1,)
