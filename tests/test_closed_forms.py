@@ -13,7 +13,7 @@ import pytest
 import toys
 
 from paradiff.profiles import Profile
-from paradiff.strategies import Infeasible, Workload, build, parse_spec
+from paradiff.strategies import Workload, build, parse_spec
 from paradiff.trace import check_trace
 from simulator.costs import CostModel
 from simulator.engine import simulate
@@ -240,40 +240,64 @@ def test_parastep_cycle(p: int) -> None:
     assert cycle == exactly(FORWARD + ((p - 1) * X + X) / bandwidth)
 
 
-RATIO_SPECS = (
-    "ulysses=4",
-    "ring=4",
-    "ulysses=2,ring=2",
+BOTH = (
+    "cfg=2",
+    "data=2",
     "patch=4",
+    "patch=4,mode=naive",
     "distrifusion=4,warmup=1",
     "distrifusion=4,warmup=1,bucket=1",
     "distrifusion=4,warmup=1,bucket=3",
+    "cfg=2,distrifusion=2,warmup=1",
     "pcpp=4,warmup=1",
-    "pipefusion=4,patches=8",
-    "pipefusion=4,patches=4",
-    "pipefusion=2,patches=8,stages=1:3",
-    "pipefusion=2,ulysses=2,patches=4",
+    "pcpp=4,warmup=1,slice=sender",
     "asyncdiff=3,warmup=1",
     "asyncdiff=2,stride=2,warmup=1",
+    "asyncdiff=2,stride=2,warmup=2",
     "parastep=4,warmup=1",
 )
+RATIO_CASES = [
+    (toys.transformer(), spec)
+    for spec in (
+        *BOTH,
+        "ulysses=4",
+        "ring=4",
+        "ring=4,rotate=allgather",
+        "ulysses=2,ring=2",
+        "pipefusion=4,patches=8",
+        "pipefusion=4,patches=4",
+        "pipefusion=2,patches=8,stages=1:3",
+        "pipefusion=2,patches=8,prepost=false",
+        "pipefusion=2,ulysses=2,patches=4",
+        "cfg=2,pipefusion=2,ring=2,patches=2",
+    )
+]
+RATIO_CASES += [
+    (toys.unet(3), spec)
+    for spec in (
+        *BOTH,
+        "distrifusion=4,warmup=1,mode=stale_gn",
+        "distrifusion=4,warmup=1,mode=sync_gn",
+        "distrifusion=4,warmup=1,mode=separate_gn",
+        "distrifusion=4,warmup=1,mode=no_sync",
+        "distrifusion=4,mode=full_sync",
+    )
+]
 
 
 @pytest.mark.parametrize("ratio", [0.98, 1.02, 1.1])
-@pytest.mark.parametrize("spec", RATIO_SPECS)
-@pytest.mark.parametrize("profile", [PLAIN, toys.unet(3)], ids=["dit", "unet"])
+@pytest.mark.parametrize(
+    ("profile", "spec"), RATIO_CASES, ids=[f"{p.name}-{s}" for p, s in RATIO_CASES]
+)
 def test_periodic_equals_unrolled(profile: Profile, spec: str, ratio: float) -> None:
     """Communication at ``ratio`` of compute, where lags grow for dozens of steps before they show.
 
     The bandwidth makes a rank's bytes of a steady step take ``ratio`` times its share of the forward.
     """
     steps = 60
-    workload = Workload(ROWS, WIDTH, 1, steps, 1, "fp16")
-    try:
-        graph = build(parse_spec(spec), profile, workload)
-    except Infeasible:
-        return
-    share = profile.denoiser.flops({**SHAPE, "b": 2}) / graph.world_size
-    bandwidth = max(graph.received_bytes().values()) / steps / (ratio * share)
+    graph = build(parse_spec(spec), profile, Workload(ROWS, WIDTH, 1, steps, 1, "fp16"))
+    share = profile.denoiser.flops({**SHAPE, "b": 2, "t": 6}) / graph.world_size
+    bytes_a_step = max(graph.received_bytes().values()) / steps
+    bandwidth = max(bytes_a_step, 1) / (ratio * share)
     folded = denoise_s(spec, bandwidth, steps, profile)
     assert folded == exactly(denoise_s(spec, bandwidth, steps, profile, periodic=False))

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from paradiff.graph import Instance, ScheduleGraph, parse_graph
 from paradiff.profiles import Profile
-from paradiff.strategies import Infeasible, SpecError, Workload, build, facts, parse_spec
+from paradiff.strategies import Facts, Infeasible, SpecError, Workload, build, facts, parse_spec
 
 WORKLOAD = Workload(height=16, width=4, frames=1, steps=9)
 DIT, JOINT, UNET = toys.transformer(), toys.transformer(joint=True), toys.unet(3)
@@ -35,6 +37,7 @@ SPECS = {
         "pipefusion=2,patches=4,stages=1:3,prepost=false",
         "pipefusion=2,ulysses=2,patches=2",
         "cfg=2,pipefusion=2,ring=2,patches=2",
+        "pipefusion=4,ulysses=2,patches=4",  # one attention a stage: its work buffers recur at once
         "pipefusion=2,patches=3,warmup=9",
         "data=2,cfg=2,pipefusion=2",
         "asyncdiff=2,warmup=1",
@@ -264,7 +267,20 @@ def test_asyncdiff_stride_2_example_b() -> None:
         assert reads.of_step(rank, 4, "noise", call="scheduler") == {(1, 3)}
 
 
-@pytest.mark.parametrize(("p", "w"), [(2, 1), (4, 2), (3, 5)])
+def test_asyncdiff_stride_2_with_even_warm_up_replays_first() -> None:
+    """Section 13.2: network calls at odd steps; with w = 2 step 2 replays the last warm-up step."""
+    reads = Reads(graph_of(DIT, "asyncdiff=2,stride=2,warmup=2", Workload(16, 4, 1, 7)))
+
+    for rank in range(3):
+        assert reads.of_step(rank, 2, "noise", call="scheduler") == {(rank, 1)}
+        assert reads.of_step(rank, 3, "hidden") == {(0, 1)}
+        assert reads.of_step(rank, 3, "noise", call="scheduler") == {(2, 3)}
+        assert reads.of_step(rank, 4, "noise", call="scheduler") == {(1, 3)}
+        assert reads.of_step(rank, 5, "hidden") == {(0, 3)}
+        assert reads.of_step(rank, 6, "noise", call="scheduler") == {(1, 5)}
+
+
+@pytest.mark.parametrize(("p", "w"), [(2, 1), (4, 2), (3, 5), (4, 7), (2, 8)])
 def test_parastep_reuses_its_own_noise_until_its_turn(p: int, w: int) -> None:
     """Section 14.2 by direct statement: own[k] is what rank k last evaluated, or its warm-up."""
     reads = Reads(graph_of(DIT, f"parastep={p},warmup={w}"))
@@ -419,6 +435,10 @@ def test_asyncdiff_unet_broadcasts_whole_blocks_where_it_can() -> None:
         ("distrifusion=2,pipefusion=2", "both decide"),
         ("cfg=2,cfg=2", "twice"),
         ("rotate=p2p", "unknown 'rotate'"),
+        ("serial=4", "serial=4"),
+        ("patch=\u0663", "whole number"),
+        ("pcpp=2,portion=0.0", "portion=0.0"),
+        ("pcpp=2,mode=no_sync", "mode=no_sync"),
         ("pcpp=4,portion=1.5", "portion=1.5"),
         ("asyncdiff=2,stride=3", "stride=3"),
     ],
@@ -432,7 +452,7 @@ def test_malformed_spec_says_what_is_wrong(text: str, says: str) -> None:
     ("profile", "spec", "reason", "nearest"),
     [
         (DIT, "ulysses=3", "4 heads", "ulysses=2 or ulysses=4"),
-        (DIT, "ring=5", "16 token rows", "a sequence degree of 4"),
+        (DIT, "ring=5", "16 token rows", "ring=4"),
         (UNET, "ulysses=2", "U-Net", "patch=2"),
         (UNET, "pipefusion=2", "U-Net", "distrifusion=2"),
         (replace(DIT, skips=((0, 3),)), "pipefusion=2", "1 skip connection", "distrifusion=2"),
@@ -441,13 +461,14 @@ def test_malformed_spec_says_what_is_wrong(text: str, says: str) -> None:
         (DIT, "pipefusion=5", "4 blocks", "pipefusion=4"),
         (DIT, "pipefusion=2,stages=1:2", "sum to 4", "stages=2:2"),
         (DIT, "pipefusion=2,ulysses=4,stages=balanced,patches=5", "at most 4 patches", "patches=4"),
-        (DIT, "pipefusion=2,ring=3", "16 latent rows do not divide", "a sequence degree of 2"),
+        (DIT, "pipefusion=2,ring=3", "16 token rows", "ring=2"),
         (DIT, "pipefusion=2,patches=17", "at most 16 patches", "patches=16"),
         (DIT, "pipefusion=2,warmup=0", "at least one", "warmup=1"),
         (DIT, "asyncdiff=5,warmup=1", "between 2 and 4", "asyncdiff=4"),
         (DIT, "asyncdiff=2,warmup=1,cuts=9", "rising block numbers", "cuts=2"),
-        (DIT, "parastep=4,warmup=7", "no full cycle", "parastep=2,warmup=7"),
-        (DIT, "distrifusion=2,warmup=10", "only 9 steps", "warmup=8"),
+        (DIT, "parastep=4,warmup=10", "at least one of the 9 steps", "warmup=9"),
+        (UNET, "pipefusion=5", "U-Net", "distrifusion=4"),
+        (UNET, "ulysses=7", "U-Net", "patch=4"),
         (DIT, "distrifusion=2,ulysses=2", "runs alone", "distrifusion=2"),
     ],
 )
@@ -457,6 +478,59 @@ def test_infeasible_names_the_reason_and_the_nearest(
     with pytest.raises(Infeasible, match=reason) as caught:
         graph_of(profile, spec)
     assert caught.value.nearest == nearest
+
+
+def refusal(profile: Profile, spec: str) -> Infeasible | None:
+    try:
+        graph_of(profile, spec)
+    except Infeasible as error:
+        return error
+    return None
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(
+    profile=st.sampled_from([DIT, JOINT, UNET]),
+    spec=st.one_of(
+        st.tuples(
+            st.sampled_from(["patch", "distrifusion", "pcpp", "pipefusion", "asyncdiff", "ring"]),
+            st.integers(2, 19),
+        ).map(lambda pair: f"{pair[0]}={pair[1]}"),
+        st.tuples(st.integers(1, 9), st.integers(1, 9)).map(
+            lambda pair: f"ulysses={pair[0]},ring={pair[1]}"
+        ),
+        st.tuples(st.integers(2, 4), st.integers(1, 40), st.integers(0, 30)).map(
+            lambda each: f"pipefusion={each[0]},patches={each[1]},warmup={each[2]}"
+        ),
+    ),
+)
+def test_every_nearest_is_legal(profile: Profile, spec: str) -> None:
+    """What is offered instead, alone or in place of the refused keys, is built or refused for more."""
+    for _ in range(4):
+        refused = refusal(profile, spec)
+        if refused is None:
+            return
+        assert refused.nearest, (spec, str(refused))
+        instead = refused.nearest.split(" or ")[0]
+        given = dict(part.split("=") for part in spec.split(","))
+        offered = dict(part.partition("=")[::2] for part in instead.split(","))
+        replaced: set[str] = set()
+        if {"ulysses", "ring"} & set(offered):
+            replaced = {"ulysses", "ring"}
+        if {"serial", "patch", "distrifusion"} & set(offered):
+            replaced = set(given)
+        merged = {k: v for k, v in given.items() if k not in replaced} | offered
+        assert merged != given, spec
+        spec = ",".join(f"{k}={v or 1}" for k, v in merged.items())
+    raise AssertionError(f"no legal spec after four offers: {spec}")
+
+
+def test_warm_up_beyond_the_steps_is_all_synchronous() -> None:
+    """Three steps with the default warm-up of four: every step is synchronous, as in the reference."""
+    short = Workload(16, 4, 1, 3)
+    graph = graph_of(UNET, "distrifusion=4", short)
+    assert graph.staleness() == 0
+    assert facts(parse_spec("distrifusion=4"), short) == Facts(4, 3, True)
 
 
 def test_facts_know_the_conventions() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from paradiff.graph import ScheduleGraph
 from paradiff.profiles import Profile
-from paradiff.strategies.builder import Builder, Infeasible, Mesh, Workload
+from paradiff.strategies.builder import Builder, Infeasible, Mesh, Workload, widest_strips
 from paradiff.strategies.displaced import MODES, distrifusion, pcpp, synchronous_steps
 from paradiff.strategies.passes import Options, patch, whole
 from paradiff.strategies.pipefusion import pipefusion
@@ -33,7 +33,8 @@ __all__ = [
     "parse_spec",
 ]
 
-INTEGER, FRACTION, COUNTS = r"\d{1,6}", r"0?\.\d{1,6}|1(\.0*)?", r"\d{1,4}(:\d{1,4})*"
+INTEGER, COUNTS = r"[0-9]{1,6}", r"[0-9]{1,4}(:[0-9]{1,4})*"
+FRACTION = r"0?\.[0-9]{0,5}[1-9][0-9]{0,5}|1(\.0*)?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ STRATEGIES: Mapping[str, Strategy] = {
         pcpp,
         {
             "warmup": INTEGER,
-            "mode": "|".join(MODES),
+            "mode": "|".join(mode for mode in MODES if mode != "no_sync"),
             "bucket": INTEGER,
             "portion": FRACTION,
             "slice": "sender|receiver",
@@ -174,6 +175,8 @@ def parse_spec(text: str) -> Spec:
 
 def _check_options(spec: Spec) -> None:
     allowed = dict.fromkeys((*AXES, spec.name), INTEGER) | dict(spec.strategy.parameters)
+    if spec.name == "serial":
+        allowed["serial"] = "1"
     for axis, parameters in AXIS_PARAMETERS.items():
         if axis in spec.options:
             allowed |= parameters
@@ -289,14 +292,16 @@ def _pass_specs(profile: Profile, workload: Workload, n: int) -> Iterator[str]:
 
 def _widest(profile: Profile, workload: Workload, room: int, powers: list[int]) -> Iterator[str]:
     """The largest degree up to ``room`` that rows (and heads) allow, where it is no power of two."""
-    rows = workload.height // profile.geometry.scale // profile.geometry.row_multiple
-    whole = workload.height % (profile.geometry.scale * profile.geometry.row_multiple) == 0
-    strips = max((n for n in range(1, room + 1) if whole and rows % n == 0), default=1)
+    geometry = profile.geometry
+    strips = widest_strips(workload.height // geometry.scale, geometry.row_multiple, room)
     if strips > 1 and strips not in powers:
         yield from _strip_specs(profile, workload, strips)
     if profile.kind == "transformer":
         heads = next(p.heads for _, p in profile.denoiser.points("kv"))
-        both = [n for n in range(2, room + 1) if rows % n == 0 and heads % n == 0]
+        rows = workload.height // geometry.scale
+        both = [
+            n for n in range(2, room + 1) if heads % n + rows % (n * geometry.row_multiple) == 0
+        ]
         if both and both[-1] not in powers:
             yield f"ulysses={both[-1]}"
         if strips > 1 and strips not in powers:
@@ -309,7 +314,8 @@ def _step_specs(workload: Workload, max_gpus: int, widths: list[int]) -> Iterato
     for stride in (1, 2):
         for components in (2, 3, 4):
             if components + stride - 1 <= max_gpus:
-                yield f"asyncdiff={components},stride={stride},warmup={min(9, room)}"
+                warmup = min(9, room) if stride == 1 else min(9, room - (room + 1) % 2)
+                yield f"asyncdiff={components},stride={stride},warmup={max(1, warmup)}"
     for n in widths:
         if workload.steps - min(5, room) >= n:
             yield f"parastep={n},warmup={min(5, room)}"

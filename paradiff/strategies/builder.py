@@ -114,6 +114,11 @@ def strip(rows: int, degree: int, i: int) -> tuple[int, int]:
     return i * rows // degree, (i + 1) * rows // degree
 
 
+def widest_strips(rows: int, unit: int, most: int) -> int:
+    """The largest number of equal strips up to ``most`` whose rows are a multiple of ``unit``."""
+    return max((n for n in range(2, most + 1) if rows % (n * unit) == 0), default=1)
+
+
 @dataclass
 class Builder:
     """Collects buffers and ops. All ``step`` arguments are relative to the section's iteration."""
@@ -414,6 +419,12 @@ class Builder:
             sections=tuple(self._sections),
             meta=tuple(sorted(meta.items())),
         )
+
+
+def nearest_strips(build: Builder, name: str, most: int) -> str:
+    """The spec of the strip pass ``name`` with the most legal strips, ``serial`` where there are none."""
+    n = widest_strips(build.rows, build.profile.geometry.row_multiple, most)
+    return f"{name}={n}" if n > 1 else "serial"
 
 
 def balanced_owners(build: Builder, components: int) -> tuple[int, ...]:

@@ -5,12 +5,20 @@ Exact: every version read is of the step at hand. STRATEGIES sections 5 to 7 and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from paradiff.graph import Ref, Shape
 from paradiff.profiles import Point
-from paradiff.strategies.builder import Builder, Forward, Infeasible, Tags, strip
+from paradiff.strategies.builder import (
+    Builder,
+    Forward,
+    Infeasible,
+    Tags,
+    nearest_strips,
+    strip,
+)
 
 Cache = Mapping[int, Sequence[Ref]]
 """rank -> K/V of other patches that it holds."""
@@ -55,30 +63,41 @@ def plan_sequence(build: Builder, rotate: str, patches: int) -> SequenceParallel
             raise Infeasible(
                 f"{profile.name} is a U-Net: its convolutions need halos, which sequence parallelism"
                 " does not exchange",
-                f"patch={mesh.sp}",
+                nearest_strips(build, "patch", mesh.sp),
             )
-        heads = build.attention[0].heads
-        legal = [n for n in range(1, heads + 1) if heads % n == 0]
-        if mesh.ulysses not in legal:
-            below = max(n for n in legal if n < mesh.ulysses)
-            above = [f"ulysses={n}" for n in legal if n > mesh.ulysses][:1]
+        heads, blocks = build.attention[0].heads, build.rows // profile.geometry.row_multiple
+        if heads % mesh.ulysses:
             raise Infeasible(
                 f"ulysses={mesh.ulysses}: the {heads} heads of {profile.name} do not divide by"
                 f" {mesh.ulysses}",
-                " or ".join([f"ulysses={below}", *above]),
+                nearest_sequence(build),
             )
-        unit = profile.geometry.row_multiple
-        blocks = build.rows // unit
-        if patches == 1 and blocks % mesh.sp:
-            below = max(n for n in range(1, mesh.sp) if blocks % n == 0)
+        if blocks % mesh.sp:
             raise Infeasible(
                 f"sequence degree {mesh.sp}: the {blocks} token rows of {profile.name} at this size do"
                 f" not divide by {mesh.sp}",
-                f"a sequence degree of {below}",
+                nearest_sequence(build),
             )
     text = build.latent["t"]
     divides = build.joint_text and mesh.sp > 1 and patches == 1 and mesh.pp == 1
     return SequenceParallel(mesh.ulysses, mesh.ring, rotate, divides and text % mesh.sp == 0)
+
+
+def nearest_sequence(build: Builder) -> str:
+    """The legal degrees nearest below those asked, and for Ulysses alone also the next one above."""
+    mesh, heads = build.mesh, build.attention[0].heads
+    blocks = build.rows // build.profile.geometry.row_multiple
+
+    def legal(u: int, r: int) -> bool:
+        return heads % u == 0 and blocks % (u * r) == 0
+
+    sizes = itertools.product(range(1, mesh.ulysses + 1), range(1, mesh.ring + 1))
+    u, r = max(
+        (each for each in sizes if legal(*each)), key=lambda each: (each[0] * each[1], each[0])
+    )
+    below = [f"ulysses={u}"] * (u > 1) + [f"ring={r}"] * (r > 1)
+    above = [n for n in range(mesh.ulysses + 1, heads + 1) if mesh.ring == 1 and legal(n, 1)][:1]
+    return " or ".join([",".join(below) or "ulysses=1", *(f"ulysses={n}" for n in above)])
 
 
 def local_shape(build: Builder, sp: SequenceParallel, rows: int) -> Shape:

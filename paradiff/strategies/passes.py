@@ -18,6 +18,7 @@ from paradiff.strategies.builder import (
     Infeasible,
     Lane,
     Tags,
+    nearest_strips,
     strip,
 )
 from paradiff.strategies.layers import attend, local_shape, plan_sequence
@@ -134,17 +135,11 @@ def strip_shapes(
 def check_strips(build: Builder, name: str) -> None:
     """Raise Infeasible unless the latent rows divide into equal legal strips."""
     n, unit = build.mesh.pp, build.profile.geometry.row_multiple
-    if build.mesh.sp > 1:
-        raise Infeasible(
-            f"{name} already cuts the rows; sequence parallelism inside a strip is not defined",
-            f"{name}={n * build.mesh.sp}",
-        )
-    if build.rows % (n * unit):
-        below = max(k for k in range(1, n) if k == 1 or build.rows % (k * unit) == 0)
+    if n > 1 and build.rows % (n * unit):
         raise Infeasible(
             f"{name}={n}: {build.rows} latent rows do not divide into {n} strips of a multiple of"
             f" {unit} rows",
-            f"{name}={below}",
+            nearest_strips(build, name, n),
         )
 
 

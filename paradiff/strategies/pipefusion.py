@@ -17,6 +17,7 @@ from paradiff.strategies.builder import (
     Lane,
     Tags,
     balanced_owners,
+    nearest_strips,
     strip,
 )
 from paradiff.strategies.layers import SequenceParallel, attend, local_shape, plan_sequence
@@ -74,15 +75,8 @@ def block_counts(build: Builder, stages: str | None) -> tuple[int, ...]:
 
 
 def check_patches(build: Builder, patches: int) -> None:
-    """Raise Infeasible unless the rows make ``patches`` patches that the sequence group can share."""
+    """Raise Infeasible unless the rows make ``patches`` patches for the sequence group to share."""
     unit, sp = build.profile.geometry.row_multiple, build.mesh.sp
-    if build.rows % (unit * sp):
-        degree = max(d for d in range(1, sp) if build.rows % (unit * d) == 0)
-        raise Infeasible(
-            f"sequence degree {sp} inside a pipeline: {build.rows} latent rows do not divide by"
-            f" {unit} x {sp}",
-            f"a sequence degree of {degree}",
-        )
     most = build.rows // (unit * sp)
     if not 1 <= patches <= most:
         raise Infeasible(
@@ -110,13 +104,13 @@ def plan_pipeline(build: Builder, options: Options) -> Pipeline:
     if profile.kind != "transformer":
         raise Infeasible(
             f"pipefusion needs a plain stack of blocks; {profile.name} is a U-Net with skips",
-            f"distrifusion={n}",
+            nearest_strips(build, "distrifusion", n),
         )
     if profile.skips:
         raise Infeasible(
             f"pipefusion needs a plain stack of blocks; {profile.name} has {len(profile.skips)} skip"
             " connections between them",
-            f"distrifusion={n}",
+            nearest_strips(build, "distrifusion", n),
         )
     if not 2 <= n <= blocks:
         raise Infeasible(

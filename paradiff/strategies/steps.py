@@ -132,18 +132,18 @@ class AsyncDiff:
             for name, size in each.modules
         ]
 
-    def warmup(self, *, keep: bool) -> None:
-        """Every rank runs the whole network; the last warm-up step keeps the module outputs.
+    def warmup(self, *, keep: bool, shared: bool = True) -> None:
+        """Every rank runs the whole network; the last warm-up step may ``keep`` the module outputs.
 
-        With stride 1 the first round broadcasts them although all ranks hold the same (the reference
-        does), so there only their owner writes them.
+        All ranks then hold the same, but where a broadcast follows (``shared``: each round of stride 1,
+        a replay; the references do it although it brings nothing new) only their owner writes them.
         """
         build = self.build
         for rank in self.ranks:
             held: list[Ref] = []
-            if keep and self.stride == 2:
+            if keep and not shared:
                 held = self.cached(rank, 0)
-            elif keep:
+            elif keep and rank <= self.last:
                 held = self.cached(rank, 0, rank)
             build.compute(
                 "full",
@@ -269,7 +269,7 @@ def asyncdiff(build: Builder, options: Options) -> None:
     with build.section("warmup", 0, warmup - 1):
         run.warmup(keep=False)
     with build.section("warmup_last", warmup - 1):
-        run.warmup(keep=warmup < steps)
+        run.warmup(keep=warmup < steps, shared=stride == 1 or warmup % 2 == 0)
     if stride == 1:
         with build.section("rounds", warmup, steps - warmup):
             run.round()
@@ -280,15 +280,23 @@ def asyncdiff(build: Builder, options: Options) -> None:
 
 
 def _double_rounds(build: Builder, run: AsyncDiff, warmup: int, steps: int) -> None:
-    """The first round reads the warm-up's caches, the others those of two steps before."""
-    rest = steps - warmup
-    pairs = rest // 2
-    with build.section("first", warmup, min(1, pairs)):
-        run.double_round(-1, replay=True)
-    with build.section("rounds", warmup + 2, pairs - 1, stride=2):
+    """Rounds at odd steps, replays at even ones; an even warm-up is followed by a replay of itself.
+
+    The first round reads the warm-up's caches, the others those of two steps before.
+    """
+    lead = int(warmup % 2 == 0 and warmup < steps)
+    start = warmup + lead
+    pairs, tail = divmod(steps - start, 2)
+    with build.section("replay", warmup, lead):
+        run.broadcast(0, -1)
+        for rank in run.ranks:
+            build.update(rank, [run.output(rank, -1)], [build.x(rank, 1)])
+    with build.section("first", start, min(1, pairs)):
+        run.double_round(-1 - lead, replay=True)
+    with build.section("rounds", start + 2, pairs - 1, stride=2):
         run.double_round(-2, replay=True)
-    with build.section("tail", warmup + 2 * pairs, rest % 2):
-        run.double_round(-2 if pairs else -1, replay=False)
+    with build.section("tail", start + 2 * pairs, tail):
+        run.double_round(-2 if pairs else -1 - lead, replay=False)
 
 
 # ---------------------------------------------------------------------------------- ParaStep
@@ -388,24 +396,21 @@ def parastep(build: Builder, options: Options) -> None:
     warmup = int(options.get("warmup", "5"))
     if degree < 2:
         raise Infeasible("parastep=1: one rank takes every step itself", "parastep=2")
-    if warmup < 1 or steps - warmup < degree:
-        room = steps - max(1, warmup)
-        nearest = f"parastep={room},warmup={max(1, warmup)}" if room >= 2 else None
+    if not 1 <= warmup <= steps:
         raise Infeasible(
-            f"parastep={degree},warmup={warmup}: {steps} steps leave no full cycle after at least one"
-            " warm-up step",
-            nearest,
+            f"warmup={warmup}: the noise to reuse comes from at least one of the {steps} steps",
+            f"warmup={min(max(1, warmup), steps)}",
         )
     run = ParaStep(build, degree)
     cycles, tail = divmod(steps - warmup, degree)
     build.encode(range(degree))
     with build.section("warmup", 0, warmup):
         run.warmup()
-    with build.section("first", warmup):
+    with build.section("first", warmup, min(1, cycles)):
         run.cycle(degree, first=True)
     with build.section("cycles", warmup + degree, cycles - 1, stride=degree):
         run.cycle(degree, first=False)
     with build.section("tail", warmup + cycles * degree, int(tail > 0)):
-        run.cycle(tail, first=False)
+        run.cycle(tail, first=not cycles)
     with build.section("decode", steps):
         build.decode(0, [build.x(0)])
