@@ -14,9 +14,10 @@ from unit_hardware import UnitCosts
 
 from analysis import text
 from paradiff.config import find
-from paradiff.graph import ScheduleGraph
+from paradiff.graph import Op, ScheduleGraph
 from paradiff.profiles import load_profile
 from paradiff.strategies import Workload, build, parse_spec
+from simulator.collectives import Lowering
 from simulator.engine import simulate
 from simulator.network import Network
 from simulator.placement import Wire, axis_orders, classes, placements, promising
@@ -226,3 +227,13 @@ def test_a_model_too_large_for_the_first_gpu_goes_where_it_fits() -> None:
     """FLUX.1-dev takes 34 GB in bf16: not on a T4 of 16 GB, but on an L40 of 48 GB."""
     box = replace(load_topology("pcie4-t4"), profiles=("t4", "l40", "t4", "t4"))
     assert planned("flux1-dev", box, "serial").ranked[0].placement == (1,)
+
+
+def test_a_ring_goes_from_gpu_to_nearest_gpu() -> None:
+    """On the bridged box 0, 2, 1, 3: both bridges and two hops over PCIe, not four. Each hop carries
+    3 x 5 bytes, those over PCIe at 1 B/s: 15 s."""
+    lowering = Lowering(Network(BRIDGED), (0, 1, 2, 3))
+    op = Op("g", "collective", "all_gather", (0, 1, 2, 3), "comm", nbytes=5)
+    lowered = lowering.lower(op)
+    assert [(f.source, f.destination) for f in lowered.flows] == [(0, 2), (2, 1), (1, 3), (3, 0)]
+    assert lowering.alone_s(lowered) == pytest.approx(15.0)
