@@ -125,7 +125,7 @@ def baseline_line(plan: Plan) -> str:
     """What one GPU does."""
     base = plan.baseline
     if base.latency_s is None or base.stages is None:
-        return f"one GPU: cannot hold it: {base.reason}"
+        return f"one GPU cannot run it: {base.reason}"
     s = base.stages
     return (
         f"one GPU: {seconds(base.latency_s)} (text encoders {seconds(s.text_encoder_s)}, denoising "

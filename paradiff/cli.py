@@ -137,7 +137,7 @@ def plan(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="PATH=VALUE", help="What if, on the box: links.0.bandwidth='52 GB/s'."
+            "--set", metavar="PATH=VALUE", help="What if, on the box: peer_to_peer=true."
         ),
     ] = None,
     top: Annotated[int | None, typer.Option(min=1, metavar="N", help="Keep the N best.")] = None,
@@ -183,9 +183,9 @@ def plan(
                 result = planner.plan(request, advance)
         except planner.Contradiction as error:
             raise ConfigError(f"--measured-latency: {error}") from None
-    if output_dir is not None and result.ranked:
-        inputs = {"model": _portable(model), "topology": _portable(topology), "set": set_ or []}
-        _write_results(output_dir, request, result, inputs, top)
+        if output_dir is not None and result.ranked:
+            inputs = {"model": _portable(model), "topology": _portable(topology), "set": set_ or []}
+            _write_results(output_dir, request, result, inputs, top)
     if format_ == "json":
         typer.echo(_json(result.to_json(top)), nl=False)
     else:
@@ -349,12 +349,16 @@ def _write_results(
 ) -> None:
     """The plan, one runnable file per recommendation, the winner's trace: all of them or none.
 
-    They are staged beside ``directory`` and then renamed.
+    They are staged on the same file system (inside ``directory`` where it exists: it may be a mount
+    point) and then renamed. Raises ConfigError where the file system refuses.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = directory.parent / f".{directory.name}.paradiff-{os.getpid()}"
+    from paradiff.config import ConfigError
+
+    directory = directory.absolute()
+    home = directory if directory.exists() else directory.parent
+    staging = home / f".{directory.name}.paradiff-{os.getpid()}"
     try:
-        staging.mkdir()
+        staging.mkdir(parents=True)
         _stage_results(staging, request, plan, inputs, top)
         if not directory.exists():
             staging.rename(directory)
@@ -365,6 +369,8 @@ def _write_results(
                 old.unlink()
         for name in staged:
             (staging / name).replace(directory / name)
+    except OSError as error:
+        raise ConfigError(f"--output-dir {directory}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -336,6 +336,8 @@ def _split(item: str) -> tuple[Path_, str]:
     path, separator, text = item.partition("=")
     if not separator or not path.strip():
         raise ConfigError(f"--set {item}: not an override, allowed: PATH=VALUE")
+    if not text.strip():
+        raise ConfigError(f"--set {item}: no value, allowed: PATH=VALUE")
     parts = path.strip().split(".")
     return tuple(int(p) if p.isascii() and p.isdigit() else p for p in parts), text.strip()
 

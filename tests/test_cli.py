@@ -275,6 +275,39 @@ def test_bad_option_is_2_as_well(option: str) -> None:
     assert option.split("=")[0] in done.stderr
 
 
+def test_output_dir_on_another_file_system(tmp_path: Path) -> None:
+    """A mount point cannot be renamed onto: results are staged inside it."""
+    shm = Path("/dev/shm")
+    if not os.access(shm, os.W_OK) or shm.stat().st_dev == shm.parent.stat().st_dev:
+        pytest.skip("no writable mount point at /dev/shm")
+    before = set(shm.iterdir())
+    try:
+        assert plan(*QUICK, "--output-dir", str(shm)).exit_code == 0
+        assert "plan.json" in {path.name for path in shm.iterdir()}
+        assert not [path for path in shm.iterdir() if "paradiff-" in path.name]
+    finally:
+        for path in set(shm.iterdir()) - before:
+            path.unlink()
+
+
+def test_output_dir_that_cannot_be_made() -> None:
+    assert_one_message(
+        plan(*QUICK, "--output-dir", "/proc/paradiff"), "--output-dir /proc/paradiff"
+    )
+
+
+def test_a_warm_up_longer_than_the_run_is_synchronous() -> None:
+    done = plan("--topology", "pcie8", "--steps", "3", "--strategy", "distrifusion=4")
+    assert done.exit_code == 0
+    assert "the same picture as one GPU" in done.stdout
+
+
+def test_what_needs_more_gpus_names_the_nearest() -> None:
+    done = plan("--topology", "pcie8", "--model", "pixart-alpha", "--strategy", "ulysses=16")
+    assert done.exit_code == 3
+    assert "nearest: ulysses=8" in done.output
+
+
 def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("mine")

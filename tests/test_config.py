@@ -166,9 +166,10 @@ class TestOverrides:
             ("name.x=1", "unknown path (name.x), allowed: nothing"),
             ("name", "not an override, allowed: PATH=VALUE"),
             ("=3", "not an override, allowed: PATH=VALUE"),
+            ("name=", "no value, allowed: PATH=VALUE"),
             ("wires.0.bandwidth=3", "wires.0.bandwidth: bandwidth has no unit (3), allowed: B/s"),
             ("shared=[", "value:1:2: not valid YAML"),
-            ("shared=", "shared: not allowed (None), allowed: true or false"),
+            ("shared=null", "shared: not allowed (None), allowed: true or false"),
         ],
     )
     def test_errors_name_the_override(self, tmp_path: Path, override: str, says: str) -> None:

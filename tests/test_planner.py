@@ -10,8 +10,8 @@ import pytest
 from analysis import text
 from paradiff.config import find
 from paradiff.profiles import Profile, load_profile
-from paradiff.strategies import Workload, candidate_specs
-from simulator.planner import Candidate, Goal, Plan, Request, plan
+from paradiff.strategies import Workload, build, candidate_specs, parse_spec
+from simulator.planner import Candidate, Goal, Plan, Request, _Planner, plan
 from simulator.topology import load_topology
 
 STEPS = 8
@@ -169,7 +169,7 @@ def test_gpus_bounds_what_is_tried() -> None:
     result = plan(request(gpus=2))
     assert max(c.n_gpus or 0 for c in result.ranked) == 2
     late = plan(request(gpus=2, specs=("data=8",)))
-    assert late.rejected[0].reason == "needs 8 GPUs, there are 2"
+    assert late.rejected[0].reason == "needs 8 GPUs, there are 2; nearest: data=2"
 
 
 # ----------------------------------------------------------------------------------- memory, tables
@@ -235,3 +235,31 @@ def test_plain_columns_line_up() -> None:
     }
     end = lines[0].index("latency") + len("latency")
     assert all(line[:end].endswith(row[3]) for line, row in zip(lines[1:], rows, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("topology", "spec", "basis"),
+    [
+        # all-gathers have tables on the A100 box, a pipeline's sends have none anywhere
+        ("nvlink8-a100", "patch=2", "table"),
+        ("nvlink8-a100", "parastep=2", "links"),
+        ("pcie8", "patch=2", "staged links"),
+        # the table is for all-to-all, not for the gathers of a patch
+        ("pcie8-l40s-alltoall", "patch=2", "staged links"),
+    ],
+)
+def test_exposed_communication_rests_on_the_weakest_transfer(
+    topology: str, spec: str, basis: str
+) -> None:
+    asked = request(topology=topology)
+    graph = build(parse_spec(spec), asked.profile, asked.workload)
+    assert _Planner(asked)._comm_basis(graph, (0, 1)) == basis
+
+
+def test_throughput_counts_requests_not_images() -> None:
+    one = plan(request(specs=("serial",))).ranked[0]
+    batch = plan(request(specs=("serial",), workload=replace(request().workload, batch=4))).ranked[
+        0
+    ]
+    for candidate in (one, batch):
+        assert candidate.throughput_per_s == pytest.approx(1 / candidate.latency_s)  # type: ignore[operator]

@@ -336,6 +336,8 @@ def test_skip_connections_of_hunyuandit() -> None:
 def test_latent_shape_names_the_nearest_size() -> None:
     with pytest.raises(ValueError, match="height 1001: flux1-dev takes multiples of 16; nearest"):
         shipped("flux1-dev").latent_shape(1001, 1024, 1, 1)
+    with pytest.raises(ValueError, match="frames 3: flux1-dev makes single images; nearest 1"):
+        shipped("flux1-dev").latent_shape(1024, 1024, 3, 1)
     with pytest.raises(ValueError, match=r"frames 50: cogvideox-2b takes 4 n \+ 1"):
         shipped("cogvideox-2b").latent_shape(480, 720, 50, 1)
     for name in ("cogvideox-2b", "wan2.1-1.3b", "hunyuanvideo"):

@@ -150,6 +150,15 @@ class Spec:
         others = self.mesh.cfg * self.mesh.dp * self.mesh.sp
         return own * others
 
+    def narrower(self, gpus: int) -> str | None:
+        """The widest axis made as wide as ``gpus`` allow, as ``name=degree``; None where none can be."""
+        axis = max((*AXES, self.name), key=self.degree)
+        for degree in range(self.degree(axis) - 1, 0, -1):
+            options = {**self.options, axis: str(degree)}
+            if Spec(self.text, self.name, options).n_gpus <= gpus:
+                return f"{axis}={degree}"
+        return None
+
 
 def parse_spec(text: str) -> Spec:
     """Read a spec such as ``cfg=2,distrifusion=4,warmup=4``. Raises SpecError."""
@@ -262,6 +271,16 @@ def candidate_specs(profile: Profile, workload: Workload, max_gpus: int) -> Iter
     yield from _step_specs(workload, max_gpus, powers)
     if max_gpus > 1:
         yield f"data={max_gpus}"
+    yield from _replicated(profile, max_gpus)
+
+
+def _replicated(profile: Profile, max_gpus: int) -> Iterator[str]:
+    """Replicas of what fits where one GPU does not hold the model, or of what wastes least."""
+    for n in [n for n in (2, 4) if 2 * n <= max_gpus]:
+        if n == 2 and profile.geometry.guidance == "cfg":
+            yield f"cfg=2,data={max_gpus // 2}"
+        if profile.kind == "transformer" and not profile.skips:
+            yield f"pipefusion={n},patches={2 * n},warmup=1,data={max_gpus // n}"
 
 
 def _strip_specs(profile: Profile, workload: Workload, n: int) -> Iterator[str]:

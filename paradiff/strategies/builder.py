@@ -422,7 +422,7 @@ class Builder:
 
 
 def nearest_strips(build: Builder, name: str, most: int) -> str:
-    """The spec of the strip pass ``name`` with the most legal strips, ``serial`` where there are none."""
+    """The spec of strip pass ``name`` with the most legal strips; ``serial`` where there are none."""
     n = widest_strips(build.rows, build.profile.geometry.row_multiple, most)
     return f"{name}={n}" if n > 1 else "serial"
 
