@@ -14,11 +14,11 @@ from typing import Literal
 
 from paradiff.graph import Op, ScheduleGraph, Shape
 from paradiff.profiles import Profile, Stage
+from paradiff.strategies.builder import DTYPE_BYTES
 from simulator.gpu import Gpu
 
 Phase = Literal["encode", "denoise", "decode"]
 PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
-ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 PER_STEP = ("denoiser", "scheduler", "guidance")
 
 CONTEXT_BYTES = 600e6
@@ -90,9 +90,9 @@ def peak_memory(
     of a collective (one SM each, ``Gpu.collective_sms``). ``ideal`` leaves out context,
     slack and communicators.
     """
-    if dtype not in ITEMSIZE:
-        raise ValueError(f"dtype {dtype!r}: one of {', '.join(ITEMSIZE)}")
-    itemsize, used = ITEMSIZE[dtype], _usage(graph, profile)
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"dtype {dtype!r}: one of {', '.join(DTYPE_BYTES)}")
+    itemsize, used = DTYPE_BYTES[dtype], _usage(graph, profile)
     communicators = _communicators(graph, channels)
     buffers = graph.peak_bytes()
     return tuple(
