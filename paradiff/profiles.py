@@ -267,7 +267,7 @@ class Profile:
                 f"frames {frames}: {self.name} takes {g.temporal_scale} n + 1; "
                 f"nearest {(frames - 1) // g.temporal_scale * g.temporal_scale + 1}"
             )
-        if self.defaults["frames"] == 1 and frames != 1:
+        if self.defaults.get("frames") == 1 and frames != 1:
             raise ValueError(f"frames {frames}: {self.name} makes single images; nearest 1")
         rows = height // g.scale
         text = (*g.text_tokens, 0, 0)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Tiny models on tiny tensors: threads of two test processes would only wait for each other."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
