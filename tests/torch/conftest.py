@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Tiny models on tiny tensors: threads of two test processes would only wait for each other."""
 
