@@ -47,7 +47,7 @@ class Buckets:
     index: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        published = [i for i, _ in self.build.denoiser.points(*self.kinds)] if self.kinds else []
+        published = [i for i, _ in self.build.denoiser.points(*self.kinds)]
         points = self.build.points
         for start in range(0, len(published), self.size):
             q = len(self.members)
@@ -108,21 +108,22 @@ class Buckets:
         """
         q, part = self.index[at]
         ranks, last = forward.ranks, len(self.members[q]) - 1
+        alone = last == 0
         publish = {r: [self.own(q, r)] for r in ranks}
         if part == 0:
-            if last:
+            if not alone:
                 forward.run(at)
             self.need(forward, q, phase, self.own)
-            if not last:
+            if alone:
                 forward.run(at, publish)
             if q == 0 and phase == "steady" and self.deferred is not None:
                 self.launch(ranks, self.deferred, -1)
             self.need(forward, q, phase, self.slots)
         if part == last:
-            if last:
+            if not alone:
                 forward.run(at, publish)
             if q != self.deferred:
-                forward.then(partial(self.launch, ranks, q), now=last > 0)
+                forward.then(partial(self.launch, ranks, q), now=not alone)
 
     def need(self, forward: Forward, q: int, phase: str, ref: Callable[..., Ref]) -> None:
         """The next op of each rank reads bucket q of the step before."""
@@ -282,16 +283,16 @@ def _displaced(build: Builder, options: Options, name: str, bucket: str) -> None
         raise Infeasible(f"{name}=1: one strip has nothing to exchange", f"{name}=2")
     steps, mode = build.workload.steps, options.get("mode", MODES[0])
     sync = synchronous_steps(options, steps)
-    partial = name == "pcpp"
-    kinds = ["halo"] if partial else ["kv", "halo"]
+    neighbours = name == "pcpp"
+    kinds = ["halo"] if neighbours else ["kv", "halo"]
     if mode in ("corrected_async_gn", "stale_gn"):
         kinds.append("moments")
     shapes = strip_shapes(build)
     buckets = Buckets(build, shapes, tuple(kinds), int(options.get("bucket", bucket)))
     portion = float(options.get("portion", "0.3"))
-    stale_shapes = strip_shapes(build, visible_rows(build, portion)) if partial else shapes
+    stale_shapes = strip_shapes(build, visible_rows(build, portion)) if neighbours else shapes
     stale_tags = (("moments", "corrected"),) if mode == MODES[0] else ()
-    if partial:
+    if neighbours:
         stale_tags = (*stale_tags, ("portion", str(portion)))
     build.encode(range(build.mesh.size))
     for phase, first, count in phases(steps, sync):
@@ -302,17 +303,15 @@ def _displaced(build: Builder, options: Options, name: str, bucket: str) -> None
                     if phase != "sync":
                         strips = Strips(build, lane, stale_shapes, stale_tags)
                     near = None
-                    if partial:
+                    if neighbours:
                         sender = options.get("slice", "receiver") == "sender"
                         near = Neighbours(build, lane.ranks, shapes, portion, sender)
                     if phase == "sync":
                         sync_step(strips, _keeper(strips, buckets, near, keep=sync < steps))
-                    elif mode == "no_sync" and near is None:
+                    elif mode == "no_sync":
                         frozen_step(strips, buckets, sync - 1)
                     else:
-                        stale_step(
-                            strips, buckets, phase, reduce_gn=mode in ("sync_gn",), near=near
-                        )
+                        stale_step(strips, buckets, phase, reduce_gn=mode == "sync_gn", near=near)
                 finish_step(build, lanes, build.mesh.pp, world=True)
     finish_run(build, steps)
 

@@ -171,6 +171,11 @@ class _Exchange:
         width = self.point.heads * self.point.head_dim
         return self.local.b * self.local.t * width * self.build.element_bytes
 
+    @property
+    def text_heads_bytes(self) -> int:
+        """Bytes of replicated text's output in this rank's heads; 0 where text is split or apart."""
+        return 0 if self.sp.split_text else self.text_bytes // self.sp.ulysses
+
     def ref(self, name: str, rank: int, sub: int = 0, size: int | None = None) -> Ref:
         """Version of work buffer ``name`` that this attention writes (``sub``: ring iteration)."""
         size = 2 * self.token_bytes if size is None else size
@@ -219,7 +224,7 @@ class _Exchange:
         """Heads back to tokens; replicated text heads are gathered."""
         size, ranks = self.token_bytes, self.forward.ranks
         self.exchange("all_to_all", "o", size, "o", "ot")
-        text = 0 if self.sp.split_text else self.text_bytes // self.sp.ulysses
+        text = self.text_heads_bytes
         if text:
             self.exchange("all_gather", "text", text, "otext", "texth")
         for rank in ranks:
@@ -232,7 +237,7 @@ class _Exchange:
         if self.sp.ulysses == 1:
             return []
         refs = [self.ref("o", rank, size=self.token_bytes)]
-        text = 0 if self.sp.split_text else self.text_bytes // self.sp.ulysses
+        text = self.text_heads_bytes
         return refs + ([self.ref("otext", rank, size=text)] if text else [])
 
     def compute(self, shapes: Sequence[Shape]) -> None:

@@ -118,10 +118,14 @@ class AsyncDiff:
         """Rank of the last component; the extra rank of stride 2 evaluates it once more."""
         return len(self.components) - 1
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a network output."""
+        return self.build.latent_bytes(self.build.rows, self.build.call_batch)
+
     def output(self, rank: int, step: int, name: str = "eps") -> Ref:
         """Network output of ``step`` on ``rank``."""
-        size = self.build.latent_bytes(self.build.rows, self.build.call_batch)
-        return noise(self.build, rank, size, step, name)
+        return noise(self.build, rank, self.nbytes, step, name)
 
     def cached(self, rank: int, step: int, component: int | None = None) -> list[Ref]:
         """Outputs of all modules (of one component) as computed in ``step``, held on ``rank``."""
@@ -195,32 +199,30 @@ class AsyncDiff:
             tags=(*whole_rows(build), *([("timestep", str(ahead))] if ahead else [])),
         )
 
-    def share_output(self, source: int, step: int) -> None:
-        """The prediction goes to all ranks, and all step the scheduler."""
+    def share_output(self, source: int, step: int, computed: int, name: str = "eps") -> None:
+        """The prediction that ``source`` computed in step ``computed`` goes to all ranks, as ``name``,
+        and all take scheduler step ``step`` with it."""
         others = [r for r in self.ranks if r != source]
-        size = self.build.latent_bytes(self.build.rows, self.build.call_batch)
         self.build.collective(
             "broadcast",
-            "bcast.eps",
+            f"bcast.{name}",
             [source, *others],
-            size,
-            [self.output(source, step, "eps_own")],
-            [self.output(r, step) for r in others],
+            self.nbytes,
+            [self.output(source, computed, "eps_own")],
+            [self.output(r, computed, name) for r in others],
             step=step,
             channel="world",
         )
         for rank in self.ranks:
-            name = "eps_own" if rank == source else "eps"
-            self.build.update(
-                rank, [self.output(rank, step, name)], [self.build.x(rank, step + 1)], step=step
-            )
+            held = self.output(rank, computed, "eps_own" if rank == source else name)
+            self.build.update(rank, [held], [self.build.x(rank, step + 1)], step=step)
 
     def round(self) -> None:
         """Stride 1: broadcast the outputs of the step before, compute, share the prediction."""
         self.broadcast(0, -1)
         for c in range(len(self.components)):
             self.run_component(c, c, 0, -1, keep=True)
-        self.share_output(self.last, 0)
+        self.share_output(self.last, 0, 0)
 
     def double_round(self, read: int, *, replay: bool) -> None:
         """Stride 2: one computation serves two scheduler steps; the second replays the caches.
@@ -230,28 +232,10 @@ class AsyncDiff:
         for c in range(len(self.components)):
             self.run_component(c, c, 0, read, keep=True, ahead=int(replay))
         self.run_component(self.last, self.last + 1, 0, read, keep=False)
-        self.share_output(self.last + 1, 0)
+        self.share_output(self.last + 1, 0, 0)
         if replay:
             self.broadcast(1, 0)
-            self.replay()
-
-    def replay(self) -> None:
-        """All ranks step the scheduler with the last component's cached output."""
-        size = self.build.latent_bytes(self.build.rows, self.build.call_batch)
-        source, others = self.last, [r for r in self.ranks if r != self.last]
-        self.build.collective(
-            "broadcast",
-            "bcast.eps_replay",
-            [source, *others],
-            size,
-            [self.output(source, 0, "eps_own")],
-            [self.output(r, 0, "eps_replay") for r in others],
-            step=1,
-            channel="world",
-        )
-        for rank in self.ranks:
-            name = "eps_own" if rank == source else "eps_replay"
-            self.build.update(rank, [self.output(rank, 0, name)], [self.build.x(rank, 2)], step=1)
+            self.share_output(self.last, 1, 0, "eps_replay")
 
 
 def asyncdiff(build: Builder, options: Options) -> None:
