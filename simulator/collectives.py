@@ -28,24 +28,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
 
 from paradiff.graph import Op, ScheduleGraph
 from paradiff.trace import TRANSFERS
-from simulator.network import Network
+from simulator.network import Flow, Network, drain_times
 
 MAX_TOUR = 64
 """Larger groups are laid by device number."""
-
-
-class Flow(NamedTuple):
-    """``nbytes`` from device ``source`` to device ``destination``."""
-
-    source: int
-    destination: int
-    nbytes: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +104,7 @@ class Lowering:
 
     def alone_s(self, lowered: Lowered) -> float:
         """Seconds of the call on an idle network, without fixed costs."""
-        return lowered.latency_s + _drain_s(self.network, lowered.flows)
+        return lowered.latency_s + max(drain_times(self.network, lowered.flows), default=0.0)
 
     def _lower(self, op: Op) -> Lowered:
         devices = [self.placement[rank] for rank in op.ranks]
@@ -211,7 +202,7 @@ class Lowering:
         if found is None:
             return modelled
         seconds, source = found
-        drain_s = _drain_s(self.network, modelled.flows)
+        drain_s = max(drain_times(self.network, modelled.flows), default=0.0)
         latency_s = min(modelled.latency_s, seconds) if drain_s > 0 else seconds
         factor = (seconds - latency_s) / drain_s if drain_s > 0 else 0.0
         scaled = _scaled(modelled, factor)
@@ -226,10 +217,10 @@ def link_bytes(graph: ScheduleGraph, lowering: Lowering) -> dict[str, float]:
         for op in section.ops:
             if op.kind not in TRANSFERS:
                 continue
-            for source, destination, nbytes in lowering.lower(op).flows:
-                for index, weight in network.route(source, destination).resources:
+            for flow in lowering.lower(op).flows:
+                for index, weight in network.route(flow.source, flow.destination).resources:
                     name = network.resources[index].name
-                    total[name] = total.get(name, 0.0) + section.count * weight * nbytes
+                    total[name] = total.get(name, 0.0) + section.count * weight * flow.nbytes
     return dict(sorted(total.items()))
 
 
@@ -239,21 +230,5 @@ def _kept(flows: Iterable[Flow]) -> tuple[Flow, ...]:
 
 
 def _scaled(lowered: Lowered, factor: float) -> Lowered:
-    flows = _kept(Flow(a, b, nbytes * factor) for a, b, nbytes in lowered.flows)
+    flows = _kept(replace(flow, nbytes=flow.nbytes * factor) for flow in lowered.flows)
     return Lowered(lowered.latency_s, flows, lowered.measured)
-
-
-def _drain_s(network: Network, flows: Sequence[Flow]) -> float:
-    """Seconds until the last of ``flows`` has drained, if they start together on idle links."""
-    left = [(network.route(f.source, f.destination).id, f.nbytes) for f in flows]
-    seconds = 0.0
-    while left:
-        rates = network.rates(tuple(route for route, _ in left))
-        step = min(nbytes / rate for (_, nbytes), rate in zip(left, rates, strict=True))
-        seconds += step
-        left = [
-            (route, nbytes - rate * step)
-            for (route, nbytes), rate in zip(left, rates, strict=True)
-            if nbytes / rate > step * (1 + 1e-12)
-        ]
-    return seconds

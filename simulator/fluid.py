@@ -16,8 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from simpy import Environment
 from simpy.events import NORMAL, Event
 
-from simulator.collectives import Flow
-from simulator.network import Network
+from simulator.network import Flow, Network
 
 _QUANTUM_S = 2.0**-40
 _PER_S = 2.0**40
@@ -107,13 +106,13 @@ class Fluid(Generic[Owner]):
         """``flows`` prepared; those that cross nothing of finite bandwidth take no time."""
         capacities = self._network.capacities
         routes, sizes = [], []
-        for source, destination, nbytes in flows:
-            route = self._network.route(source, destination)
+        for flow in flows:
+            route = self._network.route(flow.source, flow.destination)
             mask = sum(1 << r for r, _ in route.resources if capacities[r] < inf)
             self._masks[route.id] = mask
             if mask:
                 routes.append(route.id)
-                sizes.append(nbytes)
+                sizes.append(flow.nbytes)
         return self._bundle(tuple(routes), tuple(sizes)) if routes else None
 
     def _bundle(self, routes: tuple[int, ...], sizes: tuple[float, ...]) -> Bundle:

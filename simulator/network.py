@@ -275,6 +275,15 @@ def simulate_flows(topology: Topology | Network, flows: Sequence[Flow]) -> tuple
     arrives one latency after its start.
     """
     network = topology if isinstance(topology, Network) else Network(topology)
+    ends = drain_times(network, flows)
+    return tuple(
+        end + network.route(flow.source, flow.destination).latency_s
+        for end, flow in zip(ends, flows, strict=True)
+    )
+
+
+def drain_times(network: Network, flows: Sequence[Flow]) -> list[float]:
+    """When the last byte of each flow has left, in seconds: ``simulate_flows`` without latency."""
     routes = [network.route(flow.source, flow.destination) for flow in flows]
     waiting = sorted(range(len(flows)), key=lambda i: (-flows[i].start_s, -i))
     left: dict[int, float] = {}
@@ -297,8 +306,8 @@ def simulate_flows(topology: Topology | Network, flows: Sequence[Flow]) -> tuple
         now += step
         for (i, seconds), rate in zip(need.items(), rates, strict=True):
             if seconds <= step * _SAME:
-                ends[i] = now + routes[i].latency_s
+                ends[i] = now
                 del left[i]
             else:
                 left[i] -= rate * step
-    return tuple(ends)
+    return ends

@@ -215,9 +215,9 @@ class Wire:
         lowering = Lowering(self._network, placement)
         lowered = lowering.lower(op)
         filled: dict[int, float] = {}
-        for source, destination, nbytes in lowered.flows:
-            for resource, weight in self._network.route(source, destination).resources:
-                seconds = weight * nbytes / self._network.capacities[resource]
+        for flow in lowered.flows:
+            for resource, weight in self._network.route(flow.source, flow.destination).resources:
+                seconds = weight * flow.nbytes / self._network.capacities[resource]
                 filled[resource] = filled.get(resource, 0.0) + seconds
         return lowering.alone_s(lowered), filled
 

@@ -90,9 +90,9 @@ def test_lowered_bytes_are_those_of_the_cost_algebra() -> None:
         op = one_call(call, 4, 4000).sections[0].ops[0]
         sent = dict.fromkeys(range(4), 0.0)
         received = dict(sent)
-        for source, destination, nbytes in lowering.lower(op).flows:
-            sent[source] += nbytes
-            received[destination] += nbytes
+        for flow in lowering.lower(op).flows:
+            sent[flow.source] += flow.nbytes
+            received[flow.destination] += flow.nbytes
         for rank, (out, into) in traffic(op).items():
             assert (sent[rank], received[rank]) == pytest.approx((out, into)), call
 
