@@ -7,21 +7,13 @@ written beside the assertion.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.resources import files
-
 import pytest
+from shipped import profile
 
 from paradiff.graph import ScheduleGraph, Section
-from paradiff.profiles import Profile, load_profile
 from paradiff.strategies import Workload, build, parse_spec
 
 GB, MB = 1e9, 1e6
-
-
-@cache
-def profile(name: str) -> Profile:
-    return load_profile(files("hardware_profiles") / "models" / f"{name}.json")
 
 
 def graph_of(name: str, spec: str, size: int = 1024, steps: int = 50) -> ScheduleGraph:

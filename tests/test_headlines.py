@@ -8,19 +8,13 @@ within reach, its bound here says so.
 from __future__ import annotations
 
 from functools import cache
-from importlib.resources import files
 
 import pytest
+from shipped import profile
 
-from paradiff.profiles import Profile, load_profile
 from paradiff.strategies import Workload
 from simulator.planner import Plan, Request, plan
 from simulator.topology import load_topology
-
-
-@cache
-def profile(name: str) -> Profile:
-    return load_profile(files("hardware_profiles") / "models" / f"{name}.json")
 
 
 @cache

@@ -6,21 +6,15 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+from shipped import profile
 
 from analysis import text
-from paradiff.config import find
-from paradiff.profiles import Profile, load_profile
 from paradiff.strategies import Workload, build, candidate_specs, parse_spec
 from simulator.planner import Candidate, Goal, Plan, Request, _Planner, plan
 from simulator.topology import load_topology
 
 STEPS = 8
 """Enough for warm-up, steady state and tail; quick."""
-
-
-@cache
-def profile(name: str) -> Profile:
-    return load_profile(find("models", name, ".json"))
 
 
 def request(model: str = "sdxl", topology: str = "pcie8", **changes: object) -> Request:
