@@ -1,0 +1,54 @@
+"""The command line: one file a command, ``common`` for what they share.
+
+It decides how arguments become values, what is printed and written, and the exit code. Everything heavy
+is imported inside the command that needs it, so ``--help`` costs little more than typer.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from typing import Annotated
+
+import typer
+
+import paradiff
+from paradiff.cli import profile, topology
+from paradiff.cli.common import INTERRUPTED, group
+from paradiff.cli.plan import plan
+
+app = group("Which parallel strategy should run this diffusion model on this box, and how fast?")
+plan_app = group("Rank the parallel strategies for one model on one box.")
+app.command()(plan)
+plan_app.command()(plan)
+app.add_typer(profile.app, name="profile")
+app.add_typer(topology.app, name="topology")
+
+
+def main() -> None:
+    """Entry point of ``paradiff``."""
+    _run(app, "paradiff")
+
+
+def plan_main() -> None:
+    """Entry point of ``paradiff-plan``: the same as ``paradiff plan``."""
+    _run(plan_app, "paradiff-plan")
+
+
+def _run(command: typer.Typer, name: str) -> None:
+    # Graphs and simulations are a million small objects, nearly none in cycles: collecting them as
+    # often as Python does by default is a third of a plan's time.
+    gc.set_threshold(1_000_000)
+    try:
+        command(prog_name=name)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(paradiff.__version__)
+        raise typer.Exit

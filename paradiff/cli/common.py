@@ -1,0 +1,175 @@
+"""What every command shares: one message for bad input, progress, models by name, files all or none.
+
+Exit codes: 0 done; 1 a gate failed; 2 malformed input (one message on stderr, nothing written); 3 well
+formed, but nothing can run (the reason for each, and the nearest that can); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from paradiff.profiles import Profile
+    from paradiff.strategies import Workload
+
+MALFORMED, INFEASIBLE, INTERRUPTED = 2, 3, 130
+MAX_PROFILE_BYTES = 64 * 2**20
+
+CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    # xDiT's users write --output_dir, everybody else --output-dir: both are read.
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+}
+
+
+def group(text: str) -> typer.Typer:
+    """A typer application in the manner of all of ours."""
+    return typer.Typer(
+        help=text,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings=CONTEXT,
+    )
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """Turn malformed input into one line on stderr and exit code 2."""
+    from paradiff.config import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    typer.echo("paradiff: " + " ".join(message.split()), err=True)
+    raise typer.Exit(MALFORMED)
+
+
+def load_model(name: str) -> Profile:
+    """The profile called ``name``: shipped, or a JSON file. Raises ConfigError."""
+    from paradiff.config import ConfigError, find
+    from paradiff.profiles import InvalidProfile, load_profile
+
+    path = find("models", name, ".json")
+    try:
+        if path.stat().st_size > MAX_PROFILE_BYTES:
+            raise ConfigError(f"{path}:1:1: too large, allowed: {MAX_PROFILE_BYTES} bytes at most")
+        return load_profile(path)
+    except InvalidProfile as error:
+        cause = error.__cause__
+        line, column = getattr(cause, "lineno", 1), getattr(cause, "colno", 1)
+        text = str(error).removeprefix(f"{path}: ")
+        raise ConfigError(f"{path}:{line}:{column}: {text}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}:1:1: not a profile: nested too deep") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def workload_of(
+    profile: Profile, sizes: Mapping[str, int | None], batch: int, dtype: str
+) -> Workload:
+    """What was asked for, the rest as the model has it by default."""
+    from paradiff.strategies import Workload
+
+    chosen = {
+        key: profile.defaults[key] if given is None else given for key, given in sizes.items()
+    }
+    return Workload(**chosen, batch=batch, dtype=dtype)
+
+
+def parsed_specs(texts: Iterable[str]) -> tuple[str, ...]:
+    """The asked specs, each well formed. Raises ConfigError."""
+    from paradiff.config import ConfigError
+    from paradiff.strategies import SpecError, parse_spec
+
+    unique = tuple(dict.fromkeys(texts))
+    for text in unique:
+        try:
+            parse_spec(text)
+        except SpecError as error:
+            raise ConfigError(f"--strategy {text!r}: {error}") from None
+    return unique
+
+
+@contextmanager
+def progress(*, enabled: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on stderr where that is a terminal; None otherwise."""
+    if not (enabled and sys.stderr.isatty()):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("simulating", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def json_text(data: Any) -> str:
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def portable(name: str) -> str:
+    """A shipped name as it is, a path made absolute, so that a plan file works from anywhere."""
+    path = Path(name)
+    return str(path.resolve()) if path.is_file() else name
+
+
+def check_output_dir(path: Path | None) -> None:
+    """Fail before the work, not after it, where results could not be written."""
+    from paradiff.config import ConfigError
+
+    if path is None:
+        return
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"--output-dir {path}: {existing} is not a directory")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"--output-dir {path}: {existing} cannot be written to")
+
+
+@contextmanager
+def staged(directory: Path, stale: re.Pattern[str] | None = None) -> Iterator[Path]:
+    """A folder to write results into; they appear in ``directory`` all together, or not at all.
+
+    It lies on the same file system (inside ``directory`` where that exists: it may be a mount point);
+    what lies in ``directory`` and matches ``stale``, but was not written again, is removed. Raises
+    ConfigError where the file system refuses.
+    """
+    from paradiff.config import ConfigError
+
+    directory = directory.absolute()
+    home = directory if directory.exists() else directory.parent
+    staging = home / f".{directory.name}.paradiff-{os.getpid()}"
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        if not directory.exists():
+            staging.rename(directory)
+            return
+        written = sorted(path.name for path in staging.iterdir())
+        for old in directory.iterdir():
+            if stale is not None and stale.fullmatch(old.name) and old.name not in written:
+                old.unlink()
+        for name in written:
+            (staging / name).replace(directory / name)
+    except OSError as error:
+        raise ConfigError(f"--output-dir {directory}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,205 @@
+"""``paradiff plan``, also ``paradiff-plan``: arguments to a request, a plan to a table and files."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from paradiff.cli.common import (
+    INFEASIBLE,
+    check_output_dir,
+    json_text,
+    load_model,
+    one_message,
+    parsed_specs,
+    portable,
+    progress,
+    staged,
+    workload_of,
+)
+
+if TYPE_CHECKING:
+    from simulator.planner import Plan, Request
+
+STALE_OUTPUT = re.compile(r"\d\d-.*\.plan\.yaml")
+
+
+def plan(
+    topology: Annotated[
+        str, typer.Option(help="Box: a shipped name (pcie8) or a YAML file.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option(help="Shipped model, or a profile file.")] = "sdxl",
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images or clips per request.")] = 1,
+    dtype: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision.")] = "bf16",
+    gpus: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Use N GPUs; default: all of the box.")
+    ] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SPEC", help="Only this strategy; may be given several times."),
+    ] = None,
+    runtime: Annotated[
+        Literal["eager", "compiled", "cuda-graph"], typer.Option(help="How kernels are launched.")
+    ] = "eager",
+    measured_latency: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Your own one-GPU time, to calibrate with."),
+    ] = None,
+    scope: Annotated[
+        Literal["denoise", "latent", "pipeline"],
+        typer.Option(help="What that clock covered: the loop, up to the latent, or everything."),
+    ] = "pipeline",
+    objective: Annotated[
+        Literal["latency", "throughput", "cost"], typer.Option(help="What to rank by.")
+    ] = "latency",
+    exact_only: Annotated[
+        bool, typer.Option("--exact-only", help="Only strategies that keep the picture.")
+    ] = False,
+    max_staleness: Annotated[
+        int | None, typer.Option(min=0, metavar="K", help="Nothing older than K steps is read.")
+    ] = None,
+    max_quality_loss: Annotated[
+        float | None, typer.Option(min=0.0, metavar="X", help="Measured loss of at most X.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="What if, on the box: peer_to_peer=true."),
+    ] = None,
+    top: Annotated[int | None, typer.Option(min=1, metavar="N", help="Keep the N best.")] = None,
+    format_: Annotated[
+        Literal["table", "json"], typer.Option("--format", help="Output on stdout.")
+    ] = "table",
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write plan.json, NN-SPEC.plan.yaml, trace.json.gz."),
+    ] = None,
+) -> None:
+    """Rank the parallel strategies for one model on one box."""
+    with one_message():
+        from paradiff.config import ConfigError
+        from simulator import planner
+        from simulator.topology import load_topology
+
+        check_output_dir(output_dir)
+        box = load_topology(topology, set_ or [])
+        profile = load_model(model)
+        if gpus is not None and gpus > len(box.gpus):
+            raise ConfigError(f"--gpus {gpus}: {box.name} has {len(box.gpus)}")
+        if measured_latency is not None and not 0 < measured_latency < float("inf"):
+            raise ConfigError(f"--measured-latency {measured_latency}: must be positive")
+        sizes = {"height": height, "width": width, "frames": frames, "steps": steps}
+        request = planner.Request(
+            profile=profile,
+            topology=box,
+            workload=workload_of(profile, sizes, batch, dtype),
+            gpus=gpus or len(box.gpus),
+            runtime=runtime,
+            specs=parsed_specs(strategy or []),
+            goal=planner.Goal(
+                objective=objective,
+                exact_only=exact_only,
+                max_staleness=max_staleness,
+                max_quality_loss=max_quality_loss,
+            ),
+            measured=None if measured_latency is None else (measured_latency, scope),
+        )
+        try:
+            with progress(enabled=format_ == "table") as advance:
+                result = planner.plan(request, advance)
+        except planner.Contradiction as error:
+            raise ConfigError(f"--measured-latency: {error}") from None
+        if output_dir is not None and result.ranked:
+            inputs = {"model": portable(model), "topology": portable(topology), "set": set_ or []}
+            with staged(output_dir, STALE_OUTPUT) as folder:
+                _stage_results(folder, request, result, inputs, top)
+    if format_ == "json":
+        typer.echo(json_text(result.to_json(top)), nl=False)
+    else:
+        _print_plan(result, top or 10, asked=bool(strategy))
+    if not result.ranked:
+        _explain_nothing(result)
+        raise typer.Exit(INFEASIBLE)
+
+
+def _print_plan(plan: Plan, top: int, *, asked: bool) -> None:
+    """The table and the recommendation; for a terminal with lines, otherwise plain."""
+    from analysis import text
+
+    typer.echo(text.title(plan))
+    typer.echo(text.baseline_line(plan) + "\n")
+    if not plan.ranked:
+        return
+    header, rows = text.table(plan, top)
+    if sys.stdout.isatty():
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console()
+        names, cells = text.fitted(header, rows, console.width)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in names:
+            left = name in text.LEFT
+            table.add_column(name, justify="left" if left else "right", overflow="fold")
+        for row in cells:
+            table.add_row(*row)
+        console.print(table)
+    else:
+        typer.echo("\n".join(text.plain(header, rows)) + "\n")
+    typer.echo(text.recommendation(plan))
+    hidden = len(plan.ranked) - len(rows)
+    if hidden > 0:
+        typer.echo(f"\n{hidden} more are not shown (--top N, --format json).")
+    if plan.rejected:
+        typer.echo(
+            "\nNot possible here:" if asked else f"\nNot possible here: {len(plan.rejected)}"
+        )
+        for line in text.rejected(plan.rejected):
+            typer.echo(f"  {line}")
+
+
+def _explain_nothing(plan: Plan) -> None:
+    """On stderr: why each asked strategy is out, and what would be near."""
+    from analysis import text
+
+    typer.echo(f"paradiff: nothing can run: {plan.model} on {plan.topology}", err=True)
+    for line in text.rejected(plan.rejected, limit=20):
+        typer.echo(f"  {line}", err=True)
+
+
+def _stage_results(
+    staging: Path, request: Request, plan: Plan, inputs: Mapping[str, Any], top: int | None
+) -> None:
+    from simulator import planner
+
+    data = plan.to_json(top)
+    (staging / "plan.json").write_text(json_text(data), encoding="utf-8")
+    for number, candidate in enumerate(plan.ranked[: top or 10], 1):
+        content = {
+            "schema": "paradiff.planfile/1",
+            **inputs,
+            "workload": data["workload"],
+            "runtime": plan.runtime,
+            "spec": candidate.spec,
+            "placement": list(candidate.placement or ()),
+            "fingerprint": planner.fingerprint(request, candidate.spec),
+            "predicted_latency_s": candidate.latency_s,
+        }
+        lines = [
+            f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in content.items()
+        ]
+        name = re.sub(r"[^\w=,.+-]", "_", candidate.spec)
+        target = staging / f"{number:02d}-{name}.plan.yaml"
+        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    best = plan.ranked[0]
+    planner.write_trace(request, best.spec, staging / "trace.json.gz", best.placement)
