@@ -9,14 +9,7 @@ placements: of the classes that the box's automorphisms leave, those whose trans
 several GPU models, compute) look shorter; for the first itself also those that look at most SLACK
 times as long.
 
-Intervals (nominally 90 %). On the critical rank every instant of the denoising loop has one class:
-compute, host, exposed communication, bubble. Each class is scaled by its own low and high factor and
-the loop is their sum. Kernels of one model on one GPU err together (one ceiling too high, one too
-low), so compute is taken as fully correlated: its factors are the sums of the low and high kernel
-times over the sum of the central ones, which the cost model gives. Bubbles follow compute, text
-encoders and VAE have factors of their own. Example: 2 s of compute at 0.9 to 1.2 and 1 s of
-communication at 0.7 to 1.6 give 3 s, 2.5 s to 4.0 s. Not in it: transfers that are hidden at the
-central estimate and would surface on a much slower network.
+Intervals: ``analysis.intervals``.
 """
 
 from __future__ import annotations
@@ -25,11 +18,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from analysis.attribution import Breakdown, Stages, attribute
+from analysis.intervals import Factors, Part, factors, is_measured, parts, prices
 from paradiff.graph import Op, ScheduleGraph
 from paradiff.profiles import Profile
 from paradiff.strategies import (
@@ -42,7 +35,7 @@ from paradiff.strategies import (
     parse_spec,
 )
 from paradiff.trace import TRANSFERS, write_chrome_trace
-from simulator.costs import ComputeCost, CostModel, Runtime, Scope, StageSeconds
+from simulator.costs import CostModel, Runtime, Scope, StageSeconds
 from simulator.engine import simulate
 from simulator.gpu import load_gpu
 from simulator.memory import misfit, peak_memory
@@ -51,26 +44,9 @@ from simulator.placement import MAX_GPUS, Placement, Wire, placements, promising
 from simulator.topology import Topology
 
 Objective = Literal["latency", "throughput", "cost"]
-Part = Literal["compute", "host", "comm", "bubble", "text_encoder", "vae"]
-Factors = tuple[float, float]
 SCHEMA = "paradiff.plan/1"
-
-CommBasis = Literal["table", "links", "staged links"]
-COMM_SPREAD: Mapping[CommBasis, Factors] = {
-    "table": (0.85, 1.2),
-    "links": (0.65, 1.7),
-    "staged links": (0.65, 4.0),
-}
-"""Factors of exposed communication by what is known of it. ``table``: every transfer has a measured
-one; log-log tables left one out miss by 2-4 % in the median and 25 % at the worst. ``links``: boxes of
-one description differ by a factor of two in what NCCL reaches. ``staged links``: transfers through host
-memory; on the one node of that kind with a table (eight L40S) the links alone are twice too fast for
-the all-to-all of four GPUs and four times for that of eight."""
 FAR = 3.0
 """An error of this many half intervals (in logarithms) is not worth a warning."""
-HOST_SPREAD: Factors = (0.6, 1.8)
-"""Launch costs depend on the CPU: published ones range from 5 to 25 us where 8 us is assumed."""
-
 
 TRIES = 6
 """Placements simulated besides the first; one where the ranks are more than MAX_GPUS, as simulating
@@ -295,12 +271,17 @@ class _Planner:
     def _run(self, graph: ScheduleGraph, placement: Placement) -> _Run:
         trace = simulate(graph, self.network, self.costs, placement=placement)
         breakdown = attribute(trace)
-        return _Run(graph, placement, breakdown, self._factors(graph, placement, breakdown.rank))
+        rank = breakdown.rank
+        return _Run(
+            graph, placement, breakdown, factors(self.costs, self.network, graph, placement, rank)
+        )
 
     def _slowest_rank_s(self, graph: ScheduleGraph) -> Callable[[Placement], float]:
         """Compute seconds of the rank that has most of them, by placement."""
         work = {
-            (rank, name): sum(n * cost.device_s for _, n, cost in self._prices(graph, rank, device))
+            (rank, name): sum(
+                n * cost.device_s for _, n, cost in prices(self.costs, graph, rank, device)
+            )
             for name, device in self.devices_by_model.items()
             for rank in range(graph.world_size)
         }
@@ -361,9 +342,9 @@ class _Planner:
 
     def _timed(self, base: Candidate, spec: Spec, run: _Run) -> Candidate:
         """``base`` with everything that comes from the simulation."""
-        parts, stages = _parts(run.breakdown), run.breakdown.stages
+        split, stages = parts(run.breakdown), run.breakdown.stages
         low, high = (
-            sum(seconds * run.factors[part][side] for part, seconds in parts.items())
+            sum(seconds * run.factors[part][side] for part, seconds in split.items())
             for side in (0, 1)
         )
         latency_s = _latency_s(stages)
@@ -376,10 +357,10 @@ class _Planner:
             latency_low_s=low,
             latency_high_s=high,
             speedup=None if one_gpu_s is None else one_gpu_s / latency_s,
-            compute_s=parts["compute"],
-            exposed_comm_s=parts["comm"],
-            bubble_s=parts["bubble"],
-            host_s=parts["host"],
+            compute_s=split["compute"],
+            exposed_comm_s=split["comm"],
+            bubble_s=split["bubble"],
+            host_s=split["host"],
             stages=stages,
             throughput_per_s=rate,
             cost=self._cost(spec.n_gpus, rate),
@@ -468,70 +449,20 @@ class _Planner:
 
     # ------------------------------------------------------------------------------ intervals, basis
 
-    def _prices(
-        self, graph: ScheduleGraph, rank: int, device: int
-    ) -> Iterator[tuple[Part, int, ComputeCost]]:
-        """(part of the latency, how often, price on ``device``) of every compute op of ``rank``."""
-        for section in graph.sections:
-            for op in section.ops:
-                if op.work is not None and op.ranks == (rank,):
-                    cost = self.costs.compute(op.work, device)
-                    yield _part_of(op.work.stage), section.count, cost
-
-    def _factors(
-        self, graph: ScheduleGraph, placement: Placement, rank: int
-    ) -> dict[Part, Factors]:
-        """Low and high factor of each part of the latency; see the module docstring."""
-        sums: dict[Part, list[float]] = {}
-        for part, count, cost in self._prices(graph, rank, placement[rank]):
-            known = sums.setdefault(part, [0.0, 0.0, 0.0])
-            for i, seconds in enumerate((cost.low_s, cost.device_s, cost.high_s)):
-                known[i] += count * seconds
-        factors: dict[Part, Factors] = {
-            part: (low / middle, high / middle) if middle > 0 else (1.0, 1.0)
-            for part, (low, middle, high) in sums.items()
-        }
-        compute = factors.get("compute", (1.0, 1.0))
-        return {
-            "text_encoder": (1.0, 1.0),
-            "vae": (1.0, 1.0),
-            "compute": compute,
-            **factors,
-            "bubble": compute,
-            "comm": COMM_SPREAD[self._comm_basis(graph, placement)],
-            "host": HOST_SPREAD,
-        }
-
     def _provenance(self, run: _Run) -> str:
         """What the denoising loop's kernel times mostly rest on, the weakest of the large shares."""
         shares: dict[str, float] = {}
         rank = run.breakdown.rank
-        for part, count, cost in self._prices(run.graph, rank, run.placement[rank]):
+        for part, count, cost in prices(self.costs, run.graph, rank, run.placement[rank]):
             if part == "compute":
                 shares[cost.provenance] = shares.get(cost.provenance, 0.0) + count * cost.device_s
         total = sum(shares.values())
         weakest = ("analytic", "interpolated", "table", "calibrated")
         return next((p for p in weakest if shares.get(p, 0.0) > 0.1 * total), "analytic")
 
-    def _comm_basis(self, graph: ScheduleGraph, placement: Placement) -> CommBasis:
-        """What the transfers of ``graph`` rest on, the weakest of them."""
-        transfers = [op for section in graph.sections for op in section.ops if op.kind in TRANSFERS]
-        untabled = [op for op in transfers if not self._measured(op, placement)]
-        if transfers and not untabled:
-            return "table"
-        pairs = {(placement[a], placement[b]) for op in untabled for a, b in pairwise(op.ranks)}
-        staged = any(self.network.route(a, b).staged for a, b in sorted(pairs))
-        return "staged links" if staged else "links"
-
-    def _measured(self, op: Op, placement: Placement) -> bool:
-        """Whether the topology has a table for this transfer."""
-        devices = [placement[rank] for rank in op.ranks]
-        found = self.request.topology.measured_collective(op.call, devices, op.nbytes)
-        return found is not None
-
     def _links_only_latency(self, run: _Run) -> float | None:
         """What the links alone predict, for a candidate that a measured table has changed."""
-        if not any(self._measured(op, run.placement) for op in _collectives(run.graph)):
+        if not any(is_measured(self.network, op, run.placement) for op in _collectives(run.graph)):
             return None
         trace = simulate(run.graph, self.links_only, self.costs, placement=run.placement)
         return trace.makespan_s
@@ -559,7 +490,7 @@ class _Planner:
 
     def _gaps(self, first: Candidate, second: Candidate) -> dict[Part, float]:
         """Part by part, how much more of the objective's time ``second`` takes than ``first``."""
-        one, two = (_parts(self.runs[c.spec].breakdown) for c in (first, second))
+        one, two = (parts(self.runs[c.spec].breakdown) for c in (first, second))
         of_one, of_two = self._weight(first), self._weight(second)
         return {part: of_two * two[part] - of_one * one[part] for part in one}
 
@@ -637,24 +568,6 @@ def _in_words(gaps: Mapping[Part, float]) -> str:
     largest = max(abs(gap) for gap in gaps.values())
     named = sorted(gaps.items(), key=lambda item: -abs(item[1]))
     return ", ".join(f"{gap:+.3g} {_NAMES[part]}" for part, gap in named if abs(gap) > largest / 20)
-
-
-def _part_of(stage: str) -> Part:
-    if stage.startswith("text_encoder"):
-        return "text_encoder"
-    return "compute" if stage in ("denoiser", "scheduler", "guidance") else "vae"
-
-
-def _parts(b: Breakdown) -> dict[Part, float]:
-    """The latency in parts that add up to it."""
-    return {
-        "compute": b.compute_s,
-        "host": b.host_s,
-        "comm": b.communication_s,
-        "bubble": b.bubble_s,
-        "text_encoder": b.stages.text_encoder_s,
-        "vae": b.stages.vae_s,
-    }
 
 
 def _latency_s(stages: Stages) -> float:
