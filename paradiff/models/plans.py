@@ -181,9 +181,9 @@ def _image_encoder() -> tuple[Any, ...]:
     return _transformer("clip-vision-h"), vae.encoder, vae.quant_conv
 
 
-def _svd_decoder() -> tuple[Any, ...]:
-    vae: Any = build_diffusers(*VAES["svd"])
-    return (vae.decoder,)
+def _svd_decoder(*vae: Any) -> tuple[Any, ...]:
+    module: Any = build_diffusers(*vae)
+    return (module.decoder,)
 
 
 def _decoder_stages(entry: Entry, base: Shape, vae: tuple[str, Config]) -> list[StageSpec]:
@@ -203,7 +203,7 @@ def _decoder_stages(entry: Entry, base: Shape, vae: tuple[str, Config]) -> list[
         return _image_chunks(base, build)
     if vae[0] == "AutoencoderKLTemporalDecoder":
         probes = _batched(latent_probes(base, video=True, unit=1))
-        return [StageSpec("vae", _svd_decoder, stages.call_svd_decode, probes)]
+        return [StageSpec("vae", partial(_svd_decoder, *vae), stages.call_svd_decode, probes)]
     specs = [StageSpec("vae", build, stages.call_decode, image)]
     if entry.class_name == "AudioLDM2UNet2DConditionModel":
         vocoder = partial(_one, _transformer, "hifigan")

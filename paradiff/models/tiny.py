@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from paradiff.models.catalogue import CATALOGUE
-from paradiff.models.encoders import SCHEDULERS
+from paradiff.models.encoders import SCHEDULERS, TRANSFORMERS, VAES
 from paradiff.models.plans import Plan, plan_of
+from paradiff.models.stages import build_transformers
 
 ROWS = 16
 """Latent rows and columns of a twin's default size."""
@@ -99,9 +100,22 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+_KL = {"block_out_channels": [16] * 4, "norm_num_groups": 4, "layers_per_block": 1}
+
+TINY_VAES: Mapping[str, Mapping[str, Any]] = {
+    "kl-4": {**VAES["kl-4"][1], **_KL, "scaling_factor": 0.13025},
+    "kl-16": {**VAES["kl-16"][1], **_KL, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "kl-audio": {**VAES["kl-audio"][1], **_KL, "block_out_channels": [16] * 3},
+    "svd": {**VAES["svd"][1], "block_out_channels": [32] * 4, "layers_per_block": 1},
+    "cogvideox": {**_KL, "scaling_factor": 1.15258426},
+}
+"""Instead of ``VAES``: as many levels, so that images are as large for their latents."""
+
+TINY_VOCODER = {**TRANSFORMERS["hifigan"][2], "upsample_initial_channel": 32}
+
 
 def tiny_plan(name: str) -> Plan:
-    """The plan of ``tiny-<name>``: its denoiser, scheduler and guidance, and the model's own VAE."""
+    """The plan of ``tiny-<name>``: its denoiser, scheduler and guidance, tiny VAE and vocoder."""
     entry = CATALOGUE[name.removeprefix("tiny-")]
     geometry = entry.geometry
     tokens = tuple(TEXT_TOKENS if n > 1 else n for n in geometry.text_tokens[:1])
@@ -125,9 +139,20 @@ def tiny_plan(name: str) -> Plan:
             text=(),
             asyncdiff={},
         ),
+        TINY_VAES.get(entry.vae),
     )
-    wanted = ("denoiser", "vae", "scheduler", "guidance")
-    return replace(plan, stages=tuple(spec for spec in plan.stages if spec.name in wanted))
+    return replace(
+        plan,
+        stages=tuple(
+            replace(spec, build=_meta_vocoder) if spec.name == "vocoder" else spec
+            for spec in plan.stages
+            if spec.name not in ("text_encoder_3", "image_encoder")
+        ),
+    )
+
+
+def _meta_vocoder() -> tuple[Any, ...]:
+    return (build_transformers(*TRANSFORMERS["hifigan"][:2], TINY_VOCODER),)
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:

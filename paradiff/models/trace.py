@@ -9,16 +9,18 @@ diffusers and transformers, on nothing else: two traces are byte-identical.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from platformdirs import user_cache_path
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -28,6 +30,7 @@ from paradiff.models.plans import Plan, plan_for
 from paradiff.models.recording import Launch, Mark, Recorder, Recording, RecordingHandler
 from paradiff.models.stages import StageSpec, versions
 from paradiff.profiles import (
+    SCHEMA,
     Cut,
     Expr,
     InvalidProfile,
@@ -36,6 +39,7 @@ from paradiff.profiles import (
     Profile,
     Segment,
     Stage,
+    load_profile,
     parse_expr,
     profile_to_json,
 )
@@ -79,6 +83,24 @@ def trace_plan(plan: Plan) -> Profile:
         },
         skips=plan.skips,
     )
+
+
+def cached_profile(plan: Plan) -> Profile:
+    """``trace_plan(plan)``, kept in the user's cache directory: a trace takes seconds, up to a minute.
+
+    A kept profile is used again only under the same configurations, versions and tracing code.
+    """
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    facts = [plan.name, plan.configurations, plan.geometry, plan.defaults, versions(), SCHEMA]
+    key = hashlib.sha256(repr(facts).encode() + code).hexdigest()[:16]
+    path = user_cache_path("paradiff") / "profiles" / f"{plan.name}-{key}.json"
+    with suppress(OSError, InvalidProfile):
+        return load_profile(path)
+    profile = trace_plan(plan)
+    with suppress(OSError):  # a cache that cannot be written costs time, not the run
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_profile(profile, path)
+    return profile
 
 
 def _owner(cut: str, table: Mapping[str, int]) -> int:
