@@ -240,6 +240,22 @@ def test_parastep_cycle(p: int) -> None:
     assert cycle == exactly(FORWARD + ((p - 1) * X + X) / bandwidth)
 
 
+@pytest.mark.parametrize("n", [2, 4])
+def test_parastep_cycle_over_ulysses(n: int) -> None:
+    """A cycle of 2 steps: one Ulysses step (above) without its scheduler, the message of each rank to
+    its twin, and the broadcasts of the latent from twin to twin, all at the same time."""
+    bandwidth, steps = 5.0, 21
+    spec = f"parastep=2,ulysses={n},warmup=1"
+    cycle = (denoise_s(spec, bandwidth, 2 * steps - 1) - denoise_s(spec, bandwidth, steps)) / 10
+    assert cycle == exactly(step_s(f"ulysses={n}", bandwidth) + 2 * X / bandwidth)
+
+
+@pytest.mark.parametrize("p", [2, 4])
+def test_batchstep_cycle(p: int) -> None:
+    """p steps are one forward of p times the batch, on one device: in unit hardware nothing is won."""
+    assert step_s(f"batchstep={p},warmup=4", 1.0) == exactly(FORWARD)
+
+
 BOTH = (
     "cfg=2",
     "data=2",
@@ -255,6 +271,9 @@ BOTH = (
     "asyncdiff=2,stride=2,warmup=1",
     "asyncdiff=2,stride=2,warmup=2",
     "parastep=4,warmup=1",
+    "cfg=2,parastep=2,warmup=1",
+    "parastep=2,patch=2,warmup=1",
+    "batchstep=3,warmup=1",
 )
 RATIO_CASES = [
     (toys.transformer(), spec)

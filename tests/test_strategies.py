@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from dataclasses import replace
 
@@ -47,6 +48,11 @@ SPECS = {
         "parastep=2,warmup=1",
         "parastep=4,warmup=2",
         "parastep=3,warmup=5",
+        "parastep=2,cfg=2,ulysses=2,warmup=1",
+        "data=2,parastep=2,ring=2,warmup=2",
+        "parastep=2,patch=4,warmup=1",
+        "batchstep=2,warmup=1",
+        "data=2,batchstep=4,warmup=2",
     ),
     "toy-unet": (
         *BOTH,
@@ -67,6 +73,8 @@ SPECS = {
         "asyncdiff=2,warmup=1",
         "asyncdiff=3,warmup=2,stride=2",
         "parastep=4,warmup=2",
+        "cfg=2,parastep=2,patch=2,warmup=1",
+        "batchstep=4,warmup=3",
     ),
 }
 CASES = [(DIT, s) for s in SPECS["toy-dit"]] + [(JOINT, s) for s in SPECS["toy-dit"]]
@@ -98,7 +106,7 @@ def test_graph_is_valid_round_trips_and_unrolls(profile: Profile, spec: str) -> 
 SHARED = [
     (p, s)
     for p, s in CASES
-    if not s.startswith(("asyncdiff", "parastep", "data")) and "ring" not in s
+    if not any(each in s for each in ("asyncdiff", "parastep", "batchstep", "data", "ring"))
 ]
 
 
@@ -297,6 +305,42 @@ def test_parastep_reuses_its_own_noise_until_its_turn(p: int, w: int) -> None:
             assert reads.of_step(k, t, "noise", call="scheduler") == {expected}, (t, k)
 
 
+@pytest.mark.parametrize("inside", ["cfg=2", "ulysses=2", "patch=4", "cfg=2,ring=2", "data=2"])
+def test_parastep_reads_the_same_over_any_pass(inside: str) -> None:
+    """Each rank of group k steps with what a lone rank k would (section 15: a pass is a device)."""
+    alone = Reads(graph_of(DIT, "parastep=2,warmup=2"))
+    graph = graph_of(DIT, f"parastep=2,{inside},warmup=2")
+    within, reads = graph.world_size // 2, Reads(graph)
+    groups = within if "data" not in inside else 1
+
+    for rank, t in itertools.product(range(graph.world_size), range(9)):
+        found = reads.of_step(rank, t, "noise", call="scheduler")
+        expected = alone.of_step(rank // groups % 2, t, "noise", call="scheduler")
+        assert {(r // groups % 2, s) for r, s in found} == expected, (rank, t)
+
+
+@pytest.mark.parametrize(("p", "w"), [(2, 1), (4, 2), (3, 5), (4, 7)])
+def test_batchstep_reads_what_parasteps_ranks_read(p: int, w: int) -> None:
+    """Entry k of the batch is rank k: step by step it reads noise predicted at the same step."""
+
+    def ages(spec: str) -> dict[tuple[int, int], int]:
+        found: dict[tuple[int, int], int] = {}
+        for op, base in graph_of(DIT, spec).instances():
+            if op.call != "scheduler" or op.step is None:
+                continue
+            k = op.writes[0].part if "batch" in spec else op.ranks[0]
+            eps = next(r for r in op.reads if r.buffer.startswith("eps"))
+            found[k, op.step + base] = eps.at(base)
+        return found
+
+    batch, ranks = ages(f"batchstep={p},warmup={w}"), ages(f"parastep={p},warmup={w}")
+    last = 9 - (9 - w) % p  # in a last cycle that is not full, only the first latent matters
+    for (k, t), step in batch.items():
+        if t < last or k == 0:
+            assert step == ranks[k, t], (k, t)
+    assert {(k, t) for k, t in batch if t < last} == {(k, t) for k, t in ranks if t < last}
+
+
 def test_exact_strategies_read_nothing_old() -> None:
     for profile, spec in CASES:
         if facts(parse_spec(spec), WORKLOAD).exact or "naive" in spec:
@@ -436,6 +480,9 @@ def test_asyncdiff_unet_broadcasts_whole_blocks_where_it_can() -> None:
         ("cfg=2,cfg=2", "twice"),
         ("rotate=p2p", "unknown 'rotate'"),
         ("serial=4", "serial=4"),
+        ("parastep=2,distrifusion=2", "both decide"),
+        ("parastep=2,patch=2,pipefusion=2", "both decide"),
+        ("batchstep=2,patch=2", "both decide"),
         ("patch=\u0663", "whole number"),
         ("pcpp=2,portion=0.0", "portion=0.0"),
         ("pcpp=2,mode=no_sync", "mode=no_sync"),
@@ -467,6 +514,9 @@ def test_malformed_spec_says_what_is_wrong(text: str, says: str) -> None:
         (DIT, "asyncdiff=5,warmup=1", "between 2 and 4", "asyncdiff=4"),
         (DIT, "asyncdiff=2,warmup=1,cuts=9", "rising block numbers", "cuts=2"),
         (DIT, "parastep=4,warmup=10", "at least one of the 9 steps", "warmup=9"),
+        (DIT, "batchstep=1", "every step waits", "batchstep=2"),
+        (DIT, "parastep=2,ulysses=3", "4 heads", "ulysses=2 or ulysses=4"),
+        (DIT, "batchstep=2,cfg=2", "runs alone", "batchstep=2"),
         (UNET, "pipefusion=5", "U-Net", "distrifusion=4"),
         (UNET, "ulysses=7", "U-Net", "patch=4"),
         (DIT, "distrifusion=2,ulysses=2", "runs alone", "distrifusion=2"),

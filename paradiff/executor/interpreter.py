@@ -9,7 +9,7 @@ are the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from time import perf_counter
 from typing import Any
@@ -33,7 +33,16 @@ from paradiff.models.interception import intercept
 from paradiff.strategies import parse_spec
 from paradiff.trace import Span, Trace
 
-EXECUTABLE = ("serial", "patch", "distrifusion", "pcpp", "pipefusion", "asyncdiff", "parastep")
+EXECUTABLE = (
+    "serial",
+    "patch",
+    "distrifusion",
+    "pcpp",
+    "pipefusion",
+    "asyncdiff",
+    "parastep",
+    "batchstep",
+)
 """Strategies whose every op has a meaning here."""
 POINT_KINDS = ("kv", "halo", "moments", "slots")
 
@@ -237,8 +246,25 @@ class _Run:
         device = next(self.network.model.parameters()).device
         return (noise * self.schedule.noise_scale).to(device, self.request.dtype)
 
+    def _batch(self, number: int, instance: Instance, ahead: str) -> None:
+        """A call on several latents, each at the timestep of its own step: one after another here."""
+        op = instance.op
+        latents = [ref for ref in op.reads if self.buffers[ref.buffer].kind == "latent"]
+        others = tuple(ref for ref in op.reads if ref not in latents)
+        tags = tuple(tag for tag in op.tags if tag[0] != "timesteps")
+        assert op.step is not None
+        for later, x, write in zip(ahead.split("+"), latents, op.writes, strict=True):
+            alone = replace(
+                op, step=op.step + int(later), reads=(x, *others), writes=(write,), tags=tags
+            )
+            self._forward(number, Instance(alone, instance.base))
+
     def _forward(self, number: int, instance: Instance) -> None:
         op, rank = instance.op, instance.op.ranks[0]
+        ahead = dict(op.tags).get("timesteps")
+        if ahead is not None:
+            self._batch(number, instance, ahead)
+            return
         task = task_of(op, instance.id)
         forward = self.forwards.get(rank)
         if forward is None:

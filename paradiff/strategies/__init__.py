@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from paradiff.graph import ScheduleGraph
 from paradiff.profiles import Profile
+from paradiff.strategies.asyncdiff import asyncdiff
 from paradiff.strategies.builder import Builder, Infeasible, Mesh, Workload, widest_strips
 from paradiff.strategies.displaced import MODES, distrifusion, pcpp, synchronous_steps
+from paradiff.strategies.parastep import batchstep, parastep
 from paradiff.strategies.passes import Options, patch, whole
 from paradiff.strategies.pipefusion import pipefusion
-from paradiff.strategies.steps import asyncdiff, parastep
 
 __all__ = [
     "AXES",
@@ -39,14 +40,19 @@ FRACTION = r"0?\.[0-9]{0,5}[1-9][0-9]{0,5}|1(\.0*)?"
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """One pass or step strategy: its emitter, its parameters (name -> pattern), what it promises."""
+    """One pass or step strategy: its emitter, its parameters (name -> pattern), what it promises.
+
+    ``ranks`` it takes beside those of the mesh; ``axes`` that go with it; ``passes`` that a step
+    strategy may run each step on.
+    """
 
     emit: Callable[[Builder, Options], None]
     parameters: Mapping[str, str]
     exact: Callable[[Options, int], bool]
     synchronous: Callable[[Options, int], int]
-    ranks: Callable[[Options, int], int] = lambda _, degree: degree
+    ranks: Callable[[Options, int], int] = lambda _, degree: 1
     axes: frozenset[str] = frozenset({"cfg", "data"})
+    passes: frozenset[str] = frozenset()
 
 
 def _warmup(default: int) -> Callable[[Options, int], int]:
@@ -55,6 +61,11 @@ def _warmup(default: int) -> Callable[[Options, int], int]:
 
 def _all(_: Options, steps: int) -> int:
     return steps
+
+
+def _one_left(options: Options, steps: int) -> bool:
+    """The warm-up leaves one step at most, which is predicted at the true latent."""
+    return int(options.get("warmup", "5")) >= steps - 1
 
 
 SEQUENCE = frozenset({"cfg", "data", "ulysses", "ring"})
@@ -103,9 +114,13 @@ STRATEGIES: Mapping[str, Strategy] = {
     "parastep": Strategy(
         parastep,
         {"warmup": INTEGER},
-        lambda o, t: int(o.get("warmup", "5")) >= t - 1,
+        lambda o, t: _one_left(o, t) and o.get("mode") != "naive",
         _warmup(5),
-        axes=frozenset(),
+        axes=SEQUENCE,
+        passes=frozenset({"patch"}),
+    ),
+    "batchstep": Strategy(
+        batchstep, {"warmup": INTEGER}, _one_left, _warmup(5), axes=frozenset({"data"})
     ),
 }
 AXES = ("cfg", "data", "ulysses", "ring")
@@ -134,25 +149,24 @@ class Spec:
     @property
     def mesh(self) -> Mesh:
         """Degrees in xDiT's order; a step strategy has no mesh of its own."""
-        passes = self.name in ("patch", "distrifusion", "pcpp", "pipefusion")
+        passes = (n for n in ("patch", "distrifusion", "pcpp", "pipefusion") if n in self.options)
         return Mesh(
             ulysses=self.degree("ulysses"),
             ring=self.degree("ring"),
-            pp=self.degree(self.name) if passes else 1,
+            pp=self.degree(next(passes, "serial")),
             cfg=self.degree("cfg"),
+            step=self.degree("parastep"),
             dp=self.degree("data"),
         )
 
     @property
     def n_gpus(self) -> int:
         """Ranks that the spec takes."""
-        own = self.strategy.ranks(self.options, self.degree(self.name))
-        others = self.mesh.cfg * self.mesh.dp * self.mesh.sp
-        return own * others
+        return self.mesh.size * self.strategy.ranks(self.options, self.degree(self.name))
 
     def narrower(self, gpus: int) -> str | None:
         """The widest axis made as wide as ``gpus`` allow, as ``name=degree``; None where none can be."""
-        axis = max((*AXES, self.name), key=self.degree)
+        axis = max((*AXES, *(n for n in STRATEGIES if n in self.options)), key=self.degree)
         for degree in range(self.degree(axis) - 1, 0, -1):
             options = {**self.options, axis: str(degree)}
             if Spec(self.text, self.name, options).n_gpus <= gpus:
@@ -175,8 +189,10 @@ def parse_spec(text: str) -> Spec:
         if not value:
             raise SpecError(f"spec {text!r}: {item.strip()!r} is not name=value")
         options[key] = value
-    if len(named) > 1:
-        raise SpecError(f"spec {text!r}: {' and '.join(named)} both decide the pass; give one")
+    named.sort(key=lambda name: not STRATEGIES[name].passes)
+    if len(named) > 2 or (named and not set(named[1:]) <= STRATEGIES[named[0]].passes):
+        both = " and ".join(name for name in options if name in named)
+        raise SpecError(f"spec {text!r}: {both} both decide the pass; give one")
     spec = Spec(text.strip(), named[0] if named else "serial", options)
     _check_options(spec)
     return spec
@@ -184,6 +200,8 @@ def parse_spec(text: str) -> Spec:
 
 def _check_options(spec: Spec) -> None:
     allowed = dict.fromkeys((*AXES, spec.name), INTEGER) | dict(spec.strategy.parameters)
+    for name in spec.strategy.passes & spec.options.keys():
+        allowed |= {name: INTEGER} | dict(STRATEGIES[name].parameters)
     if spec.name == "serial":
         allowed["serial"] = "1"
     for axis, parameters in AXIS_PARAMETERS.items():
@@ -200,7 +218,7 @@ def _check_options(spec: Spec) -> None:
             wanted[COUNTS] = "counts such as 7:7:7:7"
             expected = wanted.get(allowed[key], allowed[key].replace(COUNTS, "i:j"))
             raise SpecError(f"spec {spec.text!r}: {key}={value}; expected {expected}")
-        if key in (*AXES, spec.name, "bucket") and int(value) < 1:
+        if key in (*AXES, *STRATEGIES, "bucket") and int(value) < 1:
             raise SpecError(f"spec {spec.text!r}: {key}={value}; expected at least 1")
 
 
@@ -268,7 +286,7 @@ def candidate_specs(profile: Profile, workload: Workload, max_gpus: int) -> Iter
         for n in [p for p in powers if p <= room]:
             yield from (prefix + each for each in _pass_specs(profile, workload, n))
         yield from (prefix + each for each in _widest(profile, workload, room, powers))
-    yield from _step_specs(workload, max_gpus, powers)
+    yield from _step_specs(profile, workload, max_gpus, powers)
     if max_gpus > 1:
         yield f"data={max_gpus}"
     yield from _replicated(profile, max_gpus)
@@ -327,14 +345,21 @@ def _widest(profile: Profile, workload: Workload, room: int, powers: list[int]) 
             yield f"ring={strips}"
 
 
-def _step_specs(workload: Workload, max_gpus: int, widths: list[int]) -> Iterator[str]:
-    """AsyncDiff with the published component counts, ParaStep; warm-up at most a fifth of the steps."""
+def _step_specs(
+    profile: Profile, workload: Workload, max_gpus: int, widths: list[int]
+) -> Iterator[str]:
+    """AsyncDiff with the published component counts, ParaStep alone and on the two branches, its steps
+    as a batch; warm-up at most a fifth of the steps."""
     room = max(1, workload.steps // 5)
     for stride in (1, 2):
         for components in (2, 3, 4):
             if components + stride - 1 <= max_gpus:
                 warmup = min(9, room) if stride == 1 else min(9, room - (room + 1) % 2)
                 yield f"asyncdiff={components},stride={stride},warmup={max(1, warmup)}"
-    for n in widths:
-        if workload.steps - min(5, room) >= n:
-            yield f"parastep={n},warmup={min(5, room)}"
+    warmup = min(5, room)
+    for n in [n for n in widths if workload.steps - warmup >= n]:
+        yield f"parastep={n},warmup={warmup}"
+        if profile.geometry.guidance == "cfg" and 2 * n <= max_gpus:
+            yield f"cfg=2,parastep={n},warmup={warmup}"
+    if workload.steps - warmup >= 2:
+        yield f"batchstep=2,warmup={warmup}"

@@ -53,15 +53,17 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Degrees of a mesh in xDiT's order, fastest to slowest: ulysses, ring, pp, cfg, dp.
+    """Degrees of a mesh in xDiT's order, fastest to slowest: ulysses, ring, pp, cfg, step, dp.
 
-    ``pp`` is the axis of the pass (strips of a patch strategy, stages of a pipeline).
+    ``pp`` is the axis of the pass (strips of a patch strategy, stages of a pipeline), ``step`` that of
+    groups that evaluate different denoising steps (ParaStep).
     """
 
     ulysses: int = 1
     ring: int = 1
     pp: int = 1
     cfg: int = 1
+    step: int = 1
     dp: int = 1
 
     @property
@@ -70,26 +72,34 @@ class Mesh:
 
     @property
     def size(self) -> int:
-        return self.sp * self.pp * self.cfg * self.dp
+        return self.sp * self.pp * self.cfg * self.step * self.dp
 
-    def rank(self, dp: int, cfg: int, pp: int, sp: int) -> int:
-        """Rank at the coordinates; inside ``sp`` the ulysses index is the fastest."""
-        return sp + self.sp * (pp + self.pp * (cfg + self.cfg * dp))
+    def rank(self, group: int, cfg: int, pp: int, sp: int) -> int:
+        """Rank at the coordinates (``group``: of all step groups of all replicas); inside ``sp`` the
+        ulysses index is the fastest."""
+        return sp + self.sp * (pp + self.pp * (cfg + self.cfg * group))
 
     def replicas(self) -> Iterator[tuple[Lane, ...]]:
-        """For each data-parallel replica, its guidance branches."""
+        """For each data-parallel replica, its guidance branches (those of its first step group)."""
+        return (groups[0] for groups in self.step_groups())
+
+    def step_groups(self) -> Iterator[tuple[tuple[Lane, ...], ...]]:
+        """For each data-parallel replica, the guidance branches of each of its step groups."""
         for dp in range(self.dp):
-            yield tuple(
-                Lane(
-                    branch=("both", "uncond" if cfg == 0 else "cond")[self.cfg > 1],
-                    groups=tuple(
-                        tuple(self.rank(dp, cfg, pp, sp) for sp in range(self.sp))
-                        for pp in range(self.pp)
-                    ),
-                    replica=dp,
-                )
-                for cfg in range(self.cfg)
+            yield tuple(self._lanes(dp * self.step + step, dp) for step in range(self.step))
+
+    def _lanes(self, group: int, replica: int) -> tuple[Lane, ...]:
+        return tuple(
+            Lane(
+                branch=("both", "uncond" if cfg == 0 else "cond")[self.cfg > 1],
+                groups=tuple(
+                    tuple(self.rank(group, cfg, pp, sp) for sp in range(self.sp))
+                    for pp in range(self.pp)
+                ),
+                replica=replica,
             )
+            for cfg in range(self.cfg)
+        )
 
 
 @dataclass(frozen=True, slots=True)

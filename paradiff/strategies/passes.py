@@ -6,7 +6,7 @@ displaced passes, which differ only in the versions that a layer reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from paradiff.graph import Ref, Shape
@@ -35,7 +35,7 @@ def noise(build: Builder, rank: int, nbytes: int, step: int = 0, name: str = "ep
 
 
 def gather_output(
-    build: Builder, ranks: Sequence[int], nbytes: int, source: str, target: str
+    build: Builder, ranks: Sequence[int], nbytes: int, source: str, target: str, step: int
 ) -> None:
     """All-gather the pieces of the network output, ``nbytes`` each, over ``ranks``."""
     whole = nbytes * len(ranks)
@@ -44,13 +44,16 @@ def gather_output(
         target,
         ranks,
         nbytes,
-        [noise(build, r, nbytes, name=source) for r in ranks],
-        [noise(build, r, whole, name=target) for r in ranks],
+        [noise(build, r, nbytes, step, source) for r in ranks],
+        [noise(build, r, whole, step, target) for r in ranks],
+        step=step,
     )
 
 
-def finish_step(build: Builder, lanes: Sequence[Lane], pieces: int, *, world: bool) -> None:
-    """From the ``eps`` piece on every rank to the next latent on every rank.
+def gather_pieces(
+    build: Builder, lanes: Sequence[Lane], pieces: int, *, world: bool, step: int = 0
+) -> dict[int, Ref]:
+    """From the ``eps`` piece on every rank to the whole prediction on every rank.
 
     ``world``: one gather over patches and branches together (DistriFusion); otherwise over the
     sequence group, then between the ranks of the two branches (xDiT).
@@ -60,19 +63,24 @@ def finish_step(build: Builder, lanes: Sequence[Lane], pieces: int, *, world: bo
     ranks = [r for lane in lanes for r in lane.ranks]
     have = "eps"
     if world and len(ranks) > 1:
-        gather_output(build, ranks, size, have, "eps_all")
-        have = "eps_all"
+        gather_output(build, ranks, size, have, "eps_all", step)
+        have, size = "eps_all", size * len(ranks)
     elif not world:
         if pieces > 1:
             for lane in lanes:
-                gather_output(build, lane.ranks, size, have, "eps_seq")
+                gather_output(build, lane.ranks, size, have, "eps_seq", step)
             have, size = "eps_seq", size * pieces
         if len(lanes) > 1:
             for pair in zip(*(lane.ranks for lane in lanes), strict=True):
-                gather_output(build, pair, size, have, "eps_all")
-            have = "eps_all"
-    for rank in ranks:
-        build.update(rank, [noise(build, rank, size, name=have)], [build.x(rank, 1)])
+                gather_output(build, pair, size, have, "eps_all", step)
+            have, size = "eps_all", size * len(lanes)
+    return {rank: noise(build, rank, size, step, have) for rank in ranks}
+
+
+def finish_step(build: Builder, lanes: Sequence[Lane], pieces: int, *, world: bool) -> None:
+    """From the ``eps`` piece on every rank to the next latent on every rank."""
+    for rank, eps in gather_pieces(build, lanes, pieces, world=world).items():
+        build.update(rank, [eps], [build.x(rank, 1)])
 
 
 def finish_run(build: Builder, steps: int) -> None:
@@ -86,31 +94,54 @@ def finish_run(build: Builder, steps: int) -> None:
 # ---------------------------------------------------------------------------------- whole
 
 
-def whole(build: Builder, options: Options) -> None:
-    """Serial, CFG, data, Ulysses, Ring and USP: every rank sees the whole latent."""
+def whole_rows(build: Builder) -> Tags:
+    """Tags of a forward on the whole latent, both branches in one call."""
+    return (("branch", "both"), ("rows", f"0-{build.rows}"))
+
+
+Latent = Callable[[int], Ref]
+"""rank -> the latent that it evaluates."""
+Predict = Callable[[Sequence[Lane], int, Latent], dict[int, Ref]]
+"""(branches of one group, step, latents) -> the whole prediction on each rank of the group."""
+
+
+def whole_pass(build: Builder, options: Options) -> Predict:
+    """One evaluation in which every rank sees the whole latent: plain, Ulysses, Ring, USP."""
     sp = plan_sequence(build, options.get("rotate", "p2p"), 1)
-    steps, end = build.workload.steps, len(build.denoiser.segments)
-    build.encode(range(build.mesh.size))
     shape = local_shape(build, sp, build.rows)
     size = build.latent_bytes(build.rows // sp.degree, build.call_batch)
-    with build.section("steps", 0, steps):
+    end = len(build.denoiser.segments)
+
+    def predict(lanes: Sequence[Lane], step: int, latent: Latent) -> dict[int, Ref]:
+        for lane in lanes:
+            tags = [
+                (*lane.tags(strip(build.rows, sp.degree, j)), *sp.tags(j, build.latent["t"]))
+                for j in range(sp.degree)
+            ]
+            forward = Forward(build, lane.ranks, [shape] * sp.degree, 0, end, tags, step=step)
+            for rank in lane.ranks:
+                forward.need(rank, latent(rank), build.text(rank))
+            for at in forward.points("kv") if sp.degree > 1 else ():
+                attend(forward, at, sp, build.rows, build.rows)
+            forward.run(end, {r: [noise(build, r, size, step)] for r in lane.ranks})
+        return gather_pieces(build, lanes, sp.degree, world=False, step=step)
+
+    return predict
+
+
+def every_step(build: Builder, predict: Predict) -> None:
+    """The denoising loop of a pass that keeps nothing from step to step."""
+    build.encode(range(build.mesh.size))
+    with build.section("steps", 0, build.workload.steps):
         for lanes in build.mesh.replicas():
-            for lane in lanes:
-                tags = [
-                    (
-                        *lane.tags(strip(build.rows, sp.degree, j)),
-                        *sp.tags(j, build.latent["t"]),
-                    )
-                    for j in range(sp.degree)
-                ]
-                forward = Forward(build, lane.ranks, [shape] * sp.degree, 0, end, tags)
-                for rank in lane.ranks:
-                    forward.need(rank, build.x(rank), build.text(rank))
-                for at in forward.points("kv") if sp.degree > 1 else ():
-                    attend(forward, at, sp, build.rows, build.rows)
-                forward.run(end, {r: [noise(build, r, size)] for r in lane.ranks})
-            finish_step(build, lanes, sp.degree, world=False)
-    finish_run(build, steps)
+            for rank, eps in predict(lanes, 0, build.x).items():
+                build.update(rank, [eps], [build.x(rank, 1)])
+    finish_run(build, build.workload.steps)
+
+
+def whole(build: Builder, options: Options) -> None:
+    """Serial, CFG, data, Ulysses, Ring and USP."""
+    every_step(build, whole_pass(build, options))
 
 
 # ---------------------------------------------------------------------------------- strips
@@ -158,25 +189,26 @@ class Strips:
     lane: Lane
     shapes: Sequence[Shape]
     tags: Tags = ()
+    step: int = 0
 
     @property
     def ranks(self) -> tuple[int, ...]:
         return self.lane.ranks
 
-    def start(self) -> Forward:
+    def start(self, latent: Latent | None = None) -> Forward:
         """A forward over all segments that has read the whole latent and the text."""
-        build, n = self.build, len(self.ranks)
+        build, n, end = self.build, len(self.ranks), len(self.build.denoiser.segments)
         tags = [(*self.lane.tags(strip(build.rows, n, i)), *self.tags) for i in range(n)]
-        forward = Forward(build, self.ranks, self.shapes, 0, len(build.denoiser.segments), tags)
+        forward = Forward(build, self.ranks, self.shapes, 0, end, tags, step=self.step)
         for rank in self.ranks:
-            forward.need(rank, self.build.x(rank), self.build.text(rank))
+            forward.need(rank, (latent or build.x)(rank), build.text(rank))
         return forward
 
     def end(self, forward: Forward) -> None:
         """Run to the end of the network; each rank holds its strip of the output."""
         build = self.build
         size = build.latent_bytes(build.rows // build.mesh.pp, build.call_batch)
-        forward.run(forward.hi, {r: [noise(build, r, size)] for r in self.ranks})
+        forward.run(forward.hi, {r: [noise(build, r, size, self.step)] for r in self.ranks})
 
     def exchange(
         self, forward: Forward, at: int, own: Sequence[Ref], others: Sequence[Ref]
@@ -195,6 +227,7 @@ class Strips:
             point_bytes(build, point, self.shapes[0]),
             own,
             others,
+            step=self.step,
         )
         for rank, ref in zip(self.ranks, others, strict=True):
             forward.need(rank, ref)
@@ -207,7 +240,7 @@ class Strips:
 
         def refs(name: str, nbytes: int) -> list[Ref]:
             return [
-                Ref(self.build.buffer(name, r, nbytes, point.kind), 0, None, False, at)
+                Ref(self.build.buffer(name, r, nbytes, point.kind), self.step, None, False, at)
                 for r in self.ranks
             ]
 
@@ -216,21 +249,25 @@ class Strips:
         )
 
 
-def patch(build: Builder, options: Options) -> None:
-    """Naive strips (no exchange) or synchronous ones (every exchange fresh and blocking)."""
+def strip_pass(build: Builder, options: Options) -> Predict:
+    """One evaluation on strips: naive (no exchange), or every exchange fresh and blocking."""
     check_strips(build, "patch")
     naive = options.get("mode", "sync") == "naive"
     rows = build.rows // build.mesh.pp
-    keys = [rows] * build.mesh.pp if naive else None
-    shapes = strip_shapes(build, keys, halo=not naive)
-    build.encode(range(build.mesh.size))
-    with build.section("steps", 0, build.workload.steps):
-        for lanes in build.mesh.replicas():
-            for lane in lanes:
-                strips = Strips(build, lane, shapes)
-                forward = strips.start()
-                for at in [] if naive or build.mesh.pp == 1 else forward.points():
-                    strips.blocking(forward, at)
-                strips.end(forward)
-            finish_step(build, lanes, build.mesh.pp, world=True)
-    finish_run(build, build.workload.steps)
+    shapes = strip_shapes(build, [rows] * build.mesh.pp if naive else None, halo=not naive)
+
+    def predict(lanes: Sequence[Lane], step: int, latent: Latent) -> dict[int, Ref]:
+        for lane in lanes:
+            strips = Strips(build, lane, shapes, step=step)
+            forward = strips.start(latent)
+            for at in [] if naive or build.mesh.pp == 1 else forward.points():
+                strips.blocking(forward, at)
+            strips.end(forward)
+        return gather_pieces(build, lanes, build.mesh.pp, world=True, step=step)
+
+    return predict
+
+
+def patch(build: Builder, options: Options) -> None:
+    """Naive or synchronous strips."""
+    every_step(build, strip_pass(build, options))

@@ -9,9 +9,9 @@ import torch
 from test_executor_strips import execute, graph_of, latent, reference
 
 from paradiff.models.interception import block_inputs, block_output, block_streams
+from paradiff.strategies.asyncdiff import owners_of
 from paradiff.strategies.builder import Builder, Mesh, Workload
 from paradiff.strategies.pipefusion import patch_rows
-from paradiff.strategies.steps import owners_of
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
@@ -142,6 +142,30 @@ def test_steps_in_parallel_equal_the_read_map(name: str, degree: int, warmup: in
     expected = plain_steps.parastep(name, STEPS, degree, warmup)
     assert plain.relative(ours, expected) < 1e-10
     assert plain.relative(ours, reference(name)) > 1e-8
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [
+        ("sd3-medium", "cfg=2"),
+        ("sd3-medium", "cfg=2,ulysses=2"),
+        ("pixart-alpha", "ring=2"),
+        ("sd21", "patch=2"),
+        ("sd21", "cfg=2,patch=2"),
+    ],
+)
+def test_steps_in_parallel_over_any_exact_pass(name: str, inside: str) -> None:
+    """Groups that share an exact pass predict what a single rank does."""
+    alone = latent(name, "parastep=2,warmup=1")
+    assert plain.relative(latent(name, f"parastep=2,{inside},warmup=1"), alone) < 1e-10
+
+
+@pytest.mark.parametrize("name", plain.NAMES)
+@pytest.mark.parametrize("degree", [2, 3])
+def test_a_batch_of_steps_equals_steps_in_parallel(name: str, degree: int) -> None:
+    """Every bit: entries of the batch are ParaStep's ranks, their schedulers' history included."""
+    found = [latent(name, f"{which}={degree},warmup=1") for which in ("parastep", "batchstep")]
+    assert torch.equal(*found)
 
 
 # ----------------------------------------------------------------------------------------- blocks

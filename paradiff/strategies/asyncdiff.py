@@ -1,7 +1,7 @@
-"""Step level: AsyncDiff (arXiv 2406.06911) and ParaStep (arXiv 2505.14741).
+"""Step level: AsyncDiff (arXiv 2406.06911).
 
-These decide which rank evaluates which step, or which part of the network for which step; a forward
-itself is whole. Rules as in the reference code (STRATEGIES sections 13 and 14).
+Decides which rank evaluates which part of the network for which step. Rules as in the reference code
+(STRATEGIES section 13).
 """
 
 from __future__ import annotations
@@ -11,16 +11,8 @@ from dataclasses import dataclass
 
 from paradiff.graph import Ref
 from paradiff.profiles import Cut
-from paradiff.strategies.builder import Builder, Infeasible, Tags, balanced_owners
-from paradiff.strategies.passes import Options, noise
-
-
-def whole_rows(build: Builder) -> Tags:
-    """Tags of a forward on the whole latent, both branches in one call."""
-    return (("branch", "both"), ("rows", f"0-{build.rows}"))
-
-
-# ---------------------------------------------------------------------------------- AsyncDiff
+from paradiff.strategies.builder import Builder, Infeasible, balanced_owners
+from paradiff.strategies.passes import Options, noise, whole_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,120 +273,3 @@ def _double_rounds(build: Builder, run: AsyncDiff, warmup: int, steps: int) -> N
         run.double_round(-2, replay=True)
     with build.section("tail", start + 2 * pairs, tail):
         run.double_round(-2 if pairs else -1 - lead, replay=False)
-
-
-# ---------------------------------------------------------------------------------- ParaStep
-
-
-@dataclass(frozen=True)
-class ParaStep:
-    """``degree`` ranks take consecutive steps; rank 0 holds the authoritative latent."""
-
-    build: Builder
-    degree: int
-
-    def own(self, rank: int, step: int) -> Ref:
-        """The last noise that ``rank`` predicted itself, in ``step``."""
-        return noise(self.build, rank, self.nbytes, step, "own")
-
-    @property
-    def nbytes(self) -> int:
-        return self.build.latent_bytes(self.build.rows, self.build.call_batch)
-
-    def latent(self, rank: int, step: int, *, corrected: bool) -> Ref:
-        """Latent of ``rank`` entering ``step``: as it stepped itself, or as rank 0 broadcast it."""
-        return self.build.x(rank, step, int(corrected and rank > 0))
-
-    def forward(self, rank: int, step: int, x: Ref) -> None:
-        build = self.build
-        build.compute(
-            "full",
-            rank,
-            "denoiser",
-            build.shape(build.rows),
-            call="forward",
-            step=step,
-            reads=[x, build.text(rank)],
-            writes=[self.own(rank, step)],
-            tags=whole_rows(build),
-        )
-
-    def warmup(self) -> None:
-        """Every rank evaluates and steps; all latents stay equal."""
-        for rank in range(self.degree):
-            self.forward(rank, 0, self.build.x(rank))
-            self.build.update(rank, [self.own(rank, 0)], [self.build.x(rank, 1)])
-
-    def cycle(self, length: int, *, first: bool) -> None:
-        """``length`` steps: rank r evaluates step r at its own approximate latent.
-
-        Until its turn a rank steps with the noise of its last turn (age p - k + r; in the first cycle
-        that of the last warm-up step), afterwards with its new one, which only keeps its latent warm.
-        """
-        for r in range(length):
-            started = r > 0 or first
-            self.forward(r, r, self.latent(r, r, corrected=not started))
-            if r:
-                self.build.send(
-                    "eps", r, 0, self.nbytes, self.own(r, r), [self.received(r)], step=r
-                )
-            for rank in range(self.degree):
-                self.reuse(rank, r, first=first, corrected=not started)
-        if length == self.degree:
-            self.share_latent(length)
-
-    def received(self, r: int) -> Ref:
-        """Rank r's noise on rank 0; its receive is posted early, so each r has a buffer."""
-        return noise(self.build, 0, self.nbytes, r, f"eps.{r}")
-
-    def reuse(self, rank: int, r: int, *, first: bool, corrected: bool) -> None:
-        """The scheduler step r of the cycle on ``rank``."""
-        if rank == 0:
-            read = self.own(0, 0) if r == 0 else self.received(r)
-        elif rank <= r:
-            read = self.own(rank, rank)
-        else:
-            read = self.own(rank, -1 if first else rank - self.degree)
-        x = self.latent(rank, r, corrected=corrected)
-        self.build.update(rank, [read], [self.build.x(rank, r + 1)], step=r, x=[x])
-
-    def share_latent(self, length: int) -> None:
-        """Rank 0's latent replaces every other at the end of a full cycle."""
-        x = [self.latent(r, length, corrected=True) for r in range(self.degree)]
-        size = self.build.latent_bytes(self.build.rows, self.build.workload.batch)
-        self.build.collective(
-            "broadcast",
-            "bcast.x",
-            range(self.degree),
-            size,
-            x[:1],
-            x[1:],
-            step=length - 1,
-            channel="world",
-        )
-
-
-def parastep(build: Builder, options: Options) -> None:
-    """Reuse-then-predict step parallelism."""
-    steps, degree = build.workload.steps, int(options["parastep"])
-    warmup = int(options.get("warmup", "5"))
-    if degree < 2:
-        raise Infeasible("parastep=1: one rank takes every step itself", "parastep=2")
-    if not 1 <= warmup <= steps:
-        raise Infeasible(
-            f"warmup={warmup}: the noise to reuse comes from at least one of the {steps} steps",
-            f"warmup={min(max(1, warmup), steps)}",
-        )
-    run = ParaStep(build, degree)
-    cycles, tail = divmod(steps - warmup, degree)
-    build.encode(range(degree))
-    with build.section("warmup", 0, warmup):
-        run.warmup()
-    with build.section("first", warmup, min(1, cycles)):
-        run.cycle(degree, first=True)
-    with build.section("cycles", warmup + degree, cycles - 1, stride=degree):
-        run.cycle(degree, first=False)
-    with build.section("tail", warmup + cycles * degree, int(tail > 0)):
-        run.cycle(tail, first=not cycles)
-    with build.section("decode", steps):
-        build.decode(0, [build.x(0)])
