@@ -6,7 +6,7 @@ so that the terminal table and the plain one cannot differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import groupby
 
 from simulator.planner import Candidate, Plan
@@ -86,12 +86,14 @@ def _links_only(candidate: Candidate) -> str:
     return f"{seconds(links)} ({links / measured - 1:+.0%})"
 
 
-def plain(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Aligned columns without lines or colours, for pipes and files."""
+def plain(
+    header: Sequence[str], rows: Sequence[Sequence[str]], left: Container[str] = LEFT
+) -> Iterator[str]:
+    """Aligned columns without lines or colours, for pipes and files; ``left`` names the flush left."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows):
         cells = [
-            cell.ljust(width) if name in LEFT else cell.rjust(width)
+            cell.ljust(width) if name in left else cell.rjust(width)
             for name, cell, width in zip(header, row, widths, strict=True)
         ]
         yield "  ".join(cells).rstrip()

@@ -30,9 +30,16 @@ def options(command: object) -> set[str]:
 
 def test_commands() -> None:
     group = typer.main.get_command(app)
-    assert sorted(group.commands) == ["plan", "profile", "topology"]  # type: ignore[attr-defined]
+    assert sorted(group.commands) == ["plan", "profile", "topology", "validate"]  # type: ignore[attr-defined]
     assert sorted(group.commands["profile"].commands) == ["trace"]  # type: ignore[attr-defined]
     assert sorted(group.commands["topology"].commands) == ["show"]  # type: ignore[attr-defined]
+    assert sorted(group.commands["validate"].commands) == ["published"]  # type: ignore[attr-defined]
+
+
+def test_validate_options() -> None:
+    group = typer.main.get_command(app)
+    command = group.commands["validate"].commands["published"]  # type: ignore[attr-defined]
+    assert options(command) == {"--data", "--format", "--output-dir"}
 
 
 def test_plan_options_are_the_same_under_both_names() -> None:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import paradiff
-from paradiff.cli import profile, topology
+from paradiff.cli import profile, topology, validate
 from paradiff.cli.common import INTERRUPTED, group
 from paradiff.cli.plan import plan
 
@@ -23,6 +23,7 @@ app.command()(plan)
 plan_app.command()(plan)
 app.add_typer(profile.app, name="profile")
 app.add_typer(topology.app, name="topology")
+app.add_typer(validate.app, name="validate")
 
 
 def main() -> None:

@@ -1,0 +1,428 @@
+"""Predictions against published runs: every row twice, and what that says about the predictor.
+
+*Zero-shot* knows model, box, workload and spec. *Calibrated* also knows the one-GPU latency that the
+same source printed. Definitions (docs/validation.md has them in words):
+
+- **error** of a row: predicted / published - 1; absolute percentage errors are pooled over rows;
+- **Kendall tau**: within groups of one model, resolution, number of steps and box, tau-b of all pairs
+  of all groups together, (C - D) / sqrt((P - ties published) (P - ties predicted)), where latencies
+  within TIE of each other tie;
+- **regret**: among the rows of one source, model, resolution, number of steps, box, number of GPUs
+  and runtime, the published latency of the one that is predicted to be first over that of the best,
+  minus one;
+- **duplicates**: rows of one case (warm-up aside, whose labels differ between prints of one figure)
+  whose published latencies are within SAME of each other: the first counts.
+
+Only the usable core is scored: several GPUs, a whole run, its own one-GPU run.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
+from itertools import combinations
+from typing import Any, NamedTuple
+
+from analysis.attribution import Breakdown, attribute
+from analysis.intervals import Factors, Part, factors, parts
+from analysis.published import Case, NotCovered, Row, Rules, understand
+from paradiff.config import find
+from paradiff.graph import ScheduleGraph
+from paradiff.profiles import Profile, load_profile
+from paradiff.strategies import Infeasible, Workload, build, parse_spec
+from simulator.costs import CostModel, Runtime, Scope, StageSeconds
+from simulator.engine import simulate
+from simulator.gpu import load_gpu
+from simulator.network import Network
+from simulator.topology import load_topology
+
+SCHEMA = "paradiff.validate/1"
+TIE = 0.01
+SAME = 0.01
+RESAMPLES = 2000
+
+
+class Predicted(NamedTuple):
+    """Seconds under the row's clock, with the nominal 90 % interval, and where they go."""
+
+    spec: str
+    seconds: float
+    low_s: float
+    high_s: float
+    split: Mapping[Part, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """One row and its predictions. ``reason`` says why there is none, or why it does not count."""
+
+    row: Row
+    case: Case | None = None
+    reason: str | None = None
+    zero_shot: Predicted | None = None
+    calibrated: Predicted | None = None
+    counts: bool = False
+
+    @property
+    def covered(self) -> bool:
+        return self.zero_shot is not None
+
+    @property
+    def error(self) -> float:
+        """Calibrated over published, minus one; of a row that counts."""
+        assert self.calibrated is not None
+        return self.calibrated.seconds / self.measured_s - 1
+
+    @property
+    def measured_s(self) -> float:
+        assert self.row.latency_s is not None
+        return self.row.latency_s
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of the contract."""
+        best = self.calibrated or self.zero_shot
+        return {
+            "id": self.row["id"],
+            "covered": self.covered,
+            "reason": self.reason,
+            "measured_s": self.row.latency_s,
+            "zero_shot_s": self.zero_shot and self.zero_shot.seconds,
+            "calibrated_s": self.calibrated and self.calibrated.seconds,
+            "low_s": best and best.low_s,
+            "high_s": best and best.high_s,
+            "spec": best and best.spec,
+        }
+
+
+# -------------------------------------------------------------------------------------- predictions
+
+
+class _Profiles(dict[str, Profile]):
+    def __missing__(self, name: str) -> Profile:
+        self[name] = load_profile(find("models", name, ".json"))
+        return self[name]
+
+
+class Predictor:
+    """Predicts cases; graphs, boxes and prices are made once."""
+
+    def __init__(self) -> None:
+        self.profiles: Mapping[str, Profile] = _Profiles()
+        self._graph = lru_cache(maxsize=64)(self._build)
+        self._network = cache(self._load)
+        self._costs = cache(self._price)
+        self._serial = cache(self._one_gpu)
+
+    def _build(self, model: str, workload: Workload, spec: str) -> ScheduleGraph:
+        return build(parse_spec(spec), self.profiles[model], workload)
+
+    @staticmethod
+    def _load(topology: str, overrides: tuple[str, ...]) -> Network:
+        return Network(load_topology(topology, overrides))
+
+    def _price(
+        self, model: str, topology: str, overrides: tuple[str, ...], dtype: str, runtime: Runtime
+    ) -> CostModel:
+        names = self._network(topology, overrides).topology.profiles
+        gpus = {name: load_gpu(name) for name in dict.fromkeys(names)}
+        return CostModel(self.profiles[model], [gpus[name] for name in names], dtype, runtime)
+
+    def costs(self, case: Case, runtime: Runtime) -> CostModel:
+        """Uncalibrated prices of a case's work under ``runtime``."""
+        dtype = case.workload.dtype
+        return self._costs(case.model, case.topology, case.overrides, dtype, runtime)
+
+    def predict(self, case: Case, one_gpu_s: float | None = None) -> Predicted:
+        """The case, calibrated where its one-GPU latency is given: of several specs, the fastest.
+
+        Raises NotCovered where no spec can be built, or the calibration leaves no time for the loop.
+        """
+        costs = self.costs(case, case.runtime)
+        if one_gpu_s is not None:
+            costs = self._calibrated(case, costs, one_gpu_s)
+        found: list[Predicted] = []
+        refused: Infeasible | None = None
+        for spec in case.specs:
+            try:
+                found.append(self._run(case, costs, spec))
+            except Infeasible as error:
+                refused = error
+        if not found:
+            raise NotCovered(str(refused))
+        return min(found, key=lambda each: each.seconds)
+
+    def _one_gpu(self, case: Case) -> StageSeconds:
+        """The one-GPU run that ``case`` is compared with, uncalibrated."""
+        costs = self.costs(case, case.baseline_runtime)
+        graph = self._graph(case.model, case.workload, "serial")
+        network = self._network(case.topology, case.overrides)
+        serial = attribute(simulate(graph, network, costs))
+        return StageSeconds(**asdict(serial.stages), host_s=serial.host_s)
+
+    def _calibrated(self, case: Case, costs: CostModel, seconds: float) -> CostModel:
+        """``costs`` with the scales that the one-GPU run, under its own runtime, gives."""
+        base = self.costs(case, case.baseline_runtime)
+        same = replace(case, specs=("serial",), n_gpus=1, runtime=case.baseline_runtime)
+        serial = self._serial(same)
+        try:
+            known = base.calibrated(seconds, case.scope, serial)
+        except ValueError as error:
+            raise NotCovered(str(error)) from error
+        return replace(
+            costs,
+            device_scale=known.device_scale,
+            host_scale=known.host_scale,
+            is_calibrated=True,
+        )
+
+    def _run(self, case: Case, costs: CostModel, spec: str) -> Predicted:
+        graph = self._graph(case.model, case.workload, spec)
+        network = self._network(case.topology, case.overrides)
+        breakdown = attribute(simulate(graph, network, costs))
+        spread = factors(costs, network, graph, range(graph.world_size), breakdown.rank)
+        return _under_the_clock(spec, breakdown, spread, case.scope)
+
+
+def _under_the_clock(
+    spec: str, breakdown: Breakdown, spread: Mapping[Part, Factors], scope: Scope
+) -> Predicted:
+    split = parts(breakdown)
+    if scope == "denoise":
+        del split["text_encoder"]
+    if scope != "pipeline":
+        del split["vae"]
+    low, high = (sum(s * spread[part][side] for part, s in split.items()) for side in (0, 1))
+    return Predicted(spec, sum(split.values()), low, high, split)
+
+
+def score(
+    rows: Sequence[Row],
+    rules: Rules,
+    predictor: Predictor,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Scored]:
+    """Every row with its predictions, in order; ``progress`` gets (done, total)."""
+    scored = []
+    for done, row in enumerate(rows, 1):
+        scored.append(_score(row, rules, predictor))
+        if progress is not None:
+            progress(done, len(rows))
+    return _without_duplicates(scored)
+
+
+def _score(row: Row, rules: Rules, predictor: Predictor) -> Scored:
+    if row.latency_s is None:
+        return Scored(row=row, reason="no latency")
+    try:
+        case = understand(row, rules, predictor.profiles)
+    except NotCovered as error:
+        return Scored(row=row, reason=str(error))
+    try:
+        zero_shot = predictor.predict(case)
+        if not row.is_core:
+            reason = "one GPU: not scored" if row.n_gpus == 1 else "no one-GPU run: not scored"
+            return Scored(row=row, case=case, zero_shot=zero_shot, reason=reason)
+        calibrated = predictor.predict(case, row.baseline_s)
+    except NotCovered as error:
+        return Scored(row=row, case=case, reason=str(error))
+    return Scored(row=row, case=case, zero_shot=zero_shot, calibrated=calibrated, counts=True)
+
+
+def _without_duplicates(scored: Sequence[Scored]) -> list[Scored]:
+    """The same rows; those that print a number once more do not count."""
+    seen: dict[Hashable, list[Scored]] = defaultdict(list)
+    out = []
+    for each in scored:
+        if each.case is not None and each.row.is_core:
+            key = (_place(each.case), each.case.n_gpus, *_content(each.case))
+            twin = next((o for o in seen[key] if _near(o.measured_s, each.measured_s, SAME)), None)
+            if twin is not None:
+                each = replace(each, counts=False, reason=f"the same run as {twin.row['id']}")
+            seen[key].append(each)
+        out.append(each)
+    return out
+
+
+def _place(case: Case) -> tuple[Hashable, ...]:
+    """Model, resolution, number of steps and box: what latencies are comparable within."""
+    return case.model, replace(case.workload, dtype="fp16"), case.topology, case.overrides
+
+
+def _content(case: Case) -> tuple[Hashable, ...]:
+    """What else makes a case, but for the warm-up."""
+    specs = tuple(re.sub(r",warmup=\d+", "", spec) for spec in case.specs)
+    return specs, case.runtime, case.baseline_runtime
+
+
+def _near(a: float, b: float, share: float) -> bool:
+    return abs(a - b) <= share * max(a, b)
+
+
+# ------------------------------------------------------------------------------------------- scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Numbers of a set of scored rows; NaN where there is nothing to tell."""
+
+    count: int
+    median_ape_calibrated: float
+    mape_calibrated: float
+    median_ape_zero_shot: float
+    mape_zero_shot: float
+    kendall_tau: float
+    mean_regret: float
+    max_regret: float
+    interval_coverage: float
+    interval_width: float
+
+
+def scores(scored: Iterable[Scored]) -> Scores:
+    """The scores of those rows that count."""
+    rows = [each for each in scored if each.counts]
+    calibrated = [abs(each.error) for each in rows]
+    zero_shot = [
+        abs(each.zero_shot.seconds / each.measured_s - 1) for each in rows if each.zero_shot
+    ]
+    losses = list(regrets(rows).values())
+    inside, widths = [], []
+    for each in rows:
+        assert each.calibrated is not None
+        inside.append(each.calibrated.low_s <= each.measured_s <= each.calibrated.high_s)
+        widths.append((each.calibrated.high_s - each.calibrated.low_s) / each.calibrated.seconds)
+    return Scores(
+        count=len(rows),
+        median_ape_calibrated=_median(calibrated),
+        mape_calibrated=_mean(calibrated),
+        median_ape_zero_shot=_median(zero_shot),
+        mape_zero_shot=_mean(zero_shot),
+        kendall_tau=kendall_tau(rows),
+        mean_regret=_mean(losses),
+        max_regret=max(losses, default=math.nan),
+        interval_coverage=_mean(inside),
+        interval_width=_median(widths),
+    )
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else math.nan
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def kendall_tau(rows: Sequence[Scored]) -> float:
+    """Pooled tau-b within groups of one place; see the module docstring."""
+    groups: dict[Hashable, list[tuple[float, float]]] = defaultdict(list)
+    for each in rows:
+        assert each.case is not None
+        assert each.calibrated is not None
+        groups[_place(each.case)].append((each.measured_s, each.calibrated.seconds))
+    agree = pairs = tied_published = tied_predicted = 0
+    for members in groups.values():
+        for (a, x), (b, y) in combinations(members, 2):
+            published = 0 if _near(a, b, TIE) else (1 if a < b else -1)
+            predicted = 0 if _near(x, y, TIE) else (1 if x < y else -1)
+            pairs += 1
+            agree += published * predicted
+            tied_published += published == 0
+            tied_predicted += predicted == 0
+    spread = math.sqrt((pairs - tied_published) * (pairs - tied_predicted))
+    return agree / spread if spread else math.nan
+
+
+def regrets(rows: Sequence[Scored]) -> dict[tuple[str, ...], float]:
+    """Regret of each choice that a source published; keys are the ids of its rows."""
+    groups: dict[Hashable, list[Scored]] = defaultdict(list)
+    for each in rows:
+        assert each.case is not None
+        key = each.row.source, _place(each.case), each.case.n_gpus, each.case.runtime
+        groups[key].append(each)
+    found = {}
+    for members in groups.values():
+        if len(members) < 2:
+            continue
+        first = min(members, key=lambda each: each.calibrated.seconds)  # type: ignore[union-attr]
+        best_s = min(each.measured_s for each in members)
+        found[tuple(each.row["id"] for each in members)] = first.measured_s / best_s - 1
+    return found
+
+
+def one_gpu(scored: Iterable[Scored]) -> dict[str, list[float]]:
+    """GPU -> predicted / published - 1 of its one-GPU runs, zero-shot, each published run once.
+
+    Runs are those with rows of their own and the baselines that other rows name.
+    """
+    known: dict[Hashable, float] = {}
+    found: dict[str, list[float]] = defaultdict(list)
+    for each in scored:
+        if each.case is None or each.zero_shot is None or each.row.n_gpus != 1:
+            continue
+        key = (_place(each.case), each.case.runtime, each.case.scope)
+        if key in known and _near(known[key], each.measured_s, SAME):
+            continue
+        known[key] = each.measured_s
+        found[each.case.gpu].append(each.zero_shot.seconds / each.measured_s - 1)
+    return dict(found)
+
+
+def by_source(scored: Sequence[Scored]) -> dict[str, tuple[Scores, Scores]]:
+    """Source -> (its own scores, the scores of all others)."""
+    counted = [each for each in scored if each.counts]
+    names = sorted({each.row.source for each in counted})
+    return {
+        name: (
+            scores(e for e in counted if e.row.source == name),
+            scores(e for e in counted if e.row.source != name),
+        )
+        for name in names
+    }
+
+
+def clustered_interval(
+    scored: Sequence[Scored], statistic: Callable[[Sequence[Scored]], float]
+) -> tuple[float, float]:
+    """90 % interval of ``statistic`` under resampling of whole sources (RESAMPLES times, seed 0)."""
+    clusters: dict[str, list[Scored]] = defaultdict(list)
+    for each in scored:
+        if each.counts:
+            clusters[each.row.source].append(each)
+    draw, names = random.Random(0), sorted(clusters)
+    if not names:
+        return math.nan, math.nan
+    drawn = sorted(
+        statistic([each for name in draw.choices(names, k=len(names)) for each in clusters[name]])
+        for _ in range(RESAMPLES)
+    )
+    return drawn[int(0.05 * RESAMPLES)], drawn[int(0.95 * RESAMPLES) - 1]
+
+
+def worst(scored: Iterable[Scored], count: int = 10) -> Iterator[Scored]:
+    """The rows that count with the largest absolute logarithmic errors."""
+    rows = [each for each in scored if each.counts]
+    yield from sorted(rows, key=lambda each: -abs(math.log1p(each.error)))[:count]
+
+
+def to_json(scored: Sequence[Scored]) -> dict[str, Any]:
+    """The contract: schema, rows, summary."""
+    total = scores(scored)
+    keys = (
+        "median_ape_calibrated", "mape_calibrated", "median_ape_zero_shot", "kendall_tau",
+        "mean_regret", "max_regret", "interval_coverage",
+    )  # fmt: skip
+    known = {key: getattr(total, key) for key in keys}
+    return {
+        "schema": SCHEMA,
+        "rows": [each.to_json() for each in scored],
+        "summary": {
+            "covered": sum(each.covered for each in scored),
+            **{key: None if math.isnan(value) else value for key, value in known.items()},
+        },
+    }

@@ -1,0 +1,342 @@
+"""Published runs: rows, rules, the definitions of the scores, the command, and the numbers reached."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shipped import profile
+from typer.testing import CliRunner
+
+from analysis.published import NEEDED, Case, NotCovered, Row, load_rules, read_rows, understand
+from analysis.scoreboard import (
+    Predicted,
+    Predictor,
+    Scored,
+    clustered_interval,
+    kendall_tau,
+    regrets,
+    score,
+    scores,
+)
+from analysis.validation_report import page, text
+from paradiff.cli import app
+from paradiff.config import ConfigError, available, find
+from paradiff.profiles import Profile
+from paradiff.strategies import Workload
+from simulator.topology import load_topology
+
+RUNS = find("published", "runs", ".csv")
+RULES = load_rules()
+
+
+class Shipped(dict[str, Profile]):
+    def __missing__(self, name: str) -> Profile:
+        return profile(name)
+
+
+@cache
+def shipped_rows() -> Mapping[str, Row]:
+    return {row["id"]: row for row in read_rows(RUNS)}
+
+
+def row(**cells: str) -> Row:
+    """A row of eight L40 that runs PixArt, with ``cells`` changed."""
+    known = dict.fromkeys(NEEDED, "") | {
+        "id": "X-1", "source": "somebody", "model": "PixArt-XL-2-1024-MS", "height": "1024",
+        "width": "1024", "frames": "1", "steps": "20", "batch": "1", "precision": "fp16",
+        "cfg": "on-2fwd", "gpu": "L40-48GB", "n_gpus": "8", "interconnect": "PCIe Gen4",
+        "strategy": "ulysses", "params": "u=8", "latency_s": "5.6", "baseline_latency_s": "2.8",
+        "notes": "ev=table-text; scope=dit-only; unit=run",
+    }  # fmt: skip
+    known |= cells
+    number = {key: float(known[key]) if known[key] else None for key in known if key.endswith("_s")}
+    return Row(1, known, int(known["n_gpus"]), number["latency_s"], number["baseline_latency_s"])
+
+
+def case(**cells: str) -> Case:
+    return understand(row(**cells), RULES, Shipped())
+
+
+# -------------------------------------------------------------------------------------------- rules
+
+
+@pytest.mark.parametrize(
+    ("cells", "spec"),
+    [
+        ({}, "ulysses=8"),
+        ({"strategy": "usp", "params": "u=2,r=4"}, "ulysses=2,ring=4"),
+        ({"strategy": "ring", "params": "u=1,r=8"}, "ring=8"),
+        ({"strategy": "ring (all-gather)", "params": ""}, "ring=8,rotate=allgather"),
+        ({"strategy": "hybrid cfg+usp", "params": "u=2,r=2,cfg=2"}, "cfg=2,ulysses=2,ring=2"),
+        ({"strategy": "distrifusion", "params": "n=8"}, "distrifusion=8,warmup=4"),
+        (
+            {"strategy": "distrifusion", "params": "sync-GN", "warmup_steps": "1 (label)"},
+            "distrifusion=8,mode=sync_gn,warmup=1",
+        ),
+        (
+            {"strategy": "pipefusion", "params": "pp=8,M=4", "warmup_steps": "0"},
+            "pipefusion=8,warmup=0,stages=balanced,patches=4",
+        ),
+        (
+            {"strategy": "asyncdiff", "params": "N=3,S=2", "n_gpus": "4"},
+            "asyncdiff=3,stride=2,warmup=1",
+        ),
+        ({"strategy": "naive-patch", "params": "n=8"}, "patch=8,mode=naive"),
+        ({"strategy": "cfg-parallel", "params": "", "n_gpus": "2"}, "cfg=2"),
+    ],
+)
+def test_a_strategy_becomes_a_spec(cells: dict[str, str], spec: str) -> None:
+    assert case(**cells).specs == (spec,)
+
+
+def test_the_best_of_several_is_asked_for_where_the_source_reports_it() -> None:
+    specs = case(strategy="hybrid cfg+pipefusion", params="cfg=2,pp=4; M=best").specs
+    assert [spec.split("patches=")[1] for spec in specs] == ["2", "4", "8", "16", "32"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "known"),
+    [
+        ({"gpu": "NVIDIA A100-SXM4-80GB", "interconnect": "NVLink"}, ("nvlink8-a100", "a100-80g-sxm")),
+        ({"gpu": "A100-80GB-PCIe", "n_gpus": "4"}, ("pcie4-a100", "a100-80g-pcie")),
+        ({"gpu": "H100 80GB HBM3", "interconnect": ""}, ("nvlink8-h100", "h100-sxm")),
+        ({"gpu": "GeForce RTX 4090"}, ("pcie8-l40s-alltoall", "rtx4090")),
+        ({"gpu": "RTX A5000-24GB", "interconnect": "NVLink bridge (pairs)", "n_gpus": "4"},
+         ("pcie4-a5000", "a5000")),
+        ({"gpu": "H20-96GB", "interconnect": "NVLink (inferred)"}, ("nvlink8-h20", "h20")),
+        ({"gpu": "H100 SXM", "n_gpus": "16", "interconnect": "NVLink + IB"},
+         ("nvlink8x8-h100", "h100-sxm")),
+    ],
+)  # fmt: skip
+def test_a_box_is_found_by_link_gpu_and_size(cells: dict[str, str], known: tuple[str, str]) -> None:
+    found = case(**({"strategy": "ulysses", "params": ""} | cells))
+    assert (found.topology, found.gpu) == known
+
+
+@pytest.mark.parametrize("gpu", [name for name in available("gpus") if name != "unit"])
+def test_every_gpu_of_the_catalogue_has_a_box(gpu: str) -> None:
+    found = case(gpu=gpu, interconnect="", params="", n_gpus="2")
+    assert found.gpu == gpu
+    box = load_topology(found.topology, found.overrides)
+    assert set(box.profiles) == {gpu}
+    assert len(box.gpus) >= 2
+
+
+@pytest.mark.parametrize("model", available("models", ".json"))
+def test_every_model_of_the_catalogue_is_known_by_its_name(model: str) -> None:
+    guided = profile(model).geometry.guidance == "cfg"
+    assert case(model=model, cfg="on-2fwd" if guided else "off-1fwd").model == model
+
+
+@pytest.mark.parametrize(
+    ("notes", "params", "runtimes"),
+    [
+        ("unit=run; torch.compile", "u=8", ("compiled", "compiled")),
+        ("unit=run", "u=8; compile", ("compiled", "eager")),
+        ("unit=run; CUDA graph ON for baseline and method", "u=8", ("cuda-graph", "cuda-graph")),
+        ("unit=run; eager (torch.compile/CUDA graph not mentioned)", "u=8", ("eager", "eager")),
+    ],
+)
+def test_notes_speak_of_both_runs_and_params_of_one(
+    notes: str, params: str, runtimes: tuple[str, str]
+) -> None:
+    found = case(notes=notes, params=params)
+    assert (found.runtime, found.baseline_runtime) == runtimes
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        ({"strategy": "paradigms"}, "ParaDiGMS"),
+        ({"model": "SANA-Video 2B"}, "linear attention"),
+        ({"model": "U-ViT"}, "no rule knows this model: u vit"),
+        ({"gpu": "MI300X"}, "no rule knows this GPU"),
+        ({"width": "480p"}, "width is '480p'"),
+        ({"cfg": "off-1fwd"}, "guidance is off-1fwd"),
+        ({"params": "u=4"}, "takes 4 GPUs, the row says 8"),
+        ({"strategy": "teleport"}, "no rule knows this strategy"),
+        ({"notes": "scope=memory-only"}, "memory or quality"),
+    ],
+)
+def test_what_is_not_covered_says_why(cells: dict[str, str], reason: str) -> None:
+    with pytest.raises(NotCovered, match=reason):
+        case(**cells)
+
+
+def test_a_box_can_be_named_in_the_notes() -> None:
+    assert case(notes="unit=run; box=pcie8").topology == "pcie8"
+
+
+# ------------------------------------------------------------------------------------ rows, wrong
+
+
+def write(path: Path, *rows: Mapping[str, str], header: tuple[str, ...] = NEEDED) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, header, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latency_s": "fast"}, r":2: latency_s: not allowed \(fast\), allowed: a positive number"),
+        ({"latency_s": "-1"}, r":2: latency_s: not allowed \(-1\)"),
+        ({"n_gpus": "2.5"}, r":2: n_gpus: not allowed \(2.5\)"),
+        ({"id": ""}, r":2: id: blank"),
+    ],
+)
+def test_a_wrong_cell_is_named_with_its_line(
+    tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_rows(write(tmp_path / "a.csv", {**row().cells, **change}))
+
+
+def test_wrong_files_are_named_with_their_line(tmp_path: Path) -> None:
+    good = dict(row().cells)
+    with pytest.raises(ConfigError, match=r"a.csv:3: id twice \(X-1\), first in line 2"):
+        read_rows(write(tmp_path / "a.csv", good, good))
+    with pytest.raises(ConfigError, match=r"b.csv:1: column missing \(notes\)"):
+        read_rows(write(tmp_path / "b.csv", good, header=NEEDED[:-1]))
+    with pytest.raises(ConfigError, match=r"c.csv:1: no rows"):
+        read_rows(write(tmp_path / "c.csv"))
+    (tmp_path / "d.csv").write_text((tmp_path / "c.csv").read_text() + "1,2\n")
+    with pytest.raises(ConfigError, match=r"d.csv:2: 2 cells, allowed: 19"):
+        read_rows(tmp_path / "d.csv")
+    (tmp_path / "e.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not text"):
+        read_rows(tmp_path / "e.csv")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_rows(tmp_path / "missing.csv")
+
+
+# ------------------------------------------------------------------------------------- definitions
+
+
+def scored(
+    name: str, measured: float, predicted: float, source: str = "a", gpus: int = 8
+) -> Scored:
+    about = Case(
+        model="m", topology="t", overrides=(), gpu="l40", workload=Workload(64, 64, 1, 1),
+        specs=(name,), n_gpus=gpus, scope="denoise", runtime="eager", baseline_runtime="eager",
+    )  # fmt: skip
+    each = row(id=name, source=source, latency_s=str(measured), n_gpus=str(gpus))
+    guess = Predicted(name, predicted, predicted * 0.9, predicted * 1.1, {})
+    return Scored(row=each, case=about, zero_shot=guess, calibrated=guess, counts=True)
+
+
+def test_scores_by_hand() -> None:
+    """Errors 0, +10 and -20 %: median 10, mean 10. Pairs (1,2) (1,4) (2,4) agree: tau 1. Two of three
+    intervals of +-10 % hold what was measured (2.2 x 0.9 = 1.98 < 2)."""
+    rows = [scored("a", 1, 1.0), scored("b", 2, 2.2), scored("c", 4, 3.2)]
+    found = scores(rows)
+    assert found.median_ape_calibrated == pytest.approx(0.1)
+    assert found.mape_calibrated == pytest.approx(0.1)
+    assert found.kendall_tau == 1
+    assert found.interval_coverage == pytest.approx(2 / 3)
+    assert found.mean_regret == 0
+
+
+def test_kendall_tau_pools_pairs_and_corrects_for_ties() -> None:
+    """Published 1, 2, 2.01, 3 (one tie); predicted 2, 1, 3, 4. Six pairs, five untied, four of them
+    agree and one does not: (4 - 1) / sqrt(5 * 6)."""
+    rows = [scored("a", 1, 2), scored("b", 2, 1), scored("c", 2.01, 3), scored("d", 3, 4)]
+    assert kendall_tau(rows) == pytest.approx(3 / math.sqrt(30))
+    assert math.isnan(kendall_tau(rows[:1]))
+
+
+def test_regret_is_what_following_the_prediction_costs() -> None:
+    """On eight GPUs b is predicted first and takes 3 s where a takes 2: 50 %. Other sources and numbers
+    of GPUs are other choices; a single row is none."""
+    rows = [
+        scored("a", 2, 2.5), scored("b", 3, 2.4), scored("c", 1, 9, gpus=4), scored("d", 2, 8, gpus=4),
+        scored("e", 1, 1, source="b"),
+    ]  # fmt: skip
+    assert regrets(rows) == {("a", "b"): pytest.approx(0.5), ("c", "d"): pytest.approx(1.0)}
+
+
+def test_the_clustered_interval_is_that_of_sources() -> None:
+    """Two sources of one row each, errors 0 and 1: a mean of 0, 1/2 or 1 in a ratio of 1:2:1."""
+    rows = [scored("a", 1, 1), scored("b", 1, 2, source="b")]
+    assert clustered_interval(rows, lambda each: scores(each).mape_calibrated) == (0.0, 1.0)
+
+
+@cache
+def small() -> list[Scored]:
+    """Six rows of the shipped file, one of them printed twice, one of one GPU, one not covered."""
+    names = ("AD-001", "AD-002", "AD-061", "DF-007", "XD-200", "PF-004")
+    return score([shipped_rows()[name] for name in names], RULES, Predictor())
+
+
+def test_a_run_printed_twice_counts_once() -> None:
+    by_id = {each.row["id"]: each for each in small()}
+    assert by_id["AD-002"].counts
+    assert not by_id["AD-061"].counts
+    assert by_id["AD-061"].reason == "the same run as AD-002"
+    assert by_id["AD-001"].reason == "one GPU: not scored"
+    assert by_id["AD-001"].calibrated is None
+    assert by_id["PF-004"].reason == "no latency"
+    assert not by_id["DF-007"].covered
+
+
+def test_calibration_gives_the_one_gpu_run_back() -> None:
+    """cfg=2 takes half of the loop and the same text encoders: calibrated on 2.79 s of which t are text
+    encoders, (2.79 - t) / 2 + t, but for the exchange of two latents and smaller kernels."""
+    each = next(each for each in small() if each.row["id"] == "XD-200")
+    assert each.calibrated is not None
+    t = each.calibrated.split["text_encoder"]
+    assert each.calibrated.seconds == pytest.approx((2.79 - t) / 2 + t, rel=0.04)
+
+
+def test_reports_escape_what_a_file_says() -> None:
+    evil = "<script>alert(1)</script>"
+    each = replace(small()[1], row=row(id=evil, source=evil))
+    shown = page([each])
+    assert evil not in shown
+    assert "&lt;script&gt;" in shown
+    assert "http" not in shown.split("</style>")[1].split("<div")[0]
+    assert evil in text([each])
+
+
+# --------------------------------------------------------------------------------------- the command
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["validate", "published", *arguments])
+
+
+def test_the_json_is_the_contract(tmp_path: Path) -> None:
+    data = write(tmp_path / "few.csv", *(each.row.cells for each in small()[:4]))
+    answer = invoke("--data", str(data), "--format", "json", "--output-dir", str(tmp_path / "out"))
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)
+    assert found["schema"] == "paradiff.validate/1"
+    assert list(found["rows"][0]) == [
+        "id", "covered", "reason", "measured_s", "zero_shot_s", "calibrated_s", "low_s", "high_s",
+        "spec",
+    ]  # fmt: skip
+    assert list(found["summary"]) == [
+        "covered", "median_ape_calibrated", "mape_calibrated", "median_ape_zero_shot", "kendall_tau",
+        "mean_regret", "max_regret", "interval_coverage",
+    ]  # fmt: skip
+    assert found["summary"]["covered"] == sum(each["covered"] for each in found["rows"]) == 3
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["report.html", "rows.csv", "validation.json"]
+
+
+def test_bad_data_is_one_message_and_exit_2(tmp_path: Path) -> None:
+    data = write(tmp_path / "bad.csv", {**row().cells, "latency_s": "soon"})
+    answer = invoke("--data", str(data))
+    assert answer.exit_code == 2
+    assert answer.stderr.count("\n") == 1
+    assert "bad.csv:2: latency_s" in answer.stderr
