@@ -1,23 +1,104 @@
 """Real diffusers schedulers, stepped by latent rows.
 
-Every scheduler of the catalogue is elementwise in space, so rows may be stepped apart from others;
-multistep ones keep a history, so each part of a rank's latent has a scheduler of its own, stepped once
-a denoising step.
+A scheduler that is elementwise in space and draws no noise lets rows be stepped apart from others: these
+are executed, others refused. Multistep ones keep a history, so each part of a rank's latent has a
+scheduler of its own, stepped once a denoising step.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import diffusers
 import numpy as np
 import torch
 from torch import Tensor
+
+NAMES: Mapping[str, str] = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "flow-match-euler": "FlowMatchEulerDiscreteScheduler",
+}
+"""What ``--scheduler`` takes -> classes of diffusers."""
+CLASSES = (*NAMES.values(), "CogVideoXDDIMScheduler", "UniPCMultistepScheduler")
+
+
+def check_scheduler(scheduler: Any, steps: int) -> None:
+    """Raise ValueError unless ``scheduler`` can be stepped row by row, once a denoising step."""
+    name, config = type(scheduler).__name__, scheduler.config
+    reason = None
+    if name not in CLASSES:
+        reason = (
+            "draws noise, or evaluates the denoiser another number of times than there are steps"
+        )
+    elif config.get("thresholding"):
+        reason = (
+            "thresholding takes a quantile of the whole latent, so rows cannot be stepped apart"
+        )
+    elif config.get("stochastic_sampling") or "sde" in config.get("algorithm_type", ""):
+        reason = "draws noise in every step, which no two ranks draw alike"
+    if reason:
+        raise ValueError(
+            f"{name}: {reason}, allowed: {', '.join(NAMES)}, where the model's kind fits"
+        )
+    trained = int(config.get("num_train_timesteps", steps))
+    if steps > trained:
+        raise ValueError(f"steps {steps}: {name} was trained on {trained}, allowed: 1 to {trained}")
+
+
+def scheduler_named(name: str, own: Any) -> Any:
+    """The scheduler ``name`` for a model whose own is ``own``, with that one's configuration.
+
+    Raises ValueError for a name that is not known and for a scheduler that would step another
+    equation than the model was trained for: flow matching predicts velocities on straight paths,
+    the others noise (or v) on the path of their betas.
+    """
+    if name not in NAMES:
+        raise ValueError(f"scheduler {name!r}, allowed: {', '.join(NAMES)}")
+    reason = _misfit(name, own)
+    if reason:
+        fitting = [each for each in NAMES if not _misfit(each, own)]
+        allowed = ", ".join(fitting) or f"its own {type(own).__name__}"
+        raise ValueError(
+            f"scheduler {name}: the model of {type(own).__name__} {reason}, allowed: {allowed}"
+        )
+    if _same_method(name, own):
+        return own
+    config, kind = dict(own.config), getattr(diffusers, NAMES[name])
+    if "flow_shift" in config:
+        config["shift"] = config["flow_shift"]
+    known = inspect.signature(kind.__init__).parameters
+    return kind.from_config({k: v for k, v in config.items() if k in known or k.startswith("_")})
+
+
+def _same_method(name: str, own: Any) -> bool:
+    """CogVideoX has a DDIM of its own."""
+    return type(own).__name__ in (NAMES[name], f"CogVideoX{NAMES[name]}")
+
+
+def _misfit(name: str, own: Any) -> str | None:
+    """What the model of scheduler ``own`` does that scheduler ``name`` does not know."""
+    if _same_method(name, own):
+        return None
+    flow_sigmas = own.config.get("use_flow_sigmas", False)
+    is_flow = flow_sigmas or type(own).__name__ == NAMES["flow-match-euler"]
+    if is_flow and name != "flow-match-euler" and not (flow_sigmas and name == "dpmsolver++"):
+        return "predicts velocities of flow matching, not noise"
+    if name == "flow-match-euler" and not is_flow:
+        return "predicts noise (or v), not velocities of flow matching"
+    if own.config.get("timestep_type") == "continuous":
+        return "takes logarithms of noise levels for timesteps"
+    if "snr_shift_scale" in own.config:
+        return "was trained with a shifted signal-to-noise ratio"
+    return None
 
 
 class _Wide(ModuleType):
@@ -44,6 +125,7 @@ class Schedule:
     """One request's timesteps, and its schedulers: one for each part of each rank's latent."""
 
     def __init__(self, scheduler: Any, steps: int, tokens: int, guidance_scale: float) -> None:
+        check_scheduler(scheduler, steps)
         self._template = deepcopy(scheduler)
         if scheduler.config.get("use_dynamic_shifting"):
             sigmas = np.linspace(1.0, 1 / steps, steps)

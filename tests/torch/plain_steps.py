@@ -64,14 +64,14 @@ def pipefusion(
             if step < warmup:
                 filling = Filling(rows, frames)
                 with intercept(run.model, filling, kv=points):
-                    out = run.network(x, t)
+                    out = run.network(run.scaled(x, t), t)
                 text.clear()
                 cache = filling.cache
             else:
-                parts = []
+                parts, z = [], run.scaled(x, t)
                 for p, first in enumerate(firsts):
                     with intercept(run.model, Caching(cache, p, run, first), kv=points):
-                        parts.append(run.network(x, t, first, first + rows[p]))
+                        parts.append(run.network(z, t, first, first + rows[p]))
                 out = torch.cat(parts, dim=-2)
                 text.clear()
             x = run.advance(out, t, x)
