@@ -17,6 +17,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from paradiff.executor.faults import ScheduleMismatch
 from paradiff.executor.network import Conditioning, Network, for_branch
 from paradiff.executor.payload import (
     Payload,
@@ -51,10 +52,6 @@ from paradiff.models.interception import (
     block_streams,
     with_block_inputs,
 )
-
-
-class ScheduleMismatch(RuntimeError):
-    """The network does not do what the graph says; the message names the op and the point."""
 
 
 @dataclass

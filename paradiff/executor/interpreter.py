@@ -1,22 +1,25 @@
-"""Walks a schedule graph in canonical order and runs it on real modules, all ranks in one process.
+"""Carries out the ops of a schedule graph on real modules: of all ranks in one process, or of one rank.
 
 It decides nothing: what runs, where, with whom and on which version comes from the graph. It keeps the
-table of values, frees each at its last read, and records a span for every op. Text encoders and the VAE
-are outside: the conditioning is given, and the latents that the first stage after the loop would read
-are the result.
+table of values and frees each at its last read; ``streams`` says when ops run and measures them. Text
+encoders are outside: the conditioning is given. The latents that the first stage after the loop reads
+are the result, decoded there if the request says how.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from time import perf_counter
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from paradiff.executor.faults import NotFinite
 from paradiff.executor.forward import Forward, Router, Task, task_of
 from paradiff.executor.network import CLASSES, Conditioning, Network
 from paradiff.executor.payload import (
@@ -27,6 +30,7 @@ from paradiff.executor.payload import (
     take_rows,
 )
 from paradiff.executor.schedulers import Schedule
+from paradiff.executor.streams import Step, on_cuda, program, take_turns
 from paradiff.executor.transfers import transfer
 from paradiff.graph import Instance, Op, Ref, ScheduleGraph
 from paradiff.models.interception import intercept
@@ -47,6 +51,10 @@ EXECUTABLE = (
 POINT_KINDS = ("kv", "halo", "moments", "slots")
 
 
+Transfer = Callable[[Instance, Sequence[tuple[int, Payload]], Sequence[int]], list[Payload]]
+"""What an op that moves data writes to each of the target ranks, from (rank, payload) reads."""
+
+
 class Unexecutable(ValueError):
     """A graph that cannot be executed here; the message says which can."""
 
@@ -54,21 +62,24 @@ class Unexecutable(ValueError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What is generated. ``conditioning`` has one entry a data-parallel replica; a replica's initial
-    noise is drawn from ``seed`` plus its number, so that every rank of it draws the same."""
+    noise is drawn from ``seed`` plus its number, so that every rank of it draws the same. ``decode``
+    makes of final latents what the user gets, on the rank that has them."""
 
     conditioning: Sequence[Conditioning]
     scheduler: Any
     seed: int = 0
     guidance_scale: float = 5.0
     dtype: torch.dtype = torch.float64
+    decode: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Final latents by replica, and when every op ran."""
+    """Final latents (and what they decode to) by replica, and when every op ran."""
 
     latents: Mapping[int, Tensor]
     trace: Trace
+    decoded: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 Key = tuple[str, int | None, int, int]
@@ -115,17 +126,19 @@ class _Plan:
 
 @dataclass
 class _Run:
-    """One execution: the table of values, the running forwards, the clock."""
+    """One execution: the table of values and the running forwards of ``rank`` (None: of all ranks)."""
 
     graph: ScheduleGraph
     network: Network
     request: Request
+    rank: int | None = None
+    transfer: Transfer = transfer
     values: dict[Key, Payload] = field(default_factory=dict)
     forwards: dict[int, Forward] = field(default_factory=dict)
     guided: dict[int, Tensor] = field(default_factory=dict)
     replica: dict[int, int] = field(default_factory=dict)
     latents: dict[int, Tensor] = field(default_factory=dict)
-    spans: list[Span] = field(default_factory=list)
+    decoded: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         meta = dict(self.graph.meta)
@@ -139,9 +152,13 @@ class _Run:
             self.network.scheduled_tokens(self.shape),
             self.request.guidance_scale,
         )
-        self.last_read = {
-            _key(ref, i.base): n for n, i in enumerate(self.graph.instances()) for ref in i.op.reads
-        }
+        self.steps = program(self.graph, self.rank)
+        self.readers = Counter(
+            _key(ref, step.instance.base)
+            for step in self.steps
+            for ref in self._here(step.instance.op.reads)
+        )
+        self.lock = Lock()
         self.blank = torch.zeros_like(self.initial_latent(0))
         self.plans = self._forwards_ahead()
         self.kept: dict[int, dict[str, Tensor]] = {}
@@ -154,48 +171,48 @@ class _Run:
             "scheduler": self._scheduler,
         }
 
-    def run(self) -> Result:
+    def run(self, walk: Callable[[list[Step]], list[Span]] | None = None) -> Result:
         """Everything, under one interception and one ``no_grad``: both must not leak between
-        coroutines."""
+        coroutines. ``walk`` runs the ops; default: all ranks take turns."""
         words = next(i.op.work.shape.t for i in self.graph.instances() if i.op.call == "forward")
         kv = self.network.kv({**self.shape, "t": words})
         model, units = self.network.model, self.units
         with torch.no_grad(), intercept(model, self.router, kv=kv, units=units):
-            start = perf_counter()
-            for number, instance in enumerate(self.graph.instances()):
-                self._execute(number, instance, start)
-        end = max((span.end_s for span in self.spans), default=0.0)
-        return Result(self.latents, Trace(tuple(self.spans), end, (), self.graph.meta))
+            spans = (walk or self._walk)(self.steps)
+        end = max((span.end_s for span in spans), default=0.0)
+        trace = Trace(tuple(spans), end, (), self.graph.meta)
+        return Result(self.latents, trace, self.decoded)
 
-    def _execute(self, number: int, instance: Instance, start: float) -> None:
+    def _walk(self, steps: list[Step]) -> list[Span]:
+        device = self.blank.device
+        if device.type == "cuda":
+            return on_cuda(steps, self.perform, device, self.rank, self.tensors)
+        return take_turns(steps, self.perform)
+
+    def perform(self, number: int, instance: Instance) -> None:
+        """Carry out one op. Threads may do so for ops of different streams at once."""
         op = instance.op
-        begin = perf_counter() - start
         if op.kind in ("compute", "host"):
             self.handlers.get(op.call, self._outside)(number, instance)
         else:
             self._transfer(instance)
-        for ref in op.reads:
+        for ref in self._here(op.reads):
             key = _key(ref, instance.base)
-            if self.last_read[key] == number:
-                self.values.pop(key, None)
-        end = perf_counter() - start
-        step = None if op.step is None else op.step + instance.base
-        for rank in op.ranks:
-            self.spans.append(
-                Span(
-                    op.name,
-                    step,
-                    rank,
-                    op.stream,
-                    op.kind,
-                    op.call,
-                    begin,
-                    begin,
-                    end,
-                    end - begin,
-                    op.nbytes,
-                )
-            )
+            with self.lock:
+                self.readers[key] -= 1
+                if not self.readers[key]:
+                    del self.readers[key]
+                    self.values.pop(key, None)
+
+    def _here(self, refs: Sequence[Ref]) -> Iterator[Ref]:
+        """Those of ``refs`` whose buffers this process has."""
+        return (r for r in refs if self.rank in (None, self.buffers[r.buffer].rank))
+
+    def tensors(self, instance: Instance) -> Iterator[Tensor]:
+        """Every tensor that an op reads."""
+        for ref in self._here(instance.op.reads):
+            for piece in self.values[_key(ref, instance.base)]:
+                yield from (t for t in tree_leaves(piece.value) if isinstance(t, Tensor))
 
     # ---------------------------------------------------------------------------- values
 
@@ -209,17 +226,18 @@ class _Run:
 
     def _write(self, instance: Instance, ref: Ref, payload: Payload) -> None:
         key = _key(ref, instance.base)
-        if key in self.last_read:
+        if key in self.readers:
             self.values[key] = payload
 
     def _transfer(self, instance: Instance) -> None:
         op = instance.op
         reads = [
             (self.buffers[ref.buffer].rank, self.values[_key(ref, instance.base)])
-            for ref in op.reads
+            for ref in self._here(op.reads)
         ]
-        targets = [self.buffers[ref.buffer].rank for ref in op.writes]
-        for ref, payload in zip(op.writes, transfer(op, reads, targets), strict=True):
+        writes = list(self._here(op.writes))
+        targets = [self.buffers[ref.buffer].rank for ref in writes]
+        for ref, payload in zip(writes, self.transfer(instance, reads, targets), strict=True):
             self._write(instance, ref, payload)
 
     # ---------------------------------------------------------------------------- ops
@@ -378,6 +396,8 @@ class _Run:
         for ref, old in zip(op.writes, latent, strict=True):
             rows = take_rows(have, [old.span])
             new = self.schedule.step(rank, ref.part, step, rows, old.value)
+            if not torch.isfinite(new).all():
+                raise NotFinite(f"the latent is not finite: {_worst(new)}")
             self._write(instance, ref, (Piece(old.span, new),))
 
     def _outside(self, _: int, instance: Instance) -> None:
@@ -385,7 +405,15 @@ class _Run:
         pieces = list(chain.from_iterable(self._read(instance, "latent")))
         if pieces:
             replica = self.replica[instance.op.ranks[0]]
-            self.latents[replica] = take_rows(pieces, [(0, self.shape["r"])])
+            latent = self.latents[replica] = take_rows(pieces, [(0, self.shape["r"])])
+            if self.request.decode is not None:
+                self.decoded[replica] = self.request.decode(latent)
+
+
+def _worst(x: Tensor) -> str:
+    """What is wrong with a tensor that is not finite."""
+    nans = int(torch.isnan(x).sum())
+    return f"{nans} NaN and {int(torch.isinf(x).sum())} infinite of {x.numel()} values"
 
 
 def _key(ref: Ref, base: int) -> Key:

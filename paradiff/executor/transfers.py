@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from itertools import chain
 
 from paradiff.executor.payload import Payload, reduced
-from paradiff.graph import Op
+from paradiff.graph import Instance, Op
 
 
-def transfer(op: Op, reads: Sequence[tuple[int, Payload]], targets: Sequence[int]) -> list[Payload]:
-    """What ``op`` writes to each of ``targets`` (ranks, one a write), from (rank, payload) reads."""
+def transfer(
+    instance: Instance, reads: Sequence[tuple[int, Payload]], targets: Sequence[int]
+) -> list[Payload]:
+    """What an op writes to each of ``targets`` (ranks, one a write), from (rank, payload) reads."""
+    op = instance.op
     sent = {r: tuple(chain.from_iterable(p for at, p in reads if at == r)) for r in op.ranks}
     if op.kind == "p2p":
         return _messages(op, reads, targets)

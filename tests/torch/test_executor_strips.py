@@ -30,15 +30,18 @@ def graph_of(name: str, spec: str, steps: int = STEPS) -> ScheduleGraph:
     return build(parse_spec(spec), profile, Workload(*size, steps, 1, "fp64"))
 
 
-def execute(name: str, graph: ScheduleGraph, replicas: int = 1) -> Result:
-    profile, model = plain.twin(name)
-    request = Request(
+def request_of(name: str, replicas: int = 1) -> Request:
+    return Request(
         conditioning=[plain.given(name, i) for i in range(replicas)],
         scheduler=tiny_scheduler(name),
         seed=plain.SEED,
         guidance_scale=plain.SCALE,
     )
-    result = run_graph(graph, Network(model, profile), request)
+
+
+def execute(name: str, graph: ScheduleGraph, replicas: int = 1) -> Result:
+    profile, model = plain.twin(name)
+    result = run_graph(graph, Network(model, profile), request_of(name, replicas))
     check_trace(graph, result.trace)
     return result
 

@@ -1,0 +1,252 @@
+"""One process among the ranks of a run: who is there, do all mean the same, whose clock shows what.
+
+Small facts (fingerprints, headers) go through the key-value store that the ranks meet at; nothing waits
+in it without a deadline, and nothing is pickled. Process groups for transfers are made here, each once,
+in the order in which they are asked for, which must be the same on all ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from threading import Event, Thread
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from paradiff.executor.faults import OtherGraph, RanksMissing, ranks_text
+
+HEARTBEAT_S = 0.25
+CLOCK_ROUNDS = 12
+Group = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which rank this process is, as torchrun (or any launcher that sets the same names) says."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+    is_store_hosted: bool
+
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Place | None:
+        """None where no launcher has set ``RANK``. Raises ValueError for half of the names."""
+        if "RANK" not in environment:
+            return None
+        missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in environment]
+        if missing:
+            raise ValueError(f"RANK is set, but not {', '.join(missing)}: start it with torchrun")
+        try:
+            rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+            local, port = int(environment.get("LOCAL_RANK", rank)), int(environment["MASTER_PORT"])
+        except ValueError as error:
+            raise ValueError(f"RANK, WORLD_SIZE, LOCAL_RANK, MASTER_PORT: {error}") from None
+        hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return cls(rank, world, local, environment["MASTER_ADDR"], port, hosted)
+
+
+@dataclass
+class Session:
+    """The ranks of a run, met. ``offset_s`` added to this process's clock gives rank 0's."""
+
+    place: Place
+    timeout_s: float
+    device: torch.device
+    store: Any
+    offset_s: float = 0.0
+    residual_s: float = 0.0
+    _groups: dict[tuple[str, tuple[int, ...]], Group] = field(default_factory=dict)
+    _rounds: int = 0
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.place.world_size
+
+    @classmethod
+    def join(cls, place: Place, timeout_s: float, device: torch.device, hello: str) -> Session:
+        """Meet the others. ``hello`` must be the same on all ranks (the graph's fingerprint).
+
+        Raises RanksMissing, naming them, after ``timeout_s``; OtherGraph where a rank says another
+        ``hello``. Host messages go over gloo whatever the device.
+        """
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            hub = dist.TCPStore(
+                place.address,
+                place.port,
+                place.world_size,
+                is_master=place.rank == 0 and not place.is_store_hosted,
+                timeout=timeout,
+                wait_for_workers=False,
+            )
+        except (RuntimeError, dist.DistError) as error:
+            raise RanksMissing(
+                f"rank 0 does not answer at {place.address}:{place.port} within {timeout_s:g} s"
+                f" ({' '.join(str(error).split())[:80]})"
+            ) from None
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        session = cls(place, timeout_s, device, dist.PrefixStore(f"paradiff/{attempt}", hub))
+        said = session.agree("hello", hello)
+        others = [rank for rank, text in said.items() if text != said[0]]
+        if others:
+            raise OtherGraph(
+                f"{ranks_text(others)} would run another graph than rank 0 (fingerprint"
+                f" {said[others[0]][:12]}, rank 0 has {said[0][:12]}): the same model, size, strategy"
+                " and version of paradiff are needed on all ranks"
+            )
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("groups", session.store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+        )
+        session._compare_clocks()
+        return session
+
+    def leave(self) -> None:
+        """The ordinary end: all ranks come here."""
+        dist.barrier()
+        dist.destroy_process_group()
+
+    # ------------------------------------------------------------------------------ small facts
+
+    def agree(self, key: str, value: str, ranks: Iterable[int] | None = None) -> dict[int, str]:
+        """Say ``value`` under ``key`` and hear what each of ``ranks`` (default: all) says.
+
+        Polls, so that other threads can use the store meanwhile. Raises RanksMissing.
+        """
+        members = range(self.world_size) if ranks is None else ranks
+        names = {rank: f"{key}/{rank}" for rank in members}
+        self.store.set(f"{key}/{self.rank}", value)
+        deadline, pause = time.monotonic() + self.timeout_s, 0.0002
+        absent = dict(names)
+        while absent:
+            absent = {rank: n for rank, n in absent.items() if not self.store.check([n])}
+            if absent and time.monotonic() > deadline:
+                raise RanksMissing(f"{ranks_text(absent)} did not come within {self.timeout_s:g} s")
+            if absent:
+                time.sleep(pause)
+                pause = min(2 * pause, 0.01)
+        return {rank: self.store.get(name).decode() for rank, name in names.items()}
+
+    def gather(self, own: Tensor) -> list[Tensor]:
+        """The (bytes,) uint8 buffer of every rank, on every rank, in order."""
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(own)]))
+        most = max(1, *(int(size) for size in sizes))
+        padded = torch.zeros(most, dtype=torch.uint8)
+        padded[: len(own)] = own
+        found = [torch.zeros(most, dtype=torch.uint8) for _ in range(self.world_size)]
+        dist.all_gather(found, padded)
+        return [buffer[: int(size)] for buffer, size in zip(found, sizes, strict=True)]
+
+    def gather_text(self, own: str) -> list[str]:
+        """What every rank says, on every rank, in order."""
+        buffer = torch.frombuffer(bytearray(own.encode()), dtype=torch.uint8)
+        return [bytes(each.numpy()).decode() for each in self.gather(buffer)]
+
+    # ------------------------------------------------------------------------------ groups
+
+    def group(self, stream: str, ranks: Sequence[int]) -> Group:
+        """The process group of ``ranks`` for one stream; all ranks ask for all groups, in one order."""
+        key = (stream, tuple(ranks))
+        if key not in self._groups:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            timeout = timedelta(seconds=self.timeout_s)
+            self._groups[key] = dist.new_group(sorted(ranks), timeout=timeout, backend=backend)
+        return self._groups[key]
+
+    # ------------------------------------------------------------------------------ clocks
+
+    def _compare_clocks(self) -> None:
+        """Offset of this clock to rank 0's, by Cristian's algorithm.
+
+        Of ``CLOCK_ROUNDS`` questions the one answered fastest counts; half its round trip is what
+        remains unknown.
+        """
+        now = torch.zeros(1, dtype=torch.float64)
+        for other in range(1, self.world_size):
+            for _ in range(CLOCK_ROUNDS):
+                if self.rank == 0:
+                    dist.recv(now, other)
+                    now[0] = time.perf_counter()
+                    dist.send(now, other)
+                elif self.rank == other:
+                    asked = time.perf_counter()
+                    dist.send(now, 0)
+                    dist.recv(now, 0)
+                    answered = time.perf_counter()
+                    half_s = (answered - asked) / 2
+                    if not self.residual_s or half_s < self.residual_s:
+                        self.residual_s = half_s
+                        self.offset_s = float(now) - (asked + half_s)
+
+    def next_round(self) -> int:
+        """A number that is the same on all ranks and new at each call."""
+        self._rounds += 1
+        return self._rounds
+
+
+@dataclass
+class Heartbeat:
+    """Tells the launcher, and whoever reads the file, what this rank is doing and how it ended.
+
+    ``doing`` gives the ops in hand. The file is replaced whole, so a reader never sees half of it.
+    """
+
+    path: str
+    rank: int
+    doing: Callable[[], Mapping[str, str]]
+    _stop: Event = field(default_factory=Event)
+    _thread: Thread | None = None
+
+    def start(self) -> None:
+        self._write({"state": "running"})
+        self._thread = Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def finish(self, state: str, message: str = "", **more: Any) -> None:
+        """The last word of this rank."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._write({"state": state, "message": message, **more})
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            self._write({"state": "running"})
+
+    def _write(self, facts: Mapping[str, Any]) -> None:
+        whole = {
+            "rank": self.rank,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "time_s": time.time(),
+            "doing": dict(self.doing()),
+            **facts,
+        }
+        temporary = f"{self.path}.{os.getpid()}"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(whole, file)
+        os.replace(temporary, self.path)
+
+
+def on_device(buffer: Tensor, device: torch.device) -> Tensor:
+    """``buffer`` where transfers can take it."""
+    return buffer if buffer.device == device else buffer.to(device)
