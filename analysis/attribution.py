@@ -131,7 +131,7 @@ def _activity(
             host.append((span.ready_s, span.start_s))
         if worked < span.end_s:
             host.append((worked, span.end_s))
-        if span.kind in TRANSFERS:
+        if span.kind in TRANSFERS or (span.kind == "host" and span.nbytes):
             transfers.append((span.call, (span.start_s, worked)))
         else:
             compute.append((span.start_s, worked))

@@ -34,7 +34,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
 OpKind = Literal["compute", "collective", "permute", "p2p", "host"]
-BufferKind = Literal["latent", "hidden", "kv", "halo", "moments", "slots", "noise", "text", "image"]
+BufferKind = Literal[
+    "latent", "hidden", "kv", "halo", "moments", "slots", "noise", "text", "image", "weights"
+]
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "broadcast")
 
 
@@ -62,11 +64,15 @@ class Shape(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Segments ``[lo, hi)`` of a profile's stage at a shape. Work, never time."""
+    """Segments ``[lo, hi)`` of a profile's stage at a shape. Work, never time.
+
+    ``stored``: how the weights are kept where that is not the network's dtype (``fp8``).
+    """
 
     stage: str
     ranges: tuple[tuple[int, int], ...]
     shape: Shape
+    stored: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,9 +356,9 @@ class ScheduleGraph:
         """(op, ref, age in steps) of every read of an older version, once per section.
 
         The age is the reader's step minus the version's; a version named absolutely ages through the
-        section, and its greatest age is given. Text never ages.
+        section, and its greatest age is given. Text and weights never age.
         """
-        text = {b.id for b in self.buffers if b.kind == "text"}
+        ageless = {b.id for b in self.buffers if b.kind in ("text", "weights")}
         for section in self.sections:
             last = section.first + (section.count - 1) * section.stride
             for op in section.ops:
@@ -360,7 +366,7 @@ class ScheduleGraph:
                     continue
                 for ref in op.reads:
                     age = op.step + last - ref.at(last)
-                    if age > 0 and ref.buffer not in text:
+                    if age > 0 and ref.buffer not in ageless:
                         yield op, ref, age
 
     def peak_bytes(self, kinds: Iterable[str] = get_args(BufferKind)) -> dict[int, int]:
@@ -560,7 +566,7 @@ _REF = re.compile(
     r"(?P<buffer>[^\[#,]+@r\d+)(?:\[(?P<part>\d+)\])?#(?P<version>t(?:[+-]\d+)?|-?\d+)"
     r"(?:\.(?P<sub>\d+))?"
 )
-_WORK = re.compile(r"(?P<stage>\w+)\[(?P<ranges>[\d:,]*)\]\{(?P<shape>[\d,]+)\}")
+_WORK = re.compile(r"(?P<stage>\w+)\[(?P<ranges>[\d:,]*)\]\{(?P<shape>[\d,]+)\}(?P<stored>\w*)")
 
 
 def _ref_text(ref: Ref) -> str:
@@ -590,7 +596,8 @@ def _op_text(op: Op) -> str:
     ]
     if op.work is not None:
         ranges = ",".join(f"{lo}:{hi}" for lo, hi in op.work.ranges)
-        fields.append(f"work={op.work.stage}[{ranges}]{{{','.join(map(str, op.work.shape))}}}")
+        shape = ",".join(map(str, op.work.shape))
+        fields.append(f"work={op.work.stage}[{ranges}]{{{shape}}}{op.work.stored}")
     if op.tags:
         fields.append(f"tags={';'.join(f'{name}={value}' for name, value in op.tags)}")
     return " ".join(fields)
@@ -619,7 +626,8 @@ def _parse_op(fields: list[str]) -> Op:
             raise ValueError(f"work {values['work']!r}")
         pairs = [p.split(":") for p in found["ranges"].split(",") if p]
         shape = Shape(*map(int, found["shape"].split(",")))
-        work = Work(found["stage"], tuple((int(lo), int(hi)) for lo, hi in pairs), shape)
+        ranges = tuple((int(lo), int(hi)) for lo, hi in pairs)
+        work = Work(found["stage"], ranges, shape, found["stored"])
     return Op(
         name=name,
         kind=kind,  # type: ignore[arg-type]

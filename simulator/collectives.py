@@ -33,7 +33,7 @@ from itertools import pairwise
 
 from paradiff.graph import Op, ScheduleGraph
 from paradiff.trace import TRANSFERS
-from simulator.network import Flow, Network, drain_times
+from simulator.network import HOST, Flow, Network, drain_times
 
 MAX_TOUR = 64
 """Larger groups are laid by device number."""
@@ -115,6 +115,8 @@ class Lowering:
             return self._direct(
                 [Flow(a, b, op.nbytes) for a, b in zip(devices, after, strict=True)]
             )
+        if op.kind == "host":
+            return self._direct([Flow(HOST, devices[0], op.nbytes)])
         if op.kind != "collective":
             raise ValueError(f"{op.name}: {op.kind} is not a transfer")
         modelled = self._collective(op.call, devices, op.nbytes)

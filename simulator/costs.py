@@ -19,7 +19,7 @@ from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from paradiff.graph import Op, Shape, Work
-from paradiff.profiles import Kernel, Profile
+from paradiff.profiles import Kernel, Profile, Stage
 from simulator.gpu import Gpu
 from simulator.kernels import Chip, attention_s, conv_s, gemm_s, stream_s
 
@@ -338,10 +338,25 @@ class _Pricer:
         for lo, hi in work.ranges:
             part = (b - a for a, b in zip(prefix[lo], prefix[hi], strict=True))
             total = _add(total, _Sum(*part))  # type: ignore[arg-type]
+        if work.stored == "fp8":
+            total = _add(total, self._cast(stage, work.ranges))
         launches = total.launches
         if self.runtime == "cuda-graph":
             launches = GRAPH_LAUNCH_NODES * len(work.ranges)
         return _Sum(*(value * repeat for value in total))._replace(launches=launches * repeat)  # type: ignore[arg-type]
+
+    def _cast(self, stage: Stage, ranges: tuple[tuple[int, int], ...]) -> _Sum:
+        """Weights from one byte to the network's dtype before each layer that has any: one kernel a
+        segment, which reads one byte and writes ``itemsize`` for every parameter."""
+        total = _Sum()
+        low, high = self.spread["stream"]
+        for weights in (s.weights for lo, hi in ranges for s in stage.segments[lo:hi] if s.weights):
+            elements = weights * (1 + self.itemsize) // self.itemsize
+            seconds, contended_s = (
+                stream_s(chip, elements, self.itemsize) for chip in (self.chip, self.busy)
+            )
+            total = _add(total, _times(1, seconds, contended_s, low, high))
+        return total
 
     def _list(self, kernels: tuple[Kernel, ...], bound: Mapping[str, int]) -> _Sum:
         """The price of one segment's kernels at a shape.

@@ -339,7 +339,7 @@ class _Engine:
         device_s = contended_s = head_s = issue_s = 0.0
         bundle = None
         transfer = op.kind in TRANSFERS
-        if transfer:
+        if transfer or (op.kind == "host" and op.nbytes):
             lowered = self._lowering.lower(op)
             # tables hold raw NCCL times: what torch adds to a call comes on top of them too
             head_s = on_grid(self._costs.transfer_fixed_s(op) + lowered.latency_s)
@@ -424,7 +424,7 @@ class _Engine:
     def _start(self, task: _Task) -> None:
         plan = task.plan
         now = task.start_s = self._env.now
-        if plan.op.kind not in TRANSFERS:
+        if plan.op.kind not in TRANSFERS and plan.bundle is None:
             rank = plan.op.ranks[0]
             task.phase, task.mark_s, task.left = _COMPUTING, now, 1.0
             task.pace_s = plan.contended_s if self._sms[rank] else plan.device_s

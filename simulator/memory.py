@@ -8,18 +8,18 @@ from the graph and the profile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
-from paradiff.graph import Op, ScheduleGraph, Shape
-from paradiff.profiles import Profile, Stage
+from paradiff.graph import BufferKind, Op, ScheduleGraph, Shape
+from paradiff.profiles import Profile
 from paradiff.strategies.builder import DTYPE_BYTES
+from paradiff.strategies.places import PER_STEP, held_params
 from simulator.gpu import Gpu
 
 Phase = Literal["encode", "denoise", "decode"]
 PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
-PER_STEP = ("denoiser", "scheduler", "guidance")
 
 CONTEXT_BYTES = 600e6
 """CUDA context with loaded modules, cuBLAS and cuDNN handles and workspaces. An assumption: it varies
@@ -47,7 +47,7 @@ class RankMemory:
 
     phase: Phase
     weights: float
-    """Denoiser parameters that the rank's ops touch."""
+    """Denoiser parameters that the rank's ops touch; sharded, its share and the gathered blocks."""
     text_encoders: float
     """Weights of every module before the denoiser (image encoders too)."""
     vae: float
@@ -85,7 +85,8 @@ def peak_memory(
     """Peak memory of every rank of ``graph``.
 
     Without offload every module a rank runs stays resident throughout, as in diffusers' plain
-    pipelines. With ``offload_text_encoders`` prompts are encoded before the other modules are loaded.
+    pipelines. What takes turns is known from the graph's loads; ``offload_text_encoders`` says of any
+    graph that prompts are encoded before the other modules are loaded.
     ``phases`` leaves decoding out for a run that ends with the latent; its weights stay. ``channels``:
     of a collective (one SM each, ``Gpu.collective_sms``). ``ideal`` leaves out context,
     slack and communicators.
@@ -94,16 +95,23 @@ def peak_memory(
         raise ValueError(f"dtype {dtype!r}: one of {', '.join(DTYPE_BYTES)}")
     itemsize, used = DTYPE_BYTES[dtype], _usage(graph, profile)
     communicators = _communicators(graph, channels)
-    buffers = graph.peak_bytes()
+    buffers = graph.peak_bytes([kind for kind in get_args(BufferKind) if kind != "weights"])
+    gathered = graph.peak_bytes(["weights"])
+    ops = [op for section in graph.sections for op in section.ops]
+    turns = {dict(op.tags)["turn"] for op in ops if op.call == "load"}
+    turns |= {"text"} if offload_text_encoders else set()
+    stored = 1 if any(op.work is not None and op.work.stored for op in ops) else itemsize
     return tuple(
         _rank_memory(
             profile,
             used[rank],
+            {"denoiser": stored},
             itemsize,
+            gathered[rank],
             buffers[rank],
             0.0 if ideal else communicators[rank],
             phases,
-            offload_text_encoders,
+            turns,
             ideal,
         )
         for rank in range(graph.world_size)
@@ -184,11 +192,13 @@ def _communicators(graph: ScheduleGraph, channels: int) -> list[float]:
 def _rank_memory(
     profile: Profile,
     used: dict[str, _Use],
+    param_bytes: Mapping[str, int],
     itemsize: int,
+    gathered: float,
     buffers: float,
     communicator: float,
     phases: Sequence[Phase],
-    offload: bool,
+    turns: Collection[str],
     ideal: bool,
 ) -> RankMemory:
     """The phase with the largest total."""
@@ -196,18 +206,24 @@ def _rank_memory(
     before = stages[: stages.index("denoiser")]
     weights, live = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0.0)
     for name, use in used.items():
-        phase = _phase(name, before)
-        weights[phase] += itemsize * _held_params(profile.stages[name], use)
+        phase, segments = _phase(name, before), use.segments
+        if name == "denoiser" and gathered:
+            blocks = {i for cut in profile.denoiser.cuts for i in range(cut.lo, cut.hi)}
+            weights[phase] += gathered
+            segments = segments - blocks
+        size = param_bytes.get(name, itemsize)
+        weights[phase] += size * held_params(profile.stages[name], segments)
         live[phase] = max(live[phase], float(itemsize * use.live))
     candidates = []
     for phase in phases:
-        encoding = phase == "encode"
+        alone = phase == "encode" and "text" in turns
+        decoding = phase == "decode" and "vae" in turns
         slack, fixed = (0.0, 0.0) if ideal else (ALLOCATOR_SLACK, CONTEXT_BYTES)
         resident = {
-            "weights": 0.0 if offload and encoding else weights["denoise"],
-            "text_encoders": 0.0 if offload and not encoding else weights["encode"],
-            "vae": 0.0 if offload and encoding else weights["decode"],
-            "buffers": 0.0 if offload and encoding else buffers,
+            "weights": 0.0 if alone or decoding else weights["denoise"],
+            "text_encoders": 0.0 if "text" in turns and not alone else weights["encode"],
+            "vae": 0.0 if alone or ("vae" in turns and not decoding) else weights["decode"],
+            "buffers": 0.0 if alone else buffers,
             "activations": live[phase],
             "communicator": communicator,
         }
@@ -226,10 +242,3 @@ def _rank_memory(
 
 def _phase(stage: str, before: Sequence[str]) -> Phase:
     return "encode" if stage in before else "denoise" if stage in PER_STEP else "decode"
-
-
-def _held_params(stage: Stage, use: _Use) -> int:
-    """Parameters a rank holds: the whole module if it runs all of it, else its segments' own."""
-    if len(use.segments) == len(stage.segments):
-        return stage.params
-    return sum(stage.segments[i].weights for i in use.segments)

@@ -14,6 +14,7 @@ Decides routes and rates; knows nothing of collectives, streams or ops. The mode
   (stored once, loaded once) of each node it touches and pays the latency of the route twice, once
   per copy; the copies are pipelined, so the links are crossed once. Where a node says what its
   memory hangs on, the route goes up to there: a PCIe switch below cannot turn the transfer around.
+- A load from host memory takes its rate once from there, and from the links down to the GPU.
 - Latency is paid at the end of a route and occupies nothing.
 """
 
@@ -29,6 +30,12 @@ from simulator.topology import Link, Topology
 
 ROUTING_BYTES = 2.0**20
 """Routes minimise the time of a message of this size, so that wide links beat near ones."""
+
+HOST = -1
+"""Source of a flow that loads from the memory of its destination's node."""
+HOST_LINK_BYTES_PER_S = 26e9
+"""A GPU's own link to host memory where the topology does not say what that hangs on: PCIe 4 x16
+(NVIDIA/nvbandwidth README, host to device); twice as much on PCIe 5."""
 
 _CACHE_LIMIT = 1 << 17
 _SAME = 1 + 1e-12
@@ -194,6 +201,8 @@ class Network:
         return share
 
     def _new_route(self, source: int, destination: int) -> Route:
+        if source == HOST:
+            return self._host_route(destination)
         gpus = self.topology.gpus
         path = self._path(gpus[source], gpus[destination])[2]
         staged = not self.topology.peer_to_peer and not all(k.is_nvlink for k in self._along(path))
@@ -210,6 +219,19 @@ class Network:
             for device in (source, destination):
                 usage[self._index[f"{self.topology.node_of(device).name}.memory"]] = 2.0
         return Route(len(self._by_id), tuple(sorted(usage.items())), latency_s, path, staged)
+
+    def _host_route(self, device: int) -> Route:
+        """From host memory to a device of the same node: loaded once, over the links between."""
+        node, gpu = self.topology.node_of(device), self.topology.gpus[device]
+        usage = {self._index[f"{node.name}.memory"]: 1.0}
+        if not node.memory_at:
+            usage[self._index[f"{gpu}.host"]] = 1.0
+            return Route(len(self._by_id), tuple(sorted(usage.items())), 0.0, (gpu,), False)
+        path = min(self._path(at, gpu) for at in node.memory_at)[2]
+        links = self._along(path)
+        usage |= {self._index[_direction(k, a)]: 1.0 for k, a in zip(links, path, strict=False)}
+        latency_s = sum(link.latency_s for link in links)
+        return Route(len(self._by_id), tuple(sorted(usage.items())), latency_s, path, False)
 
     def _along(self, path: Sequence[str]) -> list[Link]:
         return [self._links[a][b] for a, b in pairwise(path)]
@@ -265,6 +287,8 @@ def _resources(topology: Topology) -> tuple[Resource, ...]:
             capacity[_direction(link, start)] = link.bandwidth_bytes_per_s
     for node in topology.nodes:
         capacity[f"{node.name}.memory"] = node.host_memory_bytes_per_s
+        if not node.memory_at:
+            capacity |= {f"{gpu}.host": HOST_LINK_BYTES_PER_S for gpu in node.gpus}
     return tuple(Resource(name, value) for name, value in capacity.items())
 
 

@@ -53,6 +53,10 @@ SPECS = {
         "parastep=2,patch=4,warmup=1",
         "batchstep=2,warmup=1",
         "data=2,batchstep=4,warmup=2",
+        "cfg=2,offload=text+vae",
+        "ulysses=2,ring=2,weights=hsdp",
+        "distrifusion=4,warmup=1,weights=hsdp,offload=text",
+        "cfg=2,pipefusion=2,ring=2,patches=2,weights=fp8+hsdp,offload=vae",
     ),
     "toy-unet": (
         *BOTH,
@@ -75,6 +79,8 @@ SPECS = {
         "parastep=4,warmup=2",
         "cfg=2,parastep=2,patch=2,warmup=1",
         "batchstep=4,warmup=3",
+        "cfg=2,patch=4,weights=hsdp",
+        "asyncdiff=2,warmup=1,weights=fp8,offload=text",
     ),
 }
 CASES = [(DIT, s) for s in SPECS["toy-dit"]] + [(JOINT, s) for s in SPECS["toy-dit"]]

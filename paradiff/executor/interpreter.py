@@ -103,6 +103,11 @@ def check_executable(graph: ScheduleGraph, network: Network, request: Request) -
             f"{spec.text!r} cannot be executed yet; executable: {', '.join(EXECUTABLE)}, with cfg,"
             " data, ulysses and ring as each allows"
         )
+    if "weights" in spec.options:
+        raise Unexecutable(
+            f"{spec.text!r}: weights={spec.options['weights']} cannot be executed yet; run the spec"
+            " without it, only how weights are stored changes"
+        )
     if network.class_name not in CLASSES:
         raise Unexecutable(f"{network.class_name}: executable are {', '.join(CLASSES)}")
     if meta["model"] != network.profile.name:
@@ -164,6 +169,7 @@ class _Run:
         self.kept: dict[int, dict[str, Tensor]] = {}
         self.units = list(self.network.unit_ranges) if self._is_partial() else []
         self.handlers: dict[str, Callable[[int, Instance], None]] = {
+            "load": self._load,
             "text": self._text,
             "noise": self._noise,
             "forward": self._forward,
@@ -241,6 +247,11 @@ class _Run:
             self._write(instance, ref, payload)
 
     # ---------------------------------------------------------------------------- ops
+
+    def _load(self, _: int, instance: Instance) -> None:
+        """Weights stay where the caller has put the model."""
+        for ref in instance.op.writes:
+            self._write(instance, ref, ())
 
     def _text(self, _: int, instance: Instance) -> None:
         replica = int(dict(instance.op.tags)["replica"])

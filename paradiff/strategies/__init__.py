@@ -19,6 +19,7 @@ from paradiff.strategies.displaced import MODES, distrifusion, pcpp, synchronous
 from paradiff.strategies.parastep import batchstep, parastep
 from paradiff.strategies.passes import Options, patch, whole
 from paradiff.strategies.pipefusion import pipefusion
+from paradiff.strategies.places import PLACES, in_turns, sharded, stored_in_fp8
 
 __all__ = [
     "AXES",
@@ -142,6 +143,10 @@ class Spec:
     def degree(self, axis: str) -> int:
         return int(self.options.get(axis, "1"))
 
+    def places(self, key: str) -> list[str]:
+        """The parts of ``offload`` or ``weights``."""
+        return [part for part in self.options.get(key, "").split("+") if part]
+
     @property
     def strategy(self) -> Strategy:
         return STRATEGIES[self.name]
@@ -200,6 +205,7 @@ def parse_spec(text: str) -> Spec:
 
 def _check_options(spec: Spec) -> None:
     allowed = dict.fromkeys((*AXES, spec.name), INTEGER) | dict(spec.strategy.parameters)
+    allowed |= PLACES
     for name in spec.strategy.passes & spec.options.keys():
         allowed |= {name: INTEGER} | dict(STRATEGIES[name].parameters)
     if spec.name == "serial":
@@ -237,7 +243,8 @@ def facts(spec: Spec, workload: Workload) -> Facts:
     Exact up to floating-point association (STRATEGIES section 21).
     """
     s, o = spec.strategy, spec.options
-    return Facts(spec.n_gpus, s.synchronous(o, workload.steps), s.exact(o, workload.steps))
+    exact = s.exact(o, workload.steps) and "fp8" not in spec.places("weights")
+    return Facts(spec.n_gpus, s.synchronous(o, workload.steps), exact)
 
 
 def build(spec: Spec, profile: Profile, workload: Workload) -> ScheduleGraph:
@@ -250,7 +257,31 @@ def build(spec: Spec, profile: Profile, workload: Workload) -> ScheduleGraph:
     spec.strategy.emit(builder, spec.options)
     meta = {"model": profile.name, "spec": spec.text}
     meta |= {k: str(getattr(workload, k)) for k in workload.__dataclass_fields__}
-    return builder.graph(meta)
+    return _placed(builder.graph(meta), spec, profile, builder.element_bytes)
+
+
+def _placed(
+    graph: ScheduleGraph, spec: Spec, profile: Profile, element_bytes: int
+) -> ScheduleGraph:
+    """``graph`` with its weights stored, spread and loaded as the spec asks."""
+    weights, offload = spec.places("weights"), spec.places("offload")
+    param_bytes = 1 if "fp8" in weights else element_bytes
+    if "fp8" in weights:
+        graph = stored_in_fp8(graph)
+    if offload:
+        graph = in_turns(graph, profile, offload, (param_bytes, element_bytes))
+    if "hsdp" in weights:
+        lanes = [lane for groups in spec.mesh.step_groups() for group in groups for lane in group]
+        stages = spec.name == "pipefusion"
+        together = [ranks for lane in lanes for ranks in (lane.groups if stages else [lane.ranks])]
+        if max(map(len, together)) == 1:
+            raise Infeasible(
+                "weights=hsdp: no two ranks run the same layers at the same time; it needs a sequence"
+                " or patch axis",
+                "weights=fp8",
+            )
+        graph = sharded(graph, profile, together, param_bytes)
+    return graph
 
 
 def _check_axes(spec: Spec, profile: Profile) -> None:
