@@ -172,15 +172,17 @@ def _output_sentence(plan: Plan) -> str:
     if best.exact:
         return "the same picture as one GPU, up to rounding."
     steps = best.max_staleness_steps or 0
-    what = f"values up to {_count(steps, 'step')} old are read" if steps else "nothing is exchanged"
+    fresh = _count(best.synchronous_steps or 0, "synchronous step")
+    changes = [f"values up to {_count(steps, 'step')} old are read after {fresh}"] * (steps > 0)
+    changes += ["weights are stored in 8 bits"] * ("fp8" in best.spec)
+    what = " and ".join(changes) or "nothing is exchanged"
     exact = next((c for c in plan.ranked if c.exact), None)
     instead = (
         "" if exact is None else f" Best that keeps it: {exact.spec}, {seconds(exact.latency_s)}."
     )
     return (
-        f"not the same picture as one GPU: {what} after "
-        f"{_count(best.synchronous_steps or 0, 'synchronous step')}; how much that changes it is not "
-        f"known for {plan.model}.{instead}"
+        f"not the same picture as one GPU: {what}; how much that changes it is not known for"
+        f" {plan.model}.{instead}"
     )
 
 

@@ -34,6 +34,7 @@ from paradiff.strategies import (
     facts,
     parse_spec,
 )
+from paradiff.strategies.places import PLACES
 from paradiff.trace import TRANSFERS, write_chrome_trace
 from simulator.costs import CostModel, Runtime, Scope, StageSeconds
 from simulator.engine import simulate
@@ -55,6 +56,14 @@ SLACK = 1.2
 WORTH = 1e-3
 """Share of the latency that waiting and exposed communication must have for other placements to be
 tried."""
+
+
+REMEDIES = (
+    ("offload=text", "offload=text+vae", "weights=hsdp", "offload=text+vae,weights=hsdp"),
+    ("weights=fp8", "offload=text,weights=fp8", "offload=text+vae,weights=fp8",
+     "offload=text+vae,weights=fp8+hsdp"),
+)  # fmt: skip
+"""What makes a schedule fit, gentlest first: that which keeps the picture, that which may change it."""
 
 
 class Contradiction(ValueError):
@@ -184,6 +193,8 @@ def plan(request: Request, progress: Callable[[int, int], None] | None = None) -
         results.append(planner.candidate(text))
         if progress is not None:
             progress(done + 1, len(specs))
+    if not request.specs and not any(c.feasible for c in results):
+        results += planner.made_to_fit()
     results = planner.with_better_placements(results)
     order = _order(request.goal.objective)
     ranked = tuple(sorted((c for c in results if c.feasible), key=order))
@@ -199,7 +210,7 @@ def plan(request: Request, progress: Callable[[int, int], None] | None = None) -
         ranked=ranked,
         rejected=tuple(c for c in results if not c.feasible),
         decided_by=planner.decided_by(ranked),
-        notes=tuple(_notes(request)),
+        notes=(*_notes(request), *planner.what_fitting_costs(ranked)),
     )
 
 
@@ -247,6 +258,8 @@ class _Planner:
         self.costs = CostModel(request.profile, self.gpus, request.workload.dtype, request.runtime)
         self.wire = Wire(self.network)
         self.runs: dict[str, _Run] = {}
+        self.misfits: list[str] = []
+        """Specs that need more memory than there is."""
         self.choices: dict[str, list[Placement]] = {}
         if request.measured is not None:
             self.costs = self._calibrated(*request.measured)
@@ -333,12 +346,48 @@ class _Planner:
             comm_bytes_per_gpu=round(max(graph.received_bytes().values())),
             placement=choices[0],
         )
+        if misfits is not None:
+            self.misfits.append(text)
+            near = next(self._fitting(text), None) if self.request.specs else None
+            base = replace(base, nearest=near)
+            misfits += f"; nearest: {near}" if near else ""
         reason = misfits or self._unwanted(base)
         if reason is not None:
             return replace(base, feasible=False, reason=reason)
         self.choices[text] = fitting
         run = self.runs[text] = self._run(graph, fitting[0])
         return self._timed(base, spec, run)
+
+    def _fitting(self, text: str) -> Iterator[str]:
+        """``text`` with its weights elsewhere, so that it fits: what keeps the picture first."""
+        if PLACES.keys() & parse_spec(text).options.keys():
+            return
+        for remedies in REMEDIES:
+            for spec in (f"{text},{remedy}" for remedy in remedies):
+                try:
+                    graph = self._build(spec)
+                except Infeasible:
+                    continue
+                if self._memory(graph, [tuple(range(graph.world_size))])[1] is None:
+                    yield spec
+                    break
+
+    def made_to_fit(self) -> list[Candidate]:
+        """Where nothing fits as it is: what does with its weights offloaded, sharded or in fp8."""
+        return [self.candidate(spec) for text in list(self.misfits) for spec in self._fitting(text)]
+
+    def what_fitting_costs(self, ranked: Sequence[Candidate]) -> Iterator[str]:
+        """Seconds that the first pays for weights that are elsewhere: against the run without."""
+        parts = ranked[0].spec.split(",") if ranked else []
+        places = [part for part in parts if part.partition("=")[0] in PLACES]
+        if places:
+            plain = ",".join(part for part in parts if part not in places)
+            run = self._run(self._build(plain), ranked[0].placement or ())
+            more = (ranked[0].latency_s or 0.0) - run.latency_s
+            yield (
+                f"{','.join(places)} costs {more:.3g} s of each request: {plain} would take"
+                f" {run.latency_s:.4g} s if it fitted"
+            )
 
     def _timed(self, base: Candidate, spec: Spec, run: _Run) -> Candidate:
         """``base`` with everything that comes from the simulation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -95,6 +96,37 @@ def test_cost_is_the_share_of_the_box() -> None:
     """9.12 USD an hour for 8 GPUs; cfg=2 takes 2 of them."""
     cfg = by_spec(whole("sdxl"))["cfg=2"]
     assert cfg.cost == pytest.approx(9.12 * 2 / 8 / 3600 * cfg.latency_s)  # type: ignore[operator]
+
+
+def test_what_does_not_fit_is_made_to_fit() -> None:
+    """flux1-dev has 23.8 GB of weights and 9.8 GB of text encoders; two RTX 3090 have 24 GB each.
+
+    All that is enumerated is refused; what is offered moves weights, keeps the picture or says that it
+    does not, and costs what the same run without costs less.
+    """
+    asked = replace(request("flux1-dev", "pcie2-3090"), gpus=2)
+    result = plan(asked)
+    best = result.ranked[0]
+    assert {c.spec for c in result.rejected} >= set(
+        candidate_specs(asked.profile, asked.workload, 2)
+    )
+    assert all("offload=" in c.spec or "weights=" in c.spec for c in result.ranked)
+    assert any(c.exact for c in result.ranked)
+    assert all(c.exact is False for c in result.ranked if "fp8" in c.spec)
+    assert all(c.peak_memory_bytes < 24e9 for c in result.ranked)  # type: ignore[operator]
+    (note,) = result.notes
+    places, cost, without = re.fullmatch(
+        r"(\S+) costs (\S+) s of each request: \S+ would take (\S+) s if it fitted", note
+    ).groups()  # type: ignore[union-attr]
+    assert best.spec.endswith(places)
+    assert float(cost) > 0.1
+    assert float(cost) + float(without) == pytest.approx(best.latency_s, rel=0.01)
+
+    refused = plan(replace(asked, specs=("serial", "ulysses=2")))
+    offered = tuple(c.nearest for c in refused.rejected)
+    assert all(offered)
+    assert all(f"nearest: {c.nearest}" in str(c.reason) for c in refused.rejected)
+    assert len(plan(replace(asked, specs=offered)).ranked) == 2  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------ ranking

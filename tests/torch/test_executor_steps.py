@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_executor_strips import execute, graph_of, latent, reference
 
+from paradiff.executor.interpreter import Unexecutable
 from paradiff.models.interception import block_inputs, block_output, block_streams
 from paradiff.strategies.asyncdiff import owners_of
 from paradiff.strategies.builder import Builder, Mesh, Workload
@@ -166,6 +167,16 @@ def test_a_batch_of_steps_equals_steps_in_parallel(name: str, degree: int) -> No
     """Every bit: entries of the batch are ParaStep's ranks, their schedulers' history included."""
     found = [latent(name, f"{which}={degree},warmup=1") for which in ("parastep", "batchstep")]
     assert torch.equal(*found)
+
+
+def test_loads_change_no_bit() -> None:
+    found = [latent("sd3-medium", f"cfg=2,ulysses=2{more}") for more in ("", ",offload=text+vae")]
+    assert torch.equal(*found)
+
+
+def test_weights_elsewhere_are_refused() -> None:
+    with pytest.raises(Unexecutable, match="weights=hsdp cannot be executed yet"):
+        latent("sd3-medium", "ulysses=2,weights=hsdp")
 
 
 # ----------------------------------------------------------------------------------------- blocks
