@@ -6,11 +6,15 @@ so that the terminal table and the plain one cannot differ.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from simulator.planner import Candidate, Plan
 from simulator.topology import Link, Topology
+
+if TYPE_CHECKING:
+    from analysis.doctor import Cost, Finding
 
 HEADER = (
     "#", "strategy", "GPUs", "latency", "90 % interval", "speed-up",
@@ -202,6 +206,43 @@ def rejected(candidates: Sequence[Candidate], limit: int = 6) -> Iterator[str]:
         yield reason or named if alone else f"{named}{more}: {reason}"
     if len(groups) > limit:
         yield f"and {len(groups) - limit} more reasons; --format json lists all"
+
+
+KIND = {"wrong": "WRONG", "limit": "LIMIT", "unknown": "NOT KNOWN"}
+
+
+def findings(found: Sequence[Finding], worth: Mapping[str, Cost], model: str) -> Iterator[str]:
+    """What the box doctor found, a paragraph each."""
+    if not found:
+        yield "Nothing wrong was found."
+    for finding in found:
+        yield f"{KIND[finding.severity]}: {finding.what}."
+        yield f"  evidence: {finding.evidence}"
+        cost = worth.get(finding.code)
+        if cost is not None:
+            yield f"  costs: {_gain(cost, model)}"
+        yield f"  do: {finding.remedy}"
+
+
+def _gain(cost: Cost, model: str) -> str:
+    """What a repair would change for the best plan, and for the best that keeps the picture."""
+
+    def change(now: float | None, then: float | None) -> str:
+        if now is None or then is None:
+            return f"{seconds(now)} now, {seconds(then)} if repaired"
+        if now < then * 1.001:
+            return (
+                f"nothing ({seconds(now)})"
+                if then < now * 1.001
+                else f"repair is slower: {seconds(then)}"
+            )
+        return f"{now / then:.2f} times ({seconds(now)}, {seconds(then)} if repaired)"
+
+    best, exact = (
+        change(cost.latency_s, cost.repaired_s),
+        change(cost.exact_s, cost.exact_repaired_s),
+    )
+    return f"{model}, best plan {best}; best that keeps the picture {exact}"
 
 
 def topology_tree(box: Topology) -> Iterator[str]:

@@ -100,6 +100,11 @@ class Gpu(Strict):
     launch: Launch
     collective_sms: Figure[Count]
     """SMs that a collective's kernels take from overlapped compute."""
+    pcie: Figure[Count] | None = None
+    """PCIe generation of its sixteen lanes; None where it has none."""
+    nvlinks: Figure[Count] | None = None
+    nvlink_bandwidth: Figure[BytesPerSecond] | None = None
+    """Of one NVLink, each direction, before what protocol takes."""
     tdp: Figure[Watts]
     price_per_hour: Figure[Dollars] | None = None
 

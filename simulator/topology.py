@@ -41,6 +41,7 @@ class Link:
     latency_s: float = 0.0
     kind: str = "link"
     duplex: Duplex = "full"
+    source: str = ""
 
     def __post_init__(self) -> None:
         if not self.bandwidth_bytes_per_s > 0 or not self.latency_s >= 0:
@@ -370,6 +371,7 @@ class TopologyFile(Strict):
             latency_s=entry.latency,
             kind=entry.kind,
             duplex=entry.duplex,
+            source=entry.source,
         )
 
 

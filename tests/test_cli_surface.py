@@ -15,6 +15,10 @@ PLAN = {
     "--exact-only", "--max-staleness", "--max-quality-loss", "--set", "--top", "--format",
     "--output-dir",
 }  # fmt: skip
+IMPORT = {
+    "--gpu", "--nvidia-smi", "--p2p", "--nccl-xml", "--nccl-log", "--nvbandwidth", "--p2p-test",
+    "--nccl-tests", "--lstopo",
+}  # fmt: skip
 CHOICES = {
     "--dtype": ["fp16", "bf16", "fp32"],
     "--runtime": ["eager", "compiled", "cuda-graph"],
@@ -32,7 +36,7 @@ def test_commands() -> None:
     group = typer.main.get_command(app)
     assert sorted(group.commands) == ["plan", "profile", "topology", "validate"]  # type: ignore[attr-defined]
     assert sorted(group.commands["profile"].commands) == ["trace"]  # type: ignore[attr-defined]
-    assert sorted(group.commands["topology"].commands) == ["show"]  # type: ignore[attr-defined]
+    assert sorted(group.commands["topology"].commands) == ["doctor", "import", "show"]  # type: ignore[attr-defined]
     assert sorted(group.commands["validate"].commands) == ["published"]  # type: ignore[attr-defined]
 
 
@@ -46,6 +50,12 @@ def test_plan_options_are_the_same_under_both_names() -> None:
     group = typer.main.get_command(app)
     assert options(group.commands["plan"]) == PLAN  # type: ignore[attr-defined]
     assert options(typer.main.get_command(plan_app)) == PLAN
+
+
+def test_topology_options() -> None:
+    commands = typer.main.get_command(app).commands["topology"].commands  # type: ignore[attr-defined]
+    assert options(commands["import"]) == IMPORT | {"--name", "--output"}
+    assert options(commands["doctor"]) == IMPORT | {"--model", "--what-if", "--check"}
 
 
 def test_choices() -> None:

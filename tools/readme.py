@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from paradiff.cli import plan_app
 
 README = Path(__file__).parent.parent / "README.md"
-BLOCK = re.compile(r"(?<=```\n)\$ paradiff-plan (?P<arguments>[^\n]*)\n(?P<output>.*?)(?=```)", re.S)
+BLOCK = re.compile(
+    r"(?<=```\n)\$ paradiff-plan (?P<arguments>[^\n]*)\n(?P<output>.*?)(?=```)", re.S
+)
 
 
 def printed(arguments: str) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from paradiff.profiles import Profile
     from paradiff.strategies import Workload
 
-MALFORMED, INFEASIBLE, INTERRUPTED = 2, 3, 130
+GATE_FAILED, MALFORMED, INFEASIBLE, INTERRUPTED = 1, 2, 3, 130
 MAX_PROFILE_BYTES = 64 * 2**20
 
 CONTEXT = {
@@ -142,6 +142,20 @@ def check_output_dir(path: Path | None) -> None:
         raise ConfigError(f"--output-dir {path}: {existing} is not a directory")
     if not os.access(existing, os.W_OK):
         raise ConfigError(f"--output-dir {path}: {existing} cannot be written to")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises ConfigError where the file system refuses."""
+    from paradiff.config import ConfigError
+
+    partial = path.with_name(f".{path.name}.paradiff-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,12 +1,29 @@
-"""``paradiff topology``: boxes."""
+"""``paradiff topology``: boxes, shipped, written by hand or imported from what other tools print."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paradiff.cli.common import group, one_message
+from paradiff.cli.common import (
+    GATE_FAILED,
+    group,
+    load_model,
+    one_message,
+    progress,
+    workload_of,
+    write_file,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from analysis.doctor import Cost, Finding
+    from simulator.importers.machine import Facts
+    from simulator.topology import Topology
 
 app = group("Boxes.")
 
@@ -23,3 +40,144 @@ def show(
     from analysis import text
 
     typer.echo("\n".join(text.topology_tree(box)))
+
+
+def _file(help_: str) -> Any:
+    return typer.Option(metavar="FILE", help=help_)
+
+
+Smi = Annotated[str | None, _file("nvidia-smi topo -m")]
+P2p = Annotated[str | None, _file("nvidia-smi topo -p2p rw")]
+NcclXml = Annotated[str | None, _file("what NCCL_TOPO_DUMP_FILE wrote")]
+NcclLog = Annotated[str | None, _file("a log with NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=INIT,GRAPH")]
+Nvbandwidth = Annotated[str | None, _file("nvbandwidth -j")]
+P2pTest = Annotated[str | None, _file("p2pBandwidthLatencyTest")]
+NcclTests = Annotated[list[str] | None, _file("output of nccl-tests; may be repeated")]
+Lstopo = Annotated[str | None, _file("lstopo FILE.xml")]
+
+
+@app.command(name="import")
+def import_(
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="GPU profile of the box: l40s.")],
+    nvidia_smi: Smi = None,
+    p2p: P2p = None,
+    nccl_xml: NcclXml = None,
+    nccl_log: NcclLog = None,
+    nvbandwidth: Nvbandwidth = None,
+    p2p_test: P2pTest = None,
+    nccl_tests: NcclTests = None,
+    lstopo: Lstopo = None,
+    name: Annotated[str | None, typer.Option(help="Name of the box; default: the file's.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The topology; default: stdout.")
+    ] = None,
+) -> None:
+    """Make one topology of what other tools print about a box, each link with its source."""
+    files = _given(locals())
+    with one_message():
+        from simulator.importers.assemble import to_yaml
+
+        facts, data = _imported(
+            files, nccl_tests or [], gpu, name or (output.stem if output else None)
+        )
+        command = shlex.join(["paradiff", "topology", "import", *sys.argv[3:]])
+        text = to_yaml(data, [command])
+        if output is not None:
+            write_file(output, text)
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        typer.echo(f"{output}: {len(facts.machine.gpus)} GPUs, {len(data['links'])} links")
+    from analysis.doctor import diagnose
+
+    _print_findings(diagnose(_topology(data), facts), err=output is None)
+
+
+@app.command()
+def doctor(
+    box: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME|FILE]", help="A box; not needed with the files of an import."
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="GPU profile, with the files of an import.")
+    ] = None,
+    nvidia_smi: Smi = None,
+    p2p: P2p = None,
+    nccl_xml: NcclXml = None,
+    nccl_log: NcclLog = None,
+    nvbandwidth: Nvbandwidth = None,
+    p2p_test: P2pTest = None,
+    nccl_tests: NcclTests = None,
+    lstopo: Lstopo = None,
+    model: Annotated[str, typer.Option(help="What repairs are worth is planned for it.")] = "sdxl",
+    what_if: Annotated[
+        bool, typer.Option("--what-if/--no-what-if", help="Plan each repair to see its gain.")
+    ] = True,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 if something is wrong.")] = False,
+) -> None:
+    """Say what is wrong with a box, the evidence, what it costs and what to do."""
+    files = _given(locals())
+    with one_message():
+        from analysis.doctor import costs, diagnose
+        from paradiff.config import ConfigError
+        from simulator.topology import load_topology
+
+        facts: Facts | None = None
+        if files:
+            known = load_topology(box) if box is not None else None
+            profile_name = gpu or (known.profiles[0] if known is not None else None)
+            if profile_name is None:
+                raise ConfigError("--gpu is missing, allowed: the GPU profile of the box (l40s)")
+            facts, data = _imported(files, nccl_tests or [], profile_name, None)
+            topology = known or _topology(data)
+        elif box is not None:
+            topology = load_topology(box)
+        else:
+            raise ConfigError("no box, allowed: a name, a file, or the files of an import")
+        findings = diagnose(topology, facts)
+        worth: dict[str, Cost] = {}
+        if what_if and any(finding.repaired for finding in findings):
+            profile = load_model(model)
+            workload = workload_of(profile, dict.fromkeys(profile.defaults), 1, "bf16")
+            with progress(enabled=True) as advance:
+                worth = costs(profile, workload, topology, findings, advance)
+    _print_findings(findings, worth, model)
+    if check and any(finding.severity == "wrong" for finding in findings):
+        raise typer.Exit(GATE_FAILED)
+
+
+SINGLE = ("nccl_xml", "lstopo", "nccl_log", "nvidia_smi", "p2p", "nvbandwidth", "p2p_test")
+
+
+def _given(options: dict[str, Any]) -> dict[str, str]:
+    return {kind: options[kind] for kind in SINGLE if options[kind] is not None}
+
+
+def _imported(
+    files: dict[str, str], runs: Sequence[str], gpu: str, name: str | None
+) -> tuple[Facts, dict[str, Any]]:
+    from simulator.importers.assemble import default_name, read_facts, topology_data
+
+    facts = read_facts(files, runs)
+    return facts, topology_data(facts, name or default_name(files), gpu)
+
+
+def _topology(data: dict[str, Any]) -> Topology:
+    from simulator.topology import TopologyFile
+
+    return TopologyFile.model_validate(data).topology()
+
+
+def _print_findings(
+    findings: Sequence[Finding],
+    worth: dict[str, Cost] | None = None,
+    model: str = "",
+    *,
+    err: bool = False,
+) -> None:
+    from analysis import text
+
+    typer.echo("\n".join(text.findings(findings, worth or {}, model)), err=err)

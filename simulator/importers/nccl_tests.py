@@ -1,0 +1,106 @@
+"""Text output of nccl-tests: one table for each program that ran, out of place.
+
+Sizes are kept as printed (the gathered buffer for all_gather and reduce_scatter, the buffer of one rank
+for the others), which is the convention of topology files, too.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simulator.importers.machine import CollectiveRun, Reading
+from simulator.importers.reading import Report, number
+
+KINDS = {
+    "all_gather": "all_gather", "all_reduce": "all_reduce", "alltoall": "all_to_all",
+    "broadcast": "broadcast", "reduce_scatter": "reduce_scatter",
+}  # fmt: skip
+_PROGRAM = re.compile(r"\b([a-z_]+)_perf\b")
+_RANK = re.compile(
+    r"#\s+Rank\s+(?P<rank>\d+)\s.*?\bon\s+(?P<host>\S+)\s+device\s+(?P<device>\d+)\s"
+)
+_ROW = re.compile(r"\s*(?:\[[\d,]+\]<stdout>:)?\s*(\d+)\s+(\d+)\s+([a-z]\w*)\s+(.*)")
+
+
+@dataclass(slots=True)
+class _Run:
+    """One program's output while it is read."""
+
+    kind: str = ""
+    line: int = 0
+    ranks: dict[int, tuple[str, int]] = field(default_factory=dict)
+    rows: list[tuple[int, float, float, int]] = field(default_factory=list)
+
+
+def read_nccl_tests(report: Report) -> tuple[CollectiveRun, ...]:
+    """Every table of a file. The collective is named by a line with ``NAME_perf`` (the command, or
+    the header of newer versions), else by the file's name. Raises ConfigError."""
+    runs = [_Run()]
+    for line, text in report.numbered():
+        program, rank, row = _PROGRAM.search(text), _RANK.search(text), _ROW.fullmatch(text)
+        if program and "Avg bus" not in text:
+            if runs[-1].rows:
+                runs.append(_Run())
+            runs[-1].kind, runs[-1].line = _kind(report, line, program[1]), line
+        elif rank:
+            if runs[-1].rows:
+                runs.append(_Run())
+            number_ = int(rank["rank"])
+            if number_ in runs[-1].ranks:
+                what = f"second rank {number_}, allowed: one job (build nccl-tests with MPI=1)"
+                raise report.error(line, what)
+            runs[-1].ranks[number_] = (rank["host"], int(rank["device"]))
+        elif row and len(row[4].split()) >= 8:
+            _add_row(report, line, row, runs[-1])
+    found = [run for run in runs if run.rows]
+    if not found:
+        what = "no row with a time, allowed: the output of nccl-tests (size count type ... time)"
+        raise report.error(1, what)
+    return tuple(_finished(report, run) for run in found)
+
+
+def _kind(report: Report, line: int, name: str) -> str:
+    for known, kind in KINDS.items():
+        if name.endswith(known):
+            return kind
+    raise report.error(line, f"{name}_perf is not used, allowed: {', '.join(KINDS)}")
+
+
+def _add_row(report: Report, line: int, row: re.Match[str], run: _Run) -> None:
+    """Columns from the end: time, algbw, busbw and #wrong, out of place and then in place."""
+    size, words = int(row[1]), row[4].split()
+    time, _, busbw, wrong = words[-8:-4]
+    if wrong not in ("0", "N/A") and number(report, line, wrong, "#wrong") > 1e-3:
+        raise report.error(line, f"{wrong} wrong results, allowed: 0")
+    seconds = number(report, line, time, "time") * 1e-6
+    if size and seconds:
+        run.rows.append((size, seconds, number(report, line, busbw, "busbw") * 1e9, line))
+
+
+def _finished(report: Report, run: _Run) -> CollectiveRun:
+    first = run.rows[0][3]
+    kind = run.kind
+    if not kind:
+        name = Path(report.file).name.replace("all_to_all", "alltoall")
+        kind = next((k for known, k in KINDS.items() if known in name), "")
+    if not kind:
+        what = "which collective is this? allowed: a line with its command (all_gather_perf ...)"
+        raise report.error(first, f"{what}, or its name in the file's name")
+    ranks = len(run.ranks)
+    if ranks < 2:
+        what = f"{ranks} ranks listed, allowed: 2 or more lines '#  Rank  0 ... device  0'"
+        raise report.error(run.line or first, what)
+    table = {size: seconds for size, seconds, _, _ in sorted(run.rows, reverse=True)}
+    hosts = tuple(dict.fromkeys(host for _, (host, _) in sorted(run.ranks.items())))
+    _, _, busbw, line = max(run.rows)
+    return CollectiveRun(
+        kind=kind,
+        ranks=ranks,
+        devices=tuple(d for _, (host, d) in sorted(run.ranks.items()) if host == hosts[0]),
+        hosts=hosts,
+        table=tuple(sorted(table.items())),
+        busbw=Reading(busbw, report.at(line)),
+        at=report.at(first),
+    )

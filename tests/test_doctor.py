@@ -1,0 +1,236 @@
+"""The box doctor: each fault is found on a box that has it, and not on one that has not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from shipped import profile
+from typer.testing import CliRunner, Result
+
+from analysis.doctor import costs, diagnose
+from paradiff.cli import app
+from paradiff.config import available
+from paradiff.strategies import Workload
+from simulator.importers.assemble import read_facts, topology_data
+from simulator.importers.machine import Facts
+from simulator.planner import Request, plan
+from simulator.topology import Link, Node, Topology, TopologyFile, load_topology
+
+BOXES = Path(__file__).parent / "boxes"
+
+
+def box_of(gpu: str, **files: str) -> tuple[Topology, Facts]:
+    facts = read_facts({kind: str(BOXES / file) for kind, file in files.items()})
+    return TopologyFile.model_validate(topology_data(facts, "box", gpu)).topology(), facts
+
+
+def codes(box: Topology, facts: Facts | None = None) -> dict[str, str]:
+    return {finding.code: finding.severity for finding in diagnose(box, facts)}
+
+
+def healthy() -> Topology:
+    """Two L40 below one switch with peer access and links as they should be: nothing to find."""
+    links = tuple(
+        Link(
+            a=g,
+            b="plx0",
+            bandwidth_bytes_per_s=26e9,
+            latency_s=1e-6,
+            kind="pcie4-x16",
+            source="measured",
+        )
+        for g in ("gpu0", "gpu1")
+    )
+    return Topology(
+        name="good", gpus=("gpu0", "gpu1"), profiles=("l40", "l40"), switches=("plx0",), links=links,
+        nodes=(Node(name="host0", gpus=("gpu0", "gpu1"), host_memory_bytes_per_s=80e9),),
+    )  # fmt: skip
+
+
+def with_link(box: Topology, **changes: object) -> Topology:
+    return replace(box, links=(replace(box.links[0], **changes), *box.links[1:]))  # type: ignore[arg-type]
+
+
+def test_a_healthy_box_has_no_findings() -> None:
+    assert codes(healthy()) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"kind": "pcie4-x8", "bandwidth_bytes_per_s": 13e9}, "pcie-x8", "8 of 16 lanes"),
+        (
+            {"kind": "pcie3-x16", "bandwidth_bytes_per_s": 13e9},
+            "pcie3",
+            "PCIe 3 where the GPU has 4",
+        ),
+        # 6.6 of 26 GB/s is a quarter of sixteen lanes
+        ({"bandwidth_bytes_per_s": 6.6e9}, "slow-pcie-4", "6.6 GB/s of 26, as if on 4 lanes"),
+        ({"kind": "pcie", "bandwidth_bytes_per_s": 13e9}, "slow-pcie-8", "as if on 8 lanes"),
+    ],
+)
+def test_links_below_what_the_gpu_has(changes: dict[str, object], code: str, words: str) -> None:
+    (finding,) = diagnose(with_link(healthy(), **changes))
+    assert (finding.code, finding.severity) == (code, "wrong")
+    assert words in finding.what
+    assert finding.repaired is not None
+    assert diagnose(finding.repaired) == () or changes.get(
+        "kind"
+    )  # the repaired link is at full rate
+    assert finding.repaired.links[0].bandwidth_bytes_per_s == pytest.approx(26.0e9, rel=1e-3)
+
+
+def test_peer_access_refused_says_who_says_so() -> None:
+    box, facts = box_of("l40s", nvidia_smi="two-sockets.topo.txt", p2p="refused.p2p.txt")
+    found = {finding.code: finding for finding in diagnose(box, facts)}
+    assert "refused.p2p.txt:2: CNS, chipset not supported" in found["peer-to-peer"].evidence
+    assert found["peer-to-peer"].severity == "wrong"
+    # sixteen pairs of eight GPUs, four a socket
+    assert found["sockets"].what.startswith("16 GPU pairs")
+    # 8 links of 26.01 GB/s, a store and a load for each byte
+    assert "ask for 416" in found["host-memory-host0"].what
+    assert found["unmeasured"].severity == "unknown"
+
+
+def test_nobody_says_whether_there_is_peer_access() -> None:
+    box, facts = box_of("a5000", nvidia_smi="bridges.topo.txt")
+    assert codes(box, facts)["peer-to-peer"] == "unknown"
+    assert codes(box, facts)["nvlink-pairs"] == "limit"
+
+
+def test_peers_slower_than_the_host() -> None:
+    """9.9 against 22 GB/s: the way through the host doubles the rate of a pair."""
+    box, facts = box_of(
+        "rtx4090", nvidia_smi="slow-peers.topo.txt", p2p_test="slow-peers.p2ptest.txt"
+    )
+    found = {finding.code: finding for finding in diagnose(box, facts)}
+    slow = found["slow-peers"]
+    assert "12 of 12 directed pairs" in slow.what
+    assert "p2ptest.txt:" in slow.evidence
+    assert slow.repaired is not None
+    assert not slow.repaired.peer_to_peer
+    best = [round(k.bandwidth_bytes_per_s / 1e8) for k in slow.repaired.links if "gpu" in k.a]
+    assert best == [221, 223, 223, 221]  # each GPU's best copy through the host
+
+
+def test_what_a_repair_gains_is_the_planners_own_answer() -> None:
+    """A link of four lanes between two GPUs: repaired it plans as the healthy box does, faster."""
+    model, work = profile("pixart-alpha"), Workload(height=1024, width=1024, frames=1, steps=4)
+    slow = with_link(healthy(), bandwidth_bytes_per_s=6.5e9)
+    (finding,) = diagnose(slow)
+    gain = costs(model, work, slow, [finding])[finding.code]
+    assert gain.exact_s is not None
+    assert gain.exact_repaired_s is not None
+    assert gain.exact_repaired_s < gain.exact_s
+    request = Request(profile=model, topology=healthy(), workload=work, gpus=2)
+    best = min(c.latency_s or 0 for c in plan(request).ranked if c.exact and c.n_gpus == 2)
+    assert gain.exact_repaired_s == pytest.approx(best, rel=1e-3)  # 26.007 against 26 GB/s
+    assert costs(model, work, healthy(), ()) == {}
+
+
+def test_lanes_measured_by_a_copy_and_lanes_told_by_nccl() -> None:
+    box, facts = box_of(
+        "l40s",
+        nvidia_smi="two-sockets.topo.txt",
+        p2p="granted.p2p.txt",
+        nvbandwidth="two-sockets.nvbandwidth.json",
+    )
+    found = {finding.code: finding for finding in diagnose(box, facts)}
+    assert found["slow-pcie-4"].what.startswith("gpu5 to plx2")
+    assert "peer-to-peer" not in found
+    box, facts = box_of("h100-pcie", nccl_xml="switches.nccl.xml")
+    assert codes(box, facts)["pcie-x8"] == "wrong"
+    assert codes(box, facts)["nvlink-missing"] == "wrong"
+
+
+def test_links_that_are_down_and_partitions() -> None:
+    """An H100 has 18 NVLinks; an image of an A100 box with NV12 has 6 down."""
+    box, facts = box_of("a100-80g-sxm", nvidia_smi="nvswitch.topo.txt")
+    assert codes(box, facts) == {"mig": "wrong", "unmeasured": "unknown"}
+    links = tuple(replace(link, b=None) for link in facts.machine.nvlinks)
+    fewer = replace(facts, machine=replace(facts.machine, nvlinks=links))
+    h100 = replace(box, profiles=("h100-sxm",) * 8)
+    down = next(f for f in diagnose(h100, fewer) if f.code == "nvlinks-down")
+    assert down.what == "GPU 0 has 12 NVLinks up of 18"
+
+
+def test_network_at_half_rate() -> None:
+    wire = Link(
+        a="nic0", b="net", bandwidth_bytes_per_s=5.9e9, kind="ethernet-100g", source="iperf"
+    )
+    box = healthy()
+    box = replace(box, switches=("plx0", "nic0", "net"), links=(*box.links, wire))
+    (finding,) = diagnose(box)
+    assert (finding.code, finding.what) == ("network", "nic0 to net: 5.9 of 12.5 GB/s")
+
+
+@pytest.mark.parametrize("name", available("topologies"))
+def test_every_shipped_box_can_be_examined(name: str) -> None:
+    """And none is called broken but for what its file says itself: peer-to-peer off."""
+    wrong = {
+        finding.code for finding in diagnose(load_topology(name)) if finding.severity == "wrong"
+    }
+    assert wrong <= {"peer-to-peer"}
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["topology", *arguments])
+
+
+TWO_SOCKETS = [
+    "--nvidia-smi",
+    str(BOXES / "two-sockets.topo.txt"),
+    "--p2p",
+    str(BOXES / "refused.p2p.txt"),
+]
+
+
+def test_import_writes_a_file_that_plans_and_prints_what_is_wrong(tmp_path: Path) -> None:
+    target = tmp_path / "mine.yaml"
+    done = run("import", "--gpu", "l40s", *TWO_SOCKETS, "--output", str(target))
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith(f"{target}: 8 GPUs, 13 links\n")
+    assert "WRONG: peer-to-peer is off." in done.stdout
+    assert load_topology(target).name == "mine"
+    assert list(tmp_path.iterdir()) == [target]
+    planned = CliRunner().invoke(
+        app, ["plan", "--topology", str(target), "--strategy", "cfg=2", "--steps", "4"]
+    )
+    assert planned.exit_code == 0, planned.output
+
+
+def test_import_to_stdout_keeps_findings_apart(tmp_path: Path) -> None:
+    done = run("import", "--gpu", "l40s", *TWO_SOCKETS)
+    (tmp_path / "box.yaml").write_text(done.stdout)
+    assert len(load_topology(tmp_path / "box.yaml").gpus) == 8
+    assert "peer-to-peer is off" in done.stderr
+
+
+def test_doctor_check_fails_only_where_something_is_wrong() -> None:
+    assert run("doctor", "pcie8", "--no-what-if", "--check").exit_code == 1
+    assert run("doctor", "pcie8", "--no-what-if").exit_code == 0
+    assert run("doctor", "nvlink8-h100", "--no-what-if", "--check").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["doctor"], "no box, allowed: a name, a file, or the files of an import"),
+        (["doctor", *TWO_SOCKETS], "--gpu is missing"),
+        (["import", "--gpu", "l40x", *TWO_SOCKETS], "l40x: no such file in gpus"),
+        (["import", "--gpu", "l40s", "--p2p", str(BOXES / "refused.p2p.txt")], "the structure"),
+        (["import", "--gpu", "l40s", "--nvidia-smi", "nowhere"], "nowhere: cannot be read"),
+        (["import", "--gpu", "l40s", *TWO_SOCKETS, "--output", "/nowhere/x.yaml"], "cannot be written"),
+        (["import", "--gpu", "a10", "--nvidia-smi", str(BOXES / "bridges.topo.txt")], "nvlink"),
+    ],
+)  # fmt: skip
+def test_wrong_use_is_one_message(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
