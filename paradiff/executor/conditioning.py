@@ -1,0 +1,208 @@
+"""What the network is given beside the latent: read from a file, or computed by the text encoders.
+
+Prompts go through diffusers' own pipeline: it is called as its user calls it, up to its first call of
+the denoiser, whose arguments are the conditioning. So no tokenizing, padding, masking or size embedding
+is written again. (``network.random_conditioning`` is for models with random weights.)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from paradiff.executor.loading import Pipeline, component_class, load_module, read_config
+from paradiff.executor.network import LATENT_NAMES, Conditioning, Network, random_conditioning
+
+POSITIONS = ("timestep", "img_ids", "txt_ids", "return_dict")
+"""Arguments that the executor makes itself, for the rows at hand."""
+NOT_USED = ("safety_checker", "requires_safety_checker")
+
+
+class _Reached(Exception):
+    """No error: the pipeline has come to its first network call."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        super().__init__()
+        self.given = given
+
+
+def encode_prompt(
+    pipeline: Pipeline,
+    shape: Mapping[str, int],
+    size: tuple[int, int, int],
+    prompt: Any,
+    *,
+    negative_prompt: str = "",
+    guidance_scale: float | None = None,
+    seed: int = 0,
+) -> Conditioning:
+    """The conditioning of ``prompt`` (a PIL image where the model takes one), for both branches.
+
+    ``shape`` is that of one whole network call without guidance (``Profile.latent_shape``), ``size`` is
+    height, width and frames in pixels. Encoders live while this runs. Raises ValueError where the
+    pipeline has none, and what the pipeline itself raises.
+    """
+    folder = pipeline.folder
+    if folder is None:
+        raise ValueError(
+            "a prompt needs text encoders, allowed: the directory of a whole pipeline, embeddings"
+            " from a file, or random ones"
+        )
+    pipe = pipeline.diffusers_class(**_components(pipeline, folder))
+    pipe.set_progress_bar_config(disable=True)
+    network = pipeline.network
+    call = inspect.signature(pipe.__call__).parameters
+    height, width, frames = size
+    batch = shape["b"]
+    wanted = {
+        "image" if "image" in call and "prompt" not in call else "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": 2,
+        "generator": torch.Generator().manual_seed(seed),
+        "use_resolution_binning": False,
+        "output_type": "latent",
+        **dict.fromkeys((name for name in call if name.endswith("_per_prompt")), batch),
+    }
+    if network.profile.geometry.guidance == "embedded":
+        wanted["guidance_scale"] = guidance_scale or pipeline.guidance_scale
+    given = _first_call(network.model, lambda: pipe(**{k: wanted[k] for k in wanted if k in call}))
+    return checked(network, _without_latent(network, given), shape, "the prompt")
+
+
+def read_conditioning(
+    file: Path, network: Network, shape: Mapping[str, int], dtype: torch.dtype
+) -> Conditioning:
+    """Embeddings from a safetensors file: tensors called as the network's arguments, those of nested
+    ones with a dot (``added_cond_kwargs.text_embeds``), both guidance branches along the batch, uncond
+    first. Raises ValueError: not safetensors, a name or a shape that the network does not take."""
+    device = next(network.model.parameters()).device
+    try:
+        tensors = load_file(file, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: not readable as safetensors: {error}") from None
+    given: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        owner, _, inner = name.rpartition(".")
+        at = given.setdefault(owner, {}) if owner else given
+        at[inner] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return checked(network, given, shape, str(file))
+
+
+def checked(
+    network: Network, given: Conditioning, shape: Mapping[str, int], where: str
+) -> Conditioning:
+    """``given``, if names and shapes are those that the network takes. Raises ValueError.
+
+    ``shape`` as for ``encode_prompt``. How many text tokens there are is free where they are only keys.
+    """
+    branches = 2 if network.profile.geometry.guidance == "cfg" else 1
+    call = {**shape, "b": branches * shape["b"]}
+    wanted = dict(_flat(random_conditioning(network, call, 0, torch.float32)))
+    found = dict(_flat(given))
+    takes = inspect.signature(type(network.model).forward).parameters
+    for name in found:
+        if name not in wanted and name.split(".")[0] not in takes:
+            raise ValueError(f"{where}: {name!r}, allowed: {', '.join(wanted)}")
+    for name, tensor in wanted.items():
+        if name not in found:
+            raise ValueError(f"{where}: {name!r} is missing, allowed: {', '.join(wanted)}")
+        have, want = list(found[name].shape), list(tensor.shape)
+        if "encoder_" in name and not network.joint_text:
+            have[1:2] = want[1:2]
+        if have != want:
+            raise ValueError(
+                f"{where}: {name} has shape {list(found[name].shape)}, allowed: {want}"
+            )
+    return given
+
+
+def _flat(given: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor with its dotted name."""
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+
+
+# --------------------------------------------------------------------------------- the pipeline
+
+
+def _components(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
+    """Arguments of the pipeline's class: what is loaded already, and the rest from ``folder``."""
+    model = pipeline.network.model
+    parameter = next(model.parameters())
+    index = read_config(folder / "model_index.json")
+    ready = {
+        "transformer": model,
+        "unet": model,
+        "scheduler": deepcopy(pipeline.scheduler),
+        "vae": pipeline.vae,
+        "vocoder": pipeline.vocoder,
+    }
+    found: dict[str, Any] = {}
+    for name in inspect.signature(pipeline.diffusers_class.__init__).parameters:
+        if name in ready:
+            found[name] = ready[name]
+        elif name in index and not isinstance(index[name], list):
+            found[name] = index[name]
+        elif name != "self" and name not in NOT_USED:
+            kind = component_class(folder, name, index)
+            found[name] = _component(folder / name, kind, parameter.dtype, parameter.device)
+    if "safety_checker" in inspect.signature(pipeline.diffusers_class.__init__).parameters:
+        found |= {"safety_checker": None, "requires_safety_checker": False}
+    return found
+
+
+def _component(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A module with its weights; a tokenizer or an image processor from its files."""
+    if kind is None:
+        return None
+    if issubclass(kind, nn.Module):
+        return load_module(folder, kind, dtype, device)
+    try:
+        return kind.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"{folder}: does not load as {kind.__name__}: {cause}") from None
+
+
+def _first_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
+    """Arguments of the first forward of ``model`` in ``run``, which goes no further."""
+    signature = inspect.signature(type(model).forward)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        raise _Reached(dict(signature.bind(model, *args, **kwargs).arguments))
+
+    try:
+        with torch.no_grad(), mock.patch.object(model, "forward", forward):
+            run()
+    except _Reached as reached:
+        return reached.given
+    raise AssertionError("the pipeline has not called its denoiser")
+
+
+def _without_latent(network: Network, given: dict[str, Any]) -> dict[str, Any]:
+    """What is left of a call's arguments without those that the executor makes itself."""
+    latent = next(given[name] for name in LATENT_NAMES if name in given)
+    left = {
+        name: value
+        for name, value in given.items()
+        if value is not None and value != {} and name not in ("self", *LATENT_NAMES, *POSITIONS)
+    }
+    channels = network.profile.geometry.channels
+    if network.class_name == "UNetSpatioTemporalConditionModel":
+        left["image_latents"] = latent[:, :, channels:]
+    return left
