@@ -42,6 +42,7 @@ from simulator.gpu import load_gpu
 from simulator.memory import misfit, peak_memory
 from simulator.network import Network
 from simulator.placement import MAX_GPUS, Placement, Wire, placements, promising
+from simulator.tailored import tailored_specs
 from simulator.topology import Topology
 
 Objective = Literal["latency", "throughput", "cost"]
@@ -187,7 +188,7 @@ def plan(request: Request, progress: Callable[[int, int], None] | None = None) -
     some forty specs and keeps those that build, fit in memory and pass the goal's filters.
     """
     planner = _Planner(request)
-    specs = request.specs or tuple(candidate_specs(request.profile, request.workload, request.gpus))
+    specs = request.specs or planner.specs()
     results = []
     for done, text in enumerate(specs):
         results.append(planner.candidate(text))
@@ -313,6 +314,12 @@ class _Planner:
         return Baseline(_latency_s(stages), peak, stages, None)
 
     # ------------------------------------------------------------------------------ one candidate
+
+    def specs(self) -> tuple[str, ...]:
+        """What is worth comparing anywhere, and what this box suggests."""
+        profile, workload, gpus = self.request.profile, self.request.workload, self.request.gpus
+        tailored = tailored_specs(profile, workload, self.costs, self.network, gpus)
+        return tuple(dict.fromkeys((*candidate_specs(profile, workload, gpus), *tailored)))
 
     def candidate(self, text: str) -> Candidate:
         """What becomes of one spec: its numbers, or why it cannot run or is not wanted."""
