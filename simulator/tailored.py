@@ -19,6 +19,7 @@ from simulator.costs import CostModel
 from simulator.memory import CONTEXT_BYTES
 from simulator.network import Network
 from simulator.partition import Partition, partition
+from simulator.topology import Topology
 
 
 def tailored_specs(
@@ -27,11 +28,25 @@ def tailored_specs(
     """Specs on up to ``gpus`` GPUs of this box, beside ``candidate_specs``."""
     guided = profile.geometry.guidance == "cfg"
     names = network.topology.profiles[:gpus]
+    for n, inside in _groups_over_machines(network.topology, gpus):
+        yield f"ulysses={n},exchange={inside}x{n // inside}"
+        if guided and 2 * n <= gpus:
+            yield f"cfg=2,ulysses={n},exchange={inside}x{n // inside}"
     if len(set(names)) > 1:
         uneven = _Uneven(profile, workload, costs, network, names)
         for cfg in (1, 2) if guided else (1,):
             yield from uneven.pipelines(cfg)
         yield from uneven.components()
+
+
+def _groups_over_machines(topology: Topology, gpus: int) -> Iterator[tuple[int, int]]:
+    """(ranks, GPUs of a machine) of Ulysses groups on whole machines of equal size."""
+    sizes = {len(node.gpus) for node in topology.nodes}
+    inside = next(iter(sizes))
+    if len(sizes) == 1 and inside > 1:
+        for n in (2 * inside, 4 * inside, 8 * inside):
+            if n <= gpus:
+                yield n, inside
 
 
 class _Uneven:

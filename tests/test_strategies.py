@@ -27,6 +27,8 @@ SPECS = {
         "ring=4,rotate=allgather",
         "ulysses=2,ring=2",
         "cfg=2,ulysses=2,ring=2",
+        "ulysses=4,ring=2,exchange=2x2",
+        "pipefusion=2,ulysses=4,exchange=2x2,patches=2",
         "distrifusion=4,warmup=2",
         "cfg=2,distrifusion=2,warmup=1,bucket=1",
         "distrifusion=4,bucket=3",

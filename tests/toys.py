@@ -27,17 +27,22 @@ def one(name: str, flops: str, repeat: str = "1") -> Stage:
 
 
 def transformer(
-    blocks: int = 4, *, joint: bool = False, per_row: int = 8, text: int = 6
+    blocks: int = 4, *, joint: bool = False, per_row: int = 8, text: int = 6, heads: int = 4
 ) -> Profile:
-    """``blocks`` blocks of (qkv, attention, mlp); 4 heads of 2, hidden 8; row multiple 1."""
+    """``blocks`` blocks of (qkv, attention, mlp); ``heads`` of hidden 8; row multiple 1."""
     segments, cuts = [Segment("embed", work(f"{per_row}*b*r*w"), 16, E("16*b*r*w"))], []
     for i in range(blocks):
         lo = len(segments)
-        point = Point("kv", E("16*b*r*w"), 4, 2, joint)
+        attend = attention(heads, 8 // heads, "t" if joint else "")
+        point = Point("kv", E("16*b*r*w"), heads, 8 // heads, joint)
         segments += [
             Segment(f"block{i}.qkv", work(f"{per_row}*b*r*w"), 64, E("32*b*r*w")),
             Segment(
-                f"block{i}.attn", attention(text="t" if joint else ""), 0, E("32*b*r*w"), point
+                f"block{i}.attn",
+                attention(heads, 8 // heads, "t" if joint else ""),
+                0,
+                E("32*b*r*w"),
+                point,
             ),
             Segment(f"block{i}.mlp", work(f"{2 * per_row}*b*r*w"), 128, E("40*b*r*w")),
         ]
@@ -104,12 +109,12 @@ def unet(attentions: int = 2) -> Profile:
     )
 
 
-def plain(blocks: int = 4) -> Profile:
+def plain(blocks: int = 4, heads: int = 4) -> Profile:
     """A transformer with work in its blocks alone: no guidance, hidden 8 wide like its 8 channels.
 
     Embedding, head, text, scheduler and VAE cost nothing, so a run is its blocks and its transfers.
     """
-    base = transformer(blocks)
+    base = transformer(blocks, heads=heads)
     free = ("embed", "head")
     segments = tuple(
         replace(s, kernels=work("0*b")) if s.name in free else s for s in base.denoiser.segments

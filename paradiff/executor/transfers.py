@@ -30,11 +30,20 @@ def transfer(
     if op.call == "all_reduce":
         total = reduced([sent[r] for r in op.ranks])
         return [total for _ in targets]
-    if op.call == "all_to_all":  # what a rank gives has one piece for each
-        return [tuple(sent[r][op.ranks.index(rank)] for r in op.ranks) for rank in targets]
+    if op.call == "all_to_all":
+        return [
+            tuple(p for r in op.ranks for p in shares(sent[r], len(op.ranks))[op.ranks.index(rank)])
+            for rank in targets
+        ]
     if op.call == "broadcast":
         return [sent[op.ranks[0]] for _ in targets]
     raise AssertionError(f"{op.name}: no strategy emits {op.call}")
+
+
+def shares(own: Payload, n: int) -> list[Payload]:
+    """What goes to each of ``n`` ranks in an all-to-all: one piece each, or of several in turn, as the
+    phases of a two-phase exchange have them."""
+    return [own[i::n] for i in range(n)]
 
 
 def _messages(

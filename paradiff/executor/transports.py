@@ -21,6 +21,7 @@ from paradiff.executor.faults import RunFailed
 from paradiff.executor.packing import header_of, packed, size_of, unpacked
 from paradiff.executor.payload import Payload, Piece
 from paradiff.executor.session import Group, Session, on_device
+from paradiff.executor.transfers import shares
 from paradiff.graph import Instance, Op, ScheduleGraph
 
 Reads = Sequence[tuple[int, Payload]]
@@ -198,12 +199,12 @@ class Distributed:
         self, channel: Channel, own: tuple[Piece, ...], targets: Sequence[int]
     ) -> list[Payload]:
         op = channel.op
-        parts: list[Payload] = [(piece,) for piece in own]
+        parts = shares(own, len(op.ranks))
         headers = self._known(op, parts)
         theirs = [_part(headers[r], channel.index) for r in op.ranks]
         found = channel.all_to_all([self._out(p) for p in parts], [size_of(h) for h in theirs])
-        pieces = [unpacked(h, b)[0][0] for h, b in zip(theirs, found, strict=True)]
-        return [tuple(pieces)] * len(targets)
+        pieces = [unpacked(h, b)[0] for h, b in zip(theirs, found, strict=True)]
+        return [tuple(chain.from_iterable(pieces))] * len(targets)
 
     def _message(
         self, channel: Channel, payloads: list[Payload], targets: Sequence[int]

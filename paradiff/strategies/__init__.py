@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from paradiff.graph import ScheduleGraph
 from paradiff.profiles import Profile
 from paradiff.strategies.asyncdiff import asyncdiff
-from paradiff.strategies.builder import Builder, Infeasible, Mesh, Workload, widest_strips
+from paradiff.strategies.builder import Builder, Infeasible, Mesh, Options, Workload, widest_strips
 from paradiff.strategies.displaced import MODES, distrifusion, pcpp, synchronous_steps
 from paradiff.strategies.parastep import batchstep, parastep
-from paradiff.strategies.passes import Options, patch, whole
+from paradiff.strategies.passes import patch, whole
 from paradiff.strategies.pipefusion import pipefusion
 from paradiff.strategies.places import PLACES, in_turns, sharded, stored_in_fp8
 
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 INTEGER, COUNTS = r"[0-9]{1,6}", r"[0-9]{1,4}(:[0-9]{1,4})*"
+PRODUCT = r"[0-9]{1,4}x[0-9]{1,4}"
 FRACTION = r"0?\.[0-9]{0,5}[1-9][0-9]{0,5}|1(\.0*)?"
 
 
@@ -125,7 +126,7 @@ STRATEGIES: Mapping[str, Strategy] = {
     ),
 }
 AXES = ("cfg", "data", "ulysses", "ring")
-AXIS_PARAMETERS = {"ring": {"rotate": "p2p|allgather"}}
+AXIS_PARAMETERS = {"ring": {"rotate": "p2p|allgather"}, "ulysses": {"exchange": PRODUCT}}
 
 
 class SpecError(ValueError):
@@ -221,7 +222,7 @@ def _check_options(spec: Spec) -> None:
             )
         if not re.fullmatch(allowed[key], value):
             wanted = {INTEGER: "a whole number", FRACTION: "a number in (0, 1]"}
-            wanted[COUNTS] = "counts such as 7:7:7:7"
+            wanted |= {COUNTS: "counts such as 7:7:7:7", PRODUCT: "ranks x machines such as 8x2"}
             expected = wanted.get(allowed[key], allowed[key].replace(COUNTS, "i:j"))
             raise SpecError(f"spec {spec.text!r}: {key}={value}; expected {expected}")
         if key in (*AXES, *STRATEGIES, "bucket") and int(value) < 1:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from paradiff.graph import Ref
 from paradiff.profiles import Cut
-from paradiff.strategies.builder import Builder, Infeasible, balanced_owners
-from paradiff.strategies.passes import Options, noise, whole_rows
+from paradiff.strategies.builder import Builder, Infeasible, Options, balanced_owners
+from paradiff.strategies.passes import noise, whole_rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ from paradiff.profiles import Expr, Profile, Stage
 
 DTYPE_BYTES: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 Tags = tuple[tuple[str, str], ...]
+Options = Mapping[str, str]
+"""Key -> value of a spec."""
 MOMENT_BYTES = 4
 """GroupNorm moments travel in float32: E[x^2] overflows fp16 (STRATEGIES 10.2)."""
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from paradiff.graph import Ref, Shape
-from paradiff.strategies.builder import Builder, Forward, Infeasible
+from paradiff.strategies.builder import Builder, Forward, Infeasible, Options
 from paradiff.strategies.passes import (
-    Options,
     Strips,
     check_strips,
     finish_run,

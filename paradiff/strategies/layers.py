@@ -15,6 +15,7 @@ from paradiff.strategies.builder import (
     Builder,
     Forward,
     Infeasible,
+    Options,
     Tags,
     nearest_strips,
     strip,
@@ -30,12 +31,14 @@ class SequenceParallel:
 
     ``split_text``: the text tokens of a joint attention are sharded like image tokens; otherwise they
     are replicated, enter a ring in one iteration only, and their heads are gathered after Ulysses.
+    ``phases``: (ranks inside a machine, machines) of an all-to-all in two phases; None: all at once.
     """
 
     ulysses: int
     ring: int
     rotate: str
     split_text: bool
+    phases: tuple[int, int] | None = None
 
     @property
     def degree(self) -> int:
@@ -55,7 +58,7 @@ class SequenceParallel:
         return tuple(tags)
 
 
-def plan_sequence(build: Builder, rotate: str, patches: int) -> SequenceParallel:
+def plan_sequence(build: Builder, options: Options, patches: int) -> SequenceParallel:
     """The sequence layout of this mesh. Raises Infeasible with the nearest legal degree."""
     mesh, profile = build.mesh, build.profile
     if mesh.sp > 1:
@@ -80,7 +83,23 @@ def plan_sequence(build: Builder, rotate: str, patches: int) -> SequenceParallel
             )
     text = build.latent["t"]
     divides = build.joint_text and mesh.sp > 1 and patches == 1 and mesh.pp == 1
-    return SequenceParallel(mesh.ulysses, mesh.ring, rotate, divides and text % mesh.sp == 0)
+    split = divides and text % mesh.sp == 0
+    rotate, phases = options.get("rotate", "p2p"), two_phases(mesh.ulysses, options)
+    return SequenceParallel(mesh.ulysses, mesh.ring, rotate, split, phases)
+
+
+def two_phases(ulysses: int, options: Options) -> tuple[int, int] | None:
+    """(ranks inside, machines) of ``exchange=8x2``. Raises Infeasible unless they make the degree."""
+    if "exchange" not in options:
+        return None
+    inside, across = (int(n) for n in options["exchange"].split("x"))
+    if min(inside, across) < 2 or inside * across != ulysses:
+        widest = max((d for d in range(2, ulysses) if ulysses % d == 0), default=0)
+        raise Infeasible(
+            f"exchange={inside}x{across}: two numbers above 1 that make the {ulysses} ranks of ulysses",
+            f"exchange={widest}x{ulysses // widest}" if widest else "ulysses=4,exchange=2x2",
+        )
+    return inside, across
 
 
 def nearest_sequence(build: Builder) -> str:
@@ -196,9 +215,17 @@ class _Exchange:
             return [ranks[i : i + u] for i in range(0, len(ranks), u)]
         return [ranks[i::u] for i in range(u)]
 
-    def exchange(self, call: str, label: str, nbytes: int, source: str, target: str) -> None:
+    def exchange(
+        self,
+        call: str,
+        label: str,
+        nbytes: int,
+        source: str,
+        target: str,
+        groups: Sequence[tuple[int, ...]] | None = None,
+    ) -> None:
         name = f"{self.build.denoiser.segments[self.at].name}/{label}{self.forward.tag}"
-        for group in self.groups("ulysses"):
+        for group in groups or self.groups("ulysses"):
             self.build.collective(
                 call,
                 name,
@@ -210,20 +237,37 @@ class _Exchange:
                 channel="ulysses",
             )
 
+    def all_to_all(self, label: str, nbytes: int, source: str, target: str) -> None:
+        """Each rank's share to each other: at once, or in two phases (CoCoDiff, STRATEGIES 18.6 a).
+
+        First inside each machine, to the rank at the receiver's place, then across, between ranks at
+        the same place: (m-1)/m and (k-1)/k of the bytes out of each of m ranks on k machines, in m - 1
+        and k - 1 messages instead of m k - 1.
+        """
+        if self.sp.phases is None:
+            self.exchange("all_to_all", label, nbytes, source, target)
+            return
+        m, k = self.sp.phases
+        whole, between = self.groups("ulysses"), f"{source}in"
+        inside = [group[o * m : (o + 1) * m] for group in whole for o in range(k)]
+        across = [group[i::m] for group in whole for i in range(m)]
+        self.exchange("all_to_all", f"{label}/inside", nbytes, source, between, inside)
+        self.exchange("all_to_all", f"{label}/across", nbytes, between, target, across)
+
     def to_heads(self) -> None:
         """Tokens to heads: one all-to-all each for Q, K and V."""
         size = self.token_bytes
         ranks = self.forward.ranks
         self.forward.run(self.at, {r: [self.ref(n, r, size=size) for n in "qkv"] for r in ranks})
         for n in "qkv":
-            self.exchange("all_to_all", n, size, n, f"{n}h")
+            self.all_to_all(n, size, n, f"{n}h")
         for rank in ranks:
             self.forward.need(rank, *(self.ref(f"{n}h", rank, size=size) for n in "qkv"))
 
     def to_tokens(self) -> None:
         """Heads back to tokens; replicated text heads are gathered."""
         size, ranks = self.token_bytes, self.forward.ranks
-        self.exchange("all_to_all", "o", size, "o", "ot")
+        self.all_to_all("o", size, "o", "ot")
         text = self.text_heads_bytes
         if text:
             self.exchange("all_gather", "text", text, "otext", "texth")

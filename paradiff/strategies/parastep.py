@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from paradiff.graph import Ref
-from paradiff.strategies.builder import Builder, Infeasible, Lane
+from paradiff.strategies.builder import Builder, Infeasible, Lane, Options
 from paradiff.strategies.passes import (
-    Options,
     Predict,
     finish_run,
     noise,

@@ -6,7 +6,7 @@ displaced passes, which differ only in the versions that a layer reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from paradiff.graph import Ref, Shape
@@ -17,14 +17,12 @@ from paradiff.strategies.builder import (
     Forward,
     Infeasible,
     Lane,
+    Options,
     Tags,
     nearest_strips,
     strip,
 )
 from paradiff.strategies.layers import attend, local_shape, plan_sequence
-
-Options = Mapping[str, str]
-
 
 # ---------------------------------------------------------------------------------- output of a step
 
@@ -107,7 +105,7 @@ Predict = Callable[[Sequence[Lane], int, Latent], dict[int, Ref]]
 
 def whole_pass(build: Builder, options: Options) -> Predict:
     """One evaluation in which every rank sees the whole latent: plain, Ulysses, Ring, USP."""
-    sp = plan_sequence(build, options.get("rotate", "p2p"), 1)
+    sp = plan_sequence(build, options, 1)
     shape = local_shape(build, sp, build.rows)
     size = build.latent_bytes(build.rows // sp.degree, build.call_batch)
     end = len(build.denoiser.segments)

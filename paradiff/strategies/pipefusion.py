@@ -15,13 +15,14 @@ from paradiff.strategies.builder import (
     Forward,
     Infeasible,
     Lane,
+    Options,
     Tags,
     balanced_owners,
     nearest_strips,
     strip,
 )
 from paradiff.strategies.layers import SequenceParallel, attend, local_shape, plan_sequence
-from paradiff.strategies.passes import Options, noise
+from paradiff.strategies.passes import noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ def plan_pipeline(build: Builder, options: Options) -> Pipeline:
     return Pipeline(
         stages=stage_ranges(build, block_counts(build, options.get("stages"))),
         patches=patch_rows(build, patches),
-        sp=plan_sequence(build, options.get("rotate", "p2p"), patches),
+        sp=plan_sequence(build, options, patches),
         text_mode=options.get("text", profile.text_mode),
         prepost=options.get("prepost", "true") == "true",
         warmup=warmup,

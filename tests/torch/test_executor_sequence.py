@@ -8,10 +8,14 @@ import plain_loops as plain
 import pytest
 import torch
 import torch.nn.functional as F
+import toys
 from test_executor_strips import graph_of, latent, reference
 
+from paradiff.executor.payload import Piece
 from paradiff.executor.sequence import attend, merged
-from paradiff.strategies import Infeasible
+from paradiff.executor.transfers import transfer
+from paradiff.graph import Instance
+from paradiff.strategies import Infeasible, Workload, build, parse_spec
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
@@ -54,6 +58,22 @@ def test_degree_inside_a_pipeline_changes_nothing(name: str, stages: int, patche
     alone = f"pipefusion={stages},patches={2 if patches == 3 else patches}"
     spread = f"pipefusion={stages},patches={patches},ulysses=2"
     assert plain.relative(latent(name, spread), latent(name, alone)) < 1e-10
+
+
+@pytest.mark.parametrize(("m", "k"), [(2, 2), (4, 2), (2, 3)])
+def test_two_phases_bring_what_one_brings(m: int, k: int) -> None:
+    """The phases of a graph, by their own groups: every rank ends with one piece of each, in order."""
+    profile = toys.transformer(blocks=1, heads=m * k)
+    graph = build(
+        parse_spec(f"ulysses={m * k},exchange={m}x{k}"), profile, Workload(m * k, 4, 1, 1)
+    )
+    held = {r: tuple(Piece((r, d), None) for d in range(m * k)) for r in range(m * k)}
+    for op, base in graph.instances():
+        if op.name.partition("@")[0] in ("block0.attn/q/inside", "block0.attn/q/across"):
+            reads = [(r, held[r]) for r in op.ranks]
+            found = transfer(Instance(op, base), reads, op.ranks)
+            held.update(zip(op.ranks, found, strict=True))
+    assert held == {d: tuple(Piece((r, d), None) for r in range(m * k)) for d in range(m * k)}
 
 
 @pytest.mark.parametrize("name", ["pixart-alpha", "cogvideox-2b"])
