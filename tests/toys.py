@@ -37,13 +37,7 @@ def transformer(
         point = Point("kv", E("16*b*r*w"), heads, 8 // heads, joint)
         segments += [
             Segment(f"block{i}.qkv", work(f"{per_row}*b*r*w"), 64, E("32*b*r*w")),
-            Segment(
-                f"block{i}.attn",
-                attention(heads, 8 // heads, "t" if joint else ""),
-                0,
-                E("32*b*r*w"),
-                point,
-            ),
+            Segment(f"block{i}.attn", attend, 0, E("32*b*r*w"), point),
             Segment(f"block{i}.mlp", work(f"{2 * per_row}*b*r*w"), 128, E("40*b*r*w")),
         ]
         out = "8*b*r*w + 8*b*t" if joint else "8*b*r*w"
