@@ -256,6 +256,16 @@ def test_batchstep_cycle(p: int) -> None:
     assert step_s(f"batchstep={p},warmup=4", 1.0) == exactly(FORWARD)
 
 
+@pytest.mark.parametrize("every", [2, 3, 6])
+def test_cached_steps(every: int) -> None:
+    """One whole step in K, and K - 1 of the last of L equal blocks; 12 steps."""
+    cheap = FORWARD / BLOCKS
+    whole = 12 // every
+    assert denoise_s(f"cache={every}", 1.0) == exactly(whole * FORWARD + (12 - whole) * cheap)
+    skipped = "skip=" + ":".join(str(t) for t in range(12) if t % every)
+    assert denoise_s(skipped, 1.0) == denoise_s(f"cache={every}", 1.0)
+
+
 BOTH = (
     "cfg=2",
     "data=2",
@@ -274,6 +284,8 @@ BOTH = (
     "cfg=2,parastep=2,warmup=1",
     "parastep=2,patch=2,warmup=1",
     "batchstep=3,warmup=1",
+    "cfg=2,cache=3",
+    "skip=2:3:7:8:9",
 )
 RATIO_CASES = [
     (toys.transformer(), spec)

@@ -56,6 +56,8 @@ SPECS = {
         "batchstep=2,warmup=1",
         "data=2,batchstep=4,warmup=2",
         "cfg=2,offload=text+vae",
+        "cfg=2,ulysses=2,cache=2",
+        "ring=2,skip=1:2:5",
         "ulysses=2,ring=2,weights=hsdp",
         "distrifusion=4,warmup=1,weights=hsdp,offload=text",
         "cfg=2,pipefusion=2,ring=2,patches=2,weights=fp8+hsdp,offload=vae",
@@ -82,6 +84,7 @@ SPECS = {
         "cfg=2,parastep=2,patch=2,warmup=1",
         "batchstep=4,warmup=3",
         "cfg=2,patch=4,weights=hsdp",
+        "data=2,cache=4",
         "asyncdiff=2,warmup=1,weights=fp8,offload=text",
     ),
 }
@@ -114,7 +117,9 @@ def test_graph_is_valid_round_trips_and_unrolls(profile: Profile, spec: str) -> 
 SHARED = [
     (p, s)
     for p, s in CASES
-    if not any(each in s for each in ("asyncdiff", "parastep", "batchstep", "data", "ring"))
+    if not any(
+        each in s for each in ("asyncdiff", "parastep", "batchstep", "data", "ring", "cache")
+    )
 ]
 
 
@@ -349,6 +354,28 @@ def test_batchstep_reads_what_parasteps_ranks_read(p: int, w: int) -> None:
     assert {(k, t) for k, t in batch if t < last} == {(k, t) for k, t in ranks if t < last}
 
 
+@pytest.mark.parametrize("profile", [DIT, UNET], ids=["dit", "unet"])
+@pytest.mark.parametrize(
+    ("spec", "reused"), [("cache=3", {1, 2, 4, 5, 7, 8}), ("skip=2:3:8", {2, 3, 8})]
+)
+def test_reusing_steps_read_the_last_whole_one(
+    profile: Profile, spec: str, reused: set[int]
+) -> None:
+    """Of 9 steps; a reuse is as old as the last step that was computed whole."""
+    graph = graph_of(profile, f"cfg=2,{spec}")
+    reads, ages = Reads(graph), []
+    for t in range(9):
+        last = max(s for s in range(t + 1) if s not in reused)
+        ages.append(t - last)
+        for rank in range(2):
+            expected = {(rank, last)} if t in reused else set()
+            assert reads.of_step(rank, t, "hidden") == expected, (t, rank)
+    assert graph.staleness() == max(ages)
+    known = facts(parse_spec(spec), WORKLOAD)
+    assert not known.exact
+    assert facts(parse_spec("cache=1"), WORKLOAD).exact
+
+
 def test_exact_strategies_read_nothing_old() -> None:
     for profile, spec in CASES:
         if facts(parse_spec(spec), WORKLOAD).exact or "naive" in spec:
@@ -491,6 +518,9 @@ def test_asyncdiff_unet_broadcasts_whole_blocks_where_it_can() -> None:
         ("parastep=2,distrifusion=2", "both decide"),
         ("parastep=2,patch=2,pipefusion=2", "both decide"),
         ("batchstep=2,patch=2", "both decide"),
+        ("patch=2,cache=2", "unknown 'cache'"),
+        ("cache=0", "at least 1"),
+        ("skip=a", "counts such as"),
         ("patch=\u0663", "whole number"),
         ("pcpp=2,portion=0.0", "portion=0.0"),
         ("pcpp=2,mode=no_sync", "mode=no_sync"),
@@ -522,6 +552,10 @@ def test_malformed_spec_says_what_is_wrong(text: str, says: str) -> None:
         (DIT, "asyncdiff=5,warmup=1", "between 2 and 4", "asyncdiff=4"),
         (DIT, "asyncdiff=2,warmup=1,cuts=9", "rising block numbers", "cuts=2"),
         (DIT, "parastep=4,warmup=10", "at least one of the 9 steps", "warmup=9"),
+        (DIT, "skip=0:3", "nothing to reuse", "cache=2"),
+        (DIT, "skip=9", "between 1 and 8", "cache=2"),
+        (replace(DIT, skips=((0, 3),)), "cache=2", "skip connections", "serial"),
+        (toys.transformer(1), "cache=2", "too few blocks", "serial"),
         (DIT, "batchstep=1", "every step waits", "batchstep=2"),
         (DIT, "parastep=2,ulysses=3", "4 heads", "ulysses=2 or ulysses=4"),
         (DIT, "batchstep=2,cfg=2", "runs alone", "batchstep=2"),

@@ -17,9 +17,10 @@ from paradiff.strategies.asyncdiff import asyncdiff
 from paradiff.strategies.builder import Builder, Infeasible, Mesh, Options, Workload, widest_strips
 from paradiff.strategies.displaced import MODES, distrifusion, pcpp, synchronous_steps
 from paradiff.strategies.parastep import batchstep, parastep
-from paradiff.strategies.passes import patch, whole
+from paradiff.strategies.passes import patch
 from paradiff.strategies.pipefusion import pipefusion
 from paradiff.strategies.places import PLACES, in_turns, sharded, stored_in_fp8
+from paradiff.strategies.reuse import whole
 
 __all__ = [
     "AXES",
@@ -65,6 +66,11 @@ def _all(_: Options, steps: int) -> int:
     return steps
 
 
+def _reuses(options: Options) -> bool:
+    """Some steps reuse features of earlier ones."""
+    return "skip" in options or int(options.get("cache", "1")) > 1
+
+
 def _one_left(options: Options, steps: int) -> bool:
     """The warm-up leaves one step at most, which is predicted at the true latent."""
     return int(options.get("warmup", "5")) >= steps - 1
@@ -72,7 +78,13 @@ def _one_left(options: Options, steps: int) -> bool:
 
 SEQUENCE = frozenset({"cfg", "data", "ulysses", "ring"})
 STRATEGIES: Mapping[str, Strategy] = {
-    "serial": Strategy(whole, {}, lambda o, t: True, _all, axes=SEQUENCE),
+    "serial": Strategy(
+        whole,
+        {"cache": INTEGER, "skip": COUNTS},
+        lambda o, t: not _reuses(o),
+        lambda o, t: 1 if _reuses(o) else t,
+        axes=SEQUENCE,
+    ),
     "patch": Strategy(patch, {"mode": "sync|naive"}, lambda o, t: o.get("mode") != "naive", _all),
     "distrifusion": Strategy(
         distrifusion,
@@ -225,7 +237,7 @@ def _check_options(spec: Spec) -> None:
             wanted |= {COUNTS: "counts such as 7:7:7:7", PRODUCT: "ranks x machines such as 8x2"}
             expected = wanted.get(allowed[key], allowed[key].replace(COUNTS, "i:j"))
             raise SpecError(f"spec {spec.text!r}: {key}={value}; expected {expected}")
-        if key in (*AXES, *STRATEGIES, "bucket") and int(value) < 1:
+        if key in (*AXES, *STRATEGIES, "bucket", "cache") and int(value) < 1:
             raise SpecError(f"spec {spec.text!r}: {key}={value}; expected at least 1")
 
 

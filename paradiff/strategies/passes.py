@@ -6,7 +6,7 @@ displaced passes, which differ only in the versions that a layer reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from paradiff.graph import Ref, Shape
@@ -22,7 +22,7 @@ from paradiff.strategies.builder import (
     nearest_strips,
     strip,
 )
-from paradiff.strategies.layers import attend, local_shape, plan_sequence
+from paradiff.strategies.layers import SequenceParallel, attend, local_shape, plan_sequence
 
 # ---------------------------------------------------------------------------------- output of a step
 
@@ -103,25 +103,44 @@ Predict = Callable[[Sequence[Lane], int, Latent], dict[int, Ref]]
 """(branches of one group, step, latents) -> the whole prediction on each rank of the group."""
 
 
+def run_whole(
+    build: Builder,
+    sp: SequenceParallel,
+    lane: Lane,
+    step: int,
+    latent: Latent,
+    *,
+    start: int = 0,
+    reads: Mapping[int, Sequence[Ref]] | None = None,
+    writes: Mapping[int, Sequence[Ref]] | None = None,
+) -> None:
+    """One branch's forward from segment ``start`` on; each rank then holds its piece of ``eps``.
+
+    The first op of a rank also reads ``reads``, the last also writes ``writes``.
+    """
+    size = build.latent_bytes(build.rows // sp.degree, build.call_batch)
+    shapes = [local_shape(build, sp, build.rows)] * sp.degree
+    tags = [
+        (*lane.tags(strip(build.rows, sp.degree, j)), *sp.tags(j, build.latent["t"]))
+        for j in range(sp.degree)
+    ]
+    end = len(build.denoiser.segments)
+    forward = Forward(build, lane.ranks, shapes, start, end, tags, step=step)
+    for rank in lane.ranks:
+        forward.need(rank, latent(rank), build.text(rank), *(reads or {}).get(rank, ()))
+    for at in forward.points("kv") if sp.degree > 1 else ():
+        attend(forward, at, sp, build.rows, build.rows)
+    eps = {r: [noise(build, r, size, step), *(writes or {}).get(r, ())] for r in lane.ranks}
+    forward.run(end, eps)
+
+
 def whole_pass(build: Builder, options: Options) -> Predict:
     """One evaluation in which every rank sees the whole latent: plain, Ulysses, Ring, USP."""
     sp = plan_sequence(build, options, 1)
-    shape = local_shape(build, sp, build.rows)
-    size = build.latent_bytes(build.rows // sp.degree, build.call_batch)
-    end = len(build.denoiser.segments)
 
     def predict(lanes: Sequence[Lane], step: int, latent: Latent) -> dict[int, Ref]:
         for lane in lanes:
-            tags = [
-                (*lane.tags(strip(build.rows, sp.degree, j)), *sp.tags(j, build.latent["t"]))
-                for j in range(sp.degree)
-            ]
-            forward = Forward(build, lane.ranks, [shape] * sp.degree, 0, end, tags, step=step)
-            for rank in lane.ranks:
-                forward.need(rank, latent(rank), build.text(rank))
-            for at in forward.points("kv") if sp.degree > 1 else ():
-                attend(forward, at, sp, build.rows, build.rows)
-            forward.run(end, {r: [noise(build, r, size, step)] for r in lane.ranks})
+            run_whole(build, sp, lane, step, latent)
         return gather_pieces(build, lanes, sp.degree, world=False, step=step)
 
     return predict
@@ -135,11 +154,6 @@ def every_step(build: Builder, predict: Predict) -> None:
             for rank, eps in predict(lanes, 0, build.x).items():
                 build.update(rank, [eps], [build.x(rank, 1)])
     finish_run(build, build.workload.steps)
-
-
-def whole(build: Builder, options: Options) -> None:
-    """Serial, CFG, data, Ulysses, Ring and USP."""
-    every_step(build, whole_pass(build, options))
 
 
 # ---------------------------------------------------------------------------------- strips

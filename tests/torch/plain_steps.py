@@ -163,3 +163,32 @@ def parastep(name: str, steps: int, degree: int, warmup: int) -> Tensor:
             if r == degree - 1:
                 x = [x[0]] * degree
     return x[0]
+
+
+def reusing(name: str, steps: int, fresh: Iterable[str], reused: Iterable[int]) -> Tensor:
+    """In steps ``reused``, all units but ``fresh`` give what they gave in the last whole step."""
+    run, kept, again = plain.Plain(name, steps), set(fresh), set(reused)
+    units = [cut.parent for cut in plain.twin(name)[0].denoiser.cuts]
+    x, old = run.x, dict[str, Any]()
+
+    def hook(module: str, step: int) -> Callable[..., Any]:
+        def after(_: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+            if step in again and module not in kept:
+                return old[module]
+            old[module] = out
+            return out
+
+        return after
+
+    with torch.no_grad():
+        for step, t in enumerate(run.scheduler.timesteps):
+            with ExitStack() as hooks:
+                for module in dict.fromkeys(units):
+                    after = hook(module, step)
+                    handle = run.model.get_submodule(module).register_forward_hook(
+                        after, with_kwargs=True
+                    )
+                    hooks.callback(handle.remove)
+                out = run.network(run.scaled(x, t), t)
+            x = run.advance(out, t, x)
+    return x

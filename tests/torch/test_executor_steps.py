@@ -169,6 +169,34 @@ def test_a_batch_of_steps_equals_steps_in_parallel(name: str, degree: int) -> No
     assert torch.equal(*found)
 
 
+# ------------------------------------------------------------------------------- features reused
+
+
+def fresh_units(name: str) -> list[str]:
+    """A transformer's last block; a U-Net's input, first and last block, and output."""
+    parents = list(dict.fromkeys(cut.parent for cut in plain.twin(name)[0].denoiser.cuts))
+    if "transformer_blocks" in parents[-1] or "blocks" not in "".join(parents[:1] + parents[-1:]):
+        inner = [p for p in parents if p.startswith(("down", "mid", "up"))]
+        if inner:
+            return [p for p in parents if p not in inner or p in (inner[0], inner[-1])]
+    return parents[-1:]
+
+
+@pytest.mark.parametrize("name", plain.NAMES)
+@pytest.mark.parametrize(("spec", "reused"), [("cache=2", (1, 3)), ("skip=2:3", (2, 3))])
+def test_reused_features_equal_a_plain_loop(name: str, spec: str, reused: tuple[int, ...]) -> None:
+    expected = plain_steps.reusing(name, STEPS, fresh_units(name), reused)
+    ours = latent(name, spec)
+    assert plain.relative(ours, expected) < 1e-10
+    assert plain.relative(ours, reference(name)) > 1e-8
+
+
+@pytest.mark.parametrize("inside", ["cfg=2", "ulysses=2", "cfg=2,ring=2"])
+def test_reuse_is_the_same_on_several_ranks(inside: str) -> None:
+    alone = latent("sd3-medium", "cache=2")
+    assert plain.relative(latent("sd3-medium", f"{inside},cache=2"), alone) < 1e-10
+
+
 def test_loads_change_no_bit() -> None:
     found = [latent("sd3-medium", f"cfg=2,ulysses=2{more}") for more in ("", ",offload=text+vae")]
     assert torch.equal(*found)
