@@ -278,12 +278,14 @@ class TestShipped:
         assert (far.path, far.staged) == (("gpu0", "rc0", "rc1", "gpu7"), True)
         assert far.latency_s == pytest.approx(10e-6)  # (2 + 1 + 2) us for each of two copies
         assert near.latency_s == pytest.approx(8e-6)
-        # One flow alone: PCIe 26 GB/s near; UPI 20 GB/s far; host memory 80 / 2 limits neither.
-        assert network.rates((near.id,)) == (26e9,)
+        # One flow alone: PCIe 22 GB/s near; UPI 20 GB/s far; host memory 300 / 2 limits neither.
+        assert network.rates((near.id,)) == (22e9,)
         assert network.rates((far.id,)) == (20e9,)
-        # Eight GPUs in a ring: 8 flows of weight 2 on 80 GB/s, 5 GB/s each.
+        # Eight GPUs in a ring: 8 flows of weight 2 on 300 GB/s. The two that cross the sockets get the
+        # 20 GB/s of the UPI; the other six could have (300 - 2 x 40) / 12 = 18.3 GB/s, which is less, so
+        # all eight share host memory: 300 / 16 = 18.75 GB/s each.
         ring = tuple(network.route(i, (i + 1) % 8).id for i in range(8))
-        assert network.rates(ring) == pytest.approx([5e9] * 8)
+        assert network.rates(ring) == pytest.approx([18.75e9] * 8)
 
     def test_two_boxes(self) -> None:
         network = Network(load_topology("pcie8x2"))
@@ -332,12 +334,12 @@ class TestShipped:
         assert network.rates(shifted) == (47e9,) * 64
 
     def test_four_l20_share_the_uplink_of_their_switch(self) -> None:
-        """0->1->2->3->0 without peer-to-peer: four flows up and four down 26 GB/s, 6.5 each."""
-        network = Network(load_topology("pcie8-l20"))
+        """0->1->2->3->0 without peer-to-peer: four flows up and four down 20 GB/s, 5 each."""
+        network = Network(load_topology("pcie8-l20", ["peer_to_peer=false"]))
         up = ("gpu0", "plx0", "rc0", "socket0", "rc0", "plx0", "gpu1")
         assert network.route(0, 1).path == up
         ring = tuple(network.route(i, (i + 1) % 4).id for i in range(4))
-        assert network.rates(ring) == pytest.approx([6.5e9] * 4)
+        assert network.rates(ring) == pytest.approx([5e9] * 4)
 
     def test_peers_turn_around_below_the_root_complex(self) -> None:
         network = Network(load_topology("pcie4-a100"))
@@ -403,9 +405,9 @@ class TestGpuFiles:
         return str(error.value).replace(f"{tmp_path}/", "")
 
     def test_more_than_the_peak(self, tmp_path: Path) -> None:
-        refusal = self.refusal(tmp_path, "172.9 TFLOP/s", "200 TFLOP/s")
+        refusal = self.refusal(tmp_path, "141.5 TFLOP/s", "200 TFLOP/s")
         assert "matmul.bf16.value: more FLOP/s than the peak (200000000000000.0)" in refusal
-        assert "attention.0.value: more FLOP/s" in self.refusal(tmp_path, "171.7 TF", "362 TF")
+        assert "attention.0.value: more FLOP/s" in self.refusal(tmp_path, "140.5 TF", "362 TF")
         assert "memory_bandwidth.value: more than the peak" in self.refusal(tmp_path, "728", "900")
 
     def test_a_number_without_source_or_kind(self, tmp_path: Path) -> None:
