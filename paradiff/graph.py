@@ -66,13 +66,15 @@ class Shape(NamedTuple):
 class Work(NamedTuple):
     """Segments ``[lo, hi)`` of a profile's stage at a shape. Work, never time.
 
-    ``stored``: how the weights are kept where that is not the network's dtype (``fp8``).
+    ``stored``: how the weights are kept where that is not the network's dtype (``fp8``). ``blocks``:
+    of how many blocks of keys this attention is one; their results are merged.
     """
 
     stage: str
     ranges: tuple[tuple[int, int], ...]
     shape: Shape
     stored: str = ""
+    blocks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -566,7 +568,9 @@ _REF = re.compile(
     r"(?P<buffer>[^\[#,]+@r\d+)(?:\[(?P<part>\d+)\])?#(?P<version>t(?:[+-]\d+)?|-?\d+)"
     r"(?:\.(?P<sub>\d+))?"
 )
-_WORK = re.compile(r"(?P<stage>\w+)\[(?P<ranges>[\d:,]*)\]\{(?P<shape>[\d,]+)\}(?P<stored>\w*)")
+_WORK = re.compile(
+    r"(?P<stage>\w+)\[(?P<ranges>[\d:,]*)\]\{(?P<shape>[\d,]+)\}(?P<stored>\w*)(?:/(?P<blocks>\d+))?"
+)
 
 
 def _ref_text(ref: Ref) -> str:
@@ -597,7 +601,8 @@ def _op_text(op: Op) -> str:
     if op.work is not None:
         ranges = ",".join(f"{lo}:{hi}" for lo, hi in op.work.ranges)
         shape = ",".join(map(str, op.work.shape))
-        fields.append(f"work={op.work.stage}[{ranges}]{{{shape}}}{op.work.stored}")
+        blocks = f"/{op.work.blocks}" if op.work.blocks > 1 else ""
+        fields.append(f"work={op.work.stage}[{ranges}]{{{shape}}}{op.work.stored}{blocks}")
     if op.tags:
         fields.append(f"tags={';'.join(f'{name}={value}' for name, value in op.tags)}")
     return " ".join(fields)
@@ -627,7 +632,7 @@ def _parse_op(fields: list[str]) -> Op:
         pairs = [p.split(":") for p in found["ranges"].split(",") if p]
         shape = Shape(*map(int, found["shape"].split(",")))
         ranges = tuple((int(lo), int(hi)) for lo, hi in pairs)
-        work = Work(found["stage"], ranges, shape, found["stored"])
+        work = Work(found["stage"], ranges, shape, found["stored"], int(found["blocks"] or 1))
     return Op(
         name=name,
         kind=kind,  # type: ignore[arg-type]

@@ -50,6 +50,18 @@ CEILING_SPREAD = (0.85, 1.18)
 0.74 (L40S), 0.80 (H100, H200, A6000), 0.87 (A100), 0.96 (L20), 1.03 (RTX 4090); attention over matmul
 is 0.72 (A100), 0.76 (L40S), 0.93 (A5000), 1.00 (RTX 4090)."""
 
+GAP = 2.0
+"""Device time between one launch and the next, as a multiple of the shortest kernel: the chip drains,
+the next kernel starts, and small second passes run (statistics, k-splits, layouts) that profiles do not
+list. Fitted to one-GPU runs: SDXL on one A100 under CUDA graphs takes 100.4 ms a step at 1024 and 474 ms
+at 2048 px (DistriFusion, table 1 and figure 10), the kernels alone 86 and 438 ms; a constant next to a
+factor gives 8.9 ms for 1843 launches, 4.8 us each, where the shortest kernel takes 2.5 us."""
+CAST_BYTES = 6
+MERGE_BYTES = (CAST_BYTES, 12, 8, 12)
+"""Bytes that each element of an attention's result moves when the results of two blocks of keys are
+merged, kernel by kernel: block to fp32 (read 2, write 4), out - block (8 and 4), times sigmoid (4 and
+4), out minus that (8 and 4): _update_out_and_lse of zhuzilin/ring-flash-attention, which xDiT uses and
+diffusers repeats. The first block is cast to fp32, the last result back."""
 COLLECTIVE_HOST_S = {"eager": 40e-6, "compiled": 40e-6, "cuda-graph": 2e-6}
 """Host time to issue a collective or a batch of P2Ps through torch.distributed: an assumption (20 to
 80 us are seen from Python to the enqueued kernel); recorded in a graph, a node."""
@@ -340,22 +352,42 @@ class _Pricer:
             total = _add(total, _Sum(*part))  # type: ignore[arg-type]
         if work.stored == "fp8":
             total = _add(total, self._cast(stage, work.ranges))
+        if work.blocks > 1:
+            total = _add(total, self._merge(stage, work))
         launches = total.launches
+        gap_s = GAP * self.chip.floor_s * launches
+        total = _add(total, _Sum(gap_s, gap_s, 0, gap_s, gap_s))
         if self.runtime == "cuda-graph":
             launches = GRAPH_LAUNCH_NODES * len(work.ranges)
         return _Sum(*(value * repeat for value in total))._replace(launches=launches * repeat)  # type: ignore[arg-type]
+
+    def _merge(self, stage: Stage, work: Work) -> _Sum:
+        """Share of one block in merging the results of ``work.blocks`` blocks of keys (MERGE_BYTES)."""
+        bound, n = stage.bind(work.shape._asdict()), work.blocks
+        outputs = 0
+        for segment in (s for lo, hi in work.ranges for s in stage.segments[lo:hi]):
+            for kernel in segment.kernels:
+                if kernel.kind == "attention":
+                    batch, heads, q, _, _, width = kernel.sizes(bound)
+                    outputs += kernel.count * batch * heads * q * width
+        total = _Sum()
+        for nbytes in MERGE_BYTES:
+            moved = math.ceil(outputs * nbytes * (n - 1) / n / self.itemsize)
+            total = _add(total, self._stream(moved))
+        return _add(total, self._stream(math.ceil(outputs * 2 * CAST_BYTES / n / self.itemsize)))
+
+    def _stream(self, elements: int) -> _Sum:
+        low, high = self.spread["stream"]
+        seconds = stream_s(self.chip, elements, self.itemsize)
+        return _times(1, seconds, stream_s(self.busy, elements, self.itemsize), low, high)
 
     def _cast(self, stage: Stage, ranges: tuple[tuple[int, int], ...]) -> _Sum:
         """Weights from one byte to the network's dtype before each layer that has any: one kernel a
         segment, which reads one byte and writes ``itemsize`` for every parameter."""
         total = _Sum()
-        low, high = self.spread["stream"]
         for weights in (s.weights for lo, hi in ranges for s in stage.segments[lo:hi] if s.weights):
             elements = weights * (1 + self.itemsize) // self.itemsize
-            seconds, contended_s = (
-                stream_s(chip, elements, self.itemsize) for chip in (self.chip, self.busy)
-            )
-            total = _add(total, _times(1, seconds, contended_s, low, high))
+            total = _add(total, self._stream(elements))
         return total
 
     def _list(self, kernels: tuple[Kernel, ...], bound: Mapping[str, int]) -> _Sum:
@@ -378,11 +410,8 @@ class _Pricer:
             total = _add(total, self._heavy(kernel, sizes))
         if self.runtime == "compiled":
             streams = sorted(streams, reverse=True)[: heavy + 1]
-        low, high = self.spread["stream"]
         for elements in streams:
-            seconds = stream_s(self.chip, elements, self.itemsize)
-            contended_s = stream_s(self.busy, elements, self.itemsize)
-            total = _add(total, _Sum(seconds, contended_s, 1, seconds * low, seconds * high))
+            total = _add(total, self._stream(elements))
         return total
 
     def _heavy(self, kernel: Kernel, sizes: list[int]) -> _Sum:

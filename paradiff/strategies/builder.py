@@ -272,6 +272,7 @@ class Builder:
         step: int | None = 0,
         call: str | None = None,
         tags: Tags = (),
+        blocks: int = 1,
     ) -> None:
         """A compute op on ``rank``: the whole stage, or the given segment ranges of it."""
         whole = ((0, len(self.profile.stages[stage].segments)),)
@@ -284,7 +285,7 @@ class Builder:
             reads=reads,
             writes=writes,
             step=step,
-            work=Work(stage, ranges or whole, shape),
+            work=Work(stage, ranges or whole, shape, blocks=blocks),
             tags=tags,
         )
 

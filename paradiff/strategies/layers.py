@@ -375,4 +375,5 @@ class _Exchange:
             step=self.forward.step,
             call="forward",
             tags=tags,
+            blocks=self.sp.ring,
         )
