@@ -135,7 +135,7 @@ def _row(each: Scored) -> list[str]:
         case.runtime, case.scope, _seconds(each.measured_s), _seconds(each.zero_shot.seconds),
         _seconds(each.calibrated.seconds) if each.calibrated else "",
         f"{best.low_s:.3g} - {best.high_s:.3g} s",
-        percent(each.error, "+") if each.calibrated else "", each.reason or "",
+        percent(each.error, "+") if each.calibrated else "", each.reason or case.note or "",
     ]  # fmt: skip
 
 

@@ -15,7 +15,16 @@ import pytest
 from shipped import profile
 from typer.testing import CliRunner
 
-from analysis.published import NEEDED, Case, NotCovered, Row, load_rules, read_rows, understand
+from analysis.published import (
+    NEEDED,
+    Case,
+    NotCovered,
+    Row,
+    load_rules,
+    read_rows,
+    understand,
+    with_possible_warmup,
+)
 from analysis.scoreboard import (
     Predicted,
     Predictor,
@@ -171,6 +180,17 @@ def test_what_is_not_covered_says_why(cells: dict[str, str], reason: str) -> Non
         case(**cells)
 
 
+def test_a_label_that_the_row_refutes_is_not_believed() -> None:
+    """PixArt, 20 steps, cfg=2 x 4 stages: with one warm-up step at most 20 / (1/2 + 19/8) = 6.96 times
+    one GPU, with none 8. A speed-up of 7.9 leaves none; one of 6.9 leaves the label."""
+    cells = {"strategy": "hybrid cfg+pipefusion", "params": "cfg=2,pp=4,M=4", "warmup_steps": "1"}
+    for speedup, warmup in ((6.9, 1), (7.9, 0)):
+        each = row(**cells, latency_s="1", baseline_latency_s=str(speedup))
+        found = with_possible_warmup(understand(each, RULES, Shipped()), each)
+        assert f"warmup={warmup}," in found.specs[0]
+        assert (found.note is None) == (warmup == 1)
+
+
 def test_a_box_can_be_named_in_the_notes() -> None:
     assert case(notes="unit=run; box=pcie8").topology == "pcie8"
 
@@ -263,6 +283,12 @@ def test_regret_is_what_following_the_prediction_costs() -> None:
         scored("e", 1, 1, source="b"),
     ]  # fmt: skip
     assert regrets(rows) == {("a", "b"): pytest.approx(0.5), ("c", "d"): pytest.approx(1.0)}
+
+
+def test_a_spec_that_was_published_twice_is_one_choice() -> None:
+    rows = [scored("a", 2, 2.0), scored("a", 2.2, 1.9), scored("b", 3, 4)]
+    rows[1] = replace(rows[1], row=row(id="a2", source="a", latency_s="2.2"))
+    assert list(regrets(rows).values()) == [0.0]
 
 
 def test_the_clustered_interval_is_that_of_sources() -> None:
