@@ -127,7 +127,9 @@ class Served(NamedTuple):
 def serve(system: System, requests: Requests, seed: int = 0) -> Served:
     """Serve all requests; by recursion where that is exact, otherwise by events. ``seed``: of random
     routing and failures. Raises ValueError for a class that no station serves."""
-    return recursion(system, requests, seed) if is_static(system) else simulate(system, requests, seed)
+    return (
+        recursion(system, requests, seed) if is_static(system) else simulate(system, requests, seed)
+    )
 
 
 def is_static(system: System) -> bool:
@@ -410,9 +412,7 @@ class _Simulation:
             self._take_down(units)
             self._later(failures.repair_s, self._repair, units)
 
-    def _later(
-        self, mean_s: float, callback: Callable[[Event], None], units: list[_Unit]
-    ) -> None:
+    def _later(self, mean_s: float, callback: Callable[[Event], None], units: list[_Unit]) -> None:
         self._at(self.env.now + self.rng.exponential(mean_s), callback, units)
 
     def _take_down(self, units: list[_Unit]) -> None:

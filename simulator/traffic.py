@@ -82,14 +82,18 @@ def parse_mix(texts: Sequence[str]) -> tuple[RequestClass, ...]:
         for item in others:
             key, equals, value = (part.strip() for part in item.partition("="))
             if not equals or key in entry or key == "weight":
-                keys = ", ".join(k for k in RequestClass.model_fields if k not in ("model", "weight"))
+                keys = ", ".join(
+                    k for k in RequestClass.model_fields if k not in ("model", "weight")
+                )
                 raise ConfigError(
                     f"--model {text}: {item.strip()!r} is not KEY=VALUE once, allowed keys: {keys}"
                 )
             entry[key] = value
         data.append(entry)
     written = {("models", i): text for i, text in enumerate(texts)}
-    document = Document(file="--model", data={"models": data}, places={}, keys={}, overrides=written)
+    document = Document(
+        file="--model", data={"models": data}, places={}, keys={}, overrides=written
+    )
     try:
         return document.validate(MixFile).models
     except ConfigError as error:
