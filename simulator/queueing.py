@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush, heapreplace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -321,7 +321,7 @@ class _Simulation:
         alarm.callbacks.append(callback)
 
     def _arrive(self, event: Event) -> None:
-        request: int = event.value
+        request = cast(int, event.value)
         if request + 1 < len(self.arrival_s):
             self._at(self.arrival_s[request + 1], self._arrive, request + 1)
         queue = self._queue_of(request)
@@ -385,7 +385,7 @@ class _Simulation:
         self._at(finish, self._finish, job)
 
     def _finish(self, event: Event) -> None:
-        job: _Job = event.value
+        job = cast(_Job, event.value)
         unit = job.unit
         if unit.jobs.pop(job.number, None) is None:
             return  # its node failed
@@ -422,7 +422,7 @@ class _Simulation:
 
     def _fail(self, event: Event) -> None:
         """What a node was doing goes back to the head of its queue."""
-        units: list[_Unit] = event.value
+        units = cast(list[_Unit], event.value)
         assert self.system.failures is not None
         now = self.env.now
         self.failures += 1
@@ -439,7 +439,7 @@ class _Simulation:
         self._later(self.system.failures.repair_s, self._repair, units)
 
     def _repair(self, event: Event) -> None:
-        units: list[_Unit] = event.value
+        units = cast(list[_Unit], event.value)
         assert self.system.failures is not None
         now = self.env.now
         for unit in units:

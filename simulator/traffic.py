@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import Field, model_validator
 
-from paradiff.config import ConfigError, Document, Strict, load_yaml, nearest, problem
+from paradiff.config import ConfigError, Document, Path_, Strict, load_yaml, nearest, problem
 from paradiff.units import PositiveSeconds
 from simulator.queueing import Floats, Requests
 
@@ -90,7 +90,7 @@ def parse_mix(texts: Sequence[str]) -> tuple[RequestClass, ...]:
                 )
             entry[key] = value
         data.append(entry)
-    written = {("models", i): text for i, text in enumerate(texts)}
+    written: dict[Path_, str] = {("models", i): text for i, text in enumerate(texts)}
     document = Document(
         file="--model", data={"models": data}, places={}, keys={}, overrides=written
     )

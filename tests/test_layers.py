@@ -17,7 +17,10 @@ L0_LIBRARIES = {"pydantic", "pydantic_core", "ruamel"}
 L0 = ("paradiff.graph", "paradiff.trace", "paradiff.profiles", "paradiff.units", "paradiff.config")
 L1 = ("paradiff.strategies",)
 MODELS = ("paradiff.models", "paradiff.executor")
-L3 = ("analysis", "simulator.planner", "simulator.capacity")
+L3 = (
+    "analysis", "simulator.planner", "simulator.service", "simulator.cuts", "simulator.search",
+    "simulator.capacity",
+)  # fmt: skip
 L2 = ("simulator",)
 
 
