@@ -14,11 +14,13 @@ plain first come, first served.
 failures and no queue-dependent routing, the start times obey the Kiefer-Wolfowitz recursion (Kiefer
 and Wolfowitz 1955, for one server Lindley 1952): request i starts at max(arrival, earliest time that a
 unit is free). ``recursion`` computes just that, an order of magnitude faster and to the same bit.
+
+All instants lie on a grid of 2**-20 s (1 us; exact in floats for 270 years), so that simultaneous events
+are simultaneous and the event loop's clock, which adds differences, is exact.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,12 @@ from simpy.events import Event
 
 Routing = Literal["shared", "shortest-queue", "round-robin", "random"]
 Floats = NDArray[np.float64]
+GRID_PER_S = 2.0**20
+
+
+def on_grid(seconds: float) -> float:
+    """The nearest instant of the grid."""
+    return round(seconds * GRID_PER_S) / GRID_PER_S
 
 
 class Rung(NamedTuple):
@@ -42,7 +50,7 @@ class Rung(NamedTuple):
 
     def seconds(self, requests: int) -> float:
         """Time of one batch; sizes between powers of two are padded up to the next."""
-        return self.batch_s[(requests - 1).bit_length()]
+        return on_grid(self.batch_s[(requests - 1).bit_length()])
 
     @property
     def largest(self) -> int:
@@ -103,10 +111,15 @@ class System:
 
 
 class Requests(NamedTuple):
-    """Arrival times, ascending, and class numbers; both of shape (requests,)."""
+    """Arrival times, ascending and on the grid, and class numbers; both of shape (requests,)."""
 
     arrival_s: Floats
     kinds: NDArray[np.int64]
+
+    @classmethod
+    def at(cls, arrival_s: Floats, kinds: NDArray[np.int64]) -> Requests:
+        """At the nearest instants of the grid."""
+        return cls(np.round(arrival_s * GRID_PER_S) / GRID_PER_S, kinds)
 
 
 class Served(NamedTuple):
@@ -155,7 +168,7 @@ def recursion(system: System, requests: Requests, seed: int = 0) -> Served:
         kinds = requests.kinds[members]
         table = np.zeros(max(station.rungs, default=0) + 1)
         for kind, (rung,) in station.rungs.items():
-            table[kind] = rung.batch_s[0]
+            table[kind] = rung.seconds(1)
         seconds[members] = table[kinds]
         gpus[members] = station.gpus
         if system.routing == "shared":
@@ -206,13 +219,12 @@ def simulate(system: System, requests: Requests, seed: int = 0) -> Served:
 
 
 class _Unit:
-    """State of one unit: GPUs free now, and when the latest of them became so."""
+    """State of one unit."""
 
-    __slots__ = ("free", "free_at", "gpus", "jobs", "number", "queue", "requests", "up")
+    __slots__ = ("free", "gpus", "jobs", "number", "queue", "requests", "up")
 
     def __init__(self, gpus: int) -> None:
         self.gpus = self.free = gpus
-        self.free_at = 0.0
         self.up = True
         self.requests = 0
         """Waiting for it alone or in service."""
@@ -273,13 +285,13 @@ class _Queue:
 
 
 class _Simulation:
-    """One run. Times of requests are computed from exact ones, not read off the event loop's clock,
-    which sums differences."""
+    """One run."""
 
     def __init__(self, system: System, requests: Requests, seed: int) -> None:
         self.system, self.env = system, Environment()
         self.arrival_s, self.kinds = requests.arrival_s.tolist(), requests.kinds.tolist()
         self.rng = np.random.default_rng((seed, 2))
+        self.window_s = on_grid(system.window_s)
         count = len(self.kinds)
         self.start_s, self.finish_s, self.gpus = [0.0] * count, [0.0] * count, [0.0] * count
         self.left, self.jobs, self.lost_gpu_s, self.failures = count, 0, 0.0, 0
@@ -316,8 +328,7 @@ class _Simulation:
 
     def _at(self, time_s: float, callback: Callable[[Event], None], value: Any = None) -> None:
         """Call back at ``time_s``."""
-        delay = time_s - self.env.now
-        alarm = self.env.timeout(delay if delay > 0 else 0.0, value)
+        alarm = self.env.timeout(time_s - self.env.now, value)
         alarm.callbacks.append(callback)
 
     def _arrive(self, event: Event) -> None:
@@ -327,11 +338,10 @@ class _Simulation:
         queue = self._queue_of(request)
         queue.lines[self.kinds[request]].append(request)
         queue.waiting += 1
-        now = self.arrival_s[request]
-        if self.system.window_s > 0:
-            due = now + self.system.window_s
-            self._at(due, lambda _: self._dispatch(queue, due))
-        self._dispatch(queue, now)
+        if self.window_s > 0:
+            due_s = self.arrival_s[request] + self.window_s
+            self._at(due_s, lambda _: self._dispatch(queue))
+        self._dispatch(queue)
 
     def _queue_of(self, request: int) -> _Queue:
         queues = self.queues[self.station[self.kinds[request]]]
@@ -343,10 +353,10 @@ class _Simulation:
         queue.units[0].requests += 1
         return queue
 
-    def _dispatch(self, queue: _Queue, now: float) -> None:
+    def _dispatch(self, queue: _Queue) -> None:
         """Start what can start."""
         while queue.waiting:
-            kind = self._ready(queue, now)
+            kind = self._ready(queue)
             unit = queue.freest()
             if kind is None or unit is None:
                 return
@@ -358,25 +368,24 @@ class _Simulation:
             for wider in rungs[1:]:
                 if wider.width <= unit.free and wider.width <= share:
                     rung = wider
-            self._start(queue, unit, rung, kind, now)
+            self._start(queue, unit, rung, kind)
 
-    def _ready(self, queue: _Queue, now: float) -> int | None:
+    def _ready(self, queue: _Queue) -> int | None:
         """The class to serve next: of those whose batch is full or overdue, the oldest."""
-        best, oldest = None, math.inf
+        best, oldest, now = None, len(self.kinds), self.env.now
         for kind, line in queue.lines.items():
-            if not line:
+            if not line or line[0] > oldest:
                 continue
-            arrival = self.arrival_s[line[0]]
             full = len(line) >= queue.full[kind]
-            if arrival < oldest and (full or now >= arrival + self.system.window_s):
-                best, oldest = kind, arrival
+            if full or now >= self.arrival_s[line[0]] + self.window_s:
+                best, oldest = kind, line[0]
         return best
 
-    def _start(self, queue: _Queue, unit: _Unit, rung: Rung, kind: int, now: float) -> None:
+    def _start(self, queue: _Queue, unit: _Unit, rung: Rung, kind: int) -> None:
         line = queue.lines[kind]
         batch = [line.popleft() for _ in range(min(len(line), self.system.max_batch, rung.largest))]
         queue.waiting -= len(batch)
-        start = max(now, unit.free_at)
+        start = self.env.now
         finish = start + rung.seconds(len(batch))
         self.jobs += 1
         job = _Job(self.jobs, unit, rung.width, batch, start, finish)
@@ -394,11 +403,10 @@ class _Simulation:
             self.start_s[request], self.finish_s[request] = job.start_s, job.finish_s
             self.gpus[request] = share
         unit.requests -= len(job.requests)
-        unit.free_at = job.finish_s
         unit.queue.change(unit, job.width)
         self.left -= len(job.requests)
         if self.left:
-            self._dispatch(unit.queue, job.finish_s)
+            self._dispatch(unit.queue)
         else:
             self.done.succeed()
 
@@ -413,7 +421,7 @@ class _Simulation:
             self._later(failures.repair_s, self._repair, units)
 
     def _later(self, mean_s: float, callback: Callable[[Event], None], units: list[_Unit]) -> None:
-        self._at(self.env.now + self.rng.exponential(mean_s), callback, units)
+        self._at(self.env.now + on_grid(self.rng.exponential(mean_s)), callback, units)
 
     def _take_down(self, units: list[_Unit]) -> None:
         for unit in units:
@@ -435,16 +443,15 @@ class _Simulation:
                 unit.queue.lines[self.kinds[request]].appendleft(request)
             unit.queue.waiting += len(lost)
         for queue in dict.fromkeys(unit.queue for unit in units):
-            self._dispatch(queue, now)
+            self._dispatch(queue)
         self._later(self.system.failures.repair_s, self._repair, units)
 
     def _repair(self, event: Event) -> None:
         units = cast(list[_Unit], event.value)
         assert self.system.failures is not None
-        now = self.env.now
         for unit in units:
-            unit.up, unit.free_at = True, now
+            unit.up = True
             unit.queue.change(unit, unit.gpus)
         for queue in dict.fromkeys(unit.queue for unit in units):
-            self._dispatch(queue, now)
+            self._dispatch(queue)
         self._later(self.system.failures.mtbf_s, self._fail, units)

@@ -204,8 +204,10 @@ class Traffic:
             gaps_s = rng.gamma(self.burstiness, 1 / self.burstiness, size=count) * mean_s
             arrival_s = np.cumsum(gaps_s)
         if self.trace_kinds is not None:
-            return Requests(arrival_s, np.array(self.trace_kinds))
-        return Requests(arrival_s, rng.choice(len(self.shares), size=len(arrival_s), p=self.shares))
+            return Requests.at(arrival_s, np.array(self.trace_kinds))
+        return Requests.at(
+            arrival_s, rng.choice(len(self.shares), size=len(arrival_s), p=self.shares)
+        )
 
 
 def traffic_of(

@@ -14,6 +14,7 @@ import typer
 
 import paradiff
 from paradiff.cli import profile, topology, validate
+from paradiff.cli.capacity import capacity
 from paradiff.cli.common import INTERRUPTED, group
 from paradiff.cli.plan import plan
 
@@ -21,6 +22,7 @@ app = group("Which parallel strategy should run this diffusion model on this box
 plan_app = group("Rank the parallel strategies for one model on one box.")
 app.command()(plan)
 plan_app.command()(plan)
+app.command()(capacity)
 app.add_typer(profile.app, name="profile")
 app.add_typer(topology.app, name="topology")
 app.add_typer(validate.app, name="validate")
