@@ -115,7 +115,7 @@ def _line(name: str, x: Sequence[float], y: Sequence[float], k: int, **more: Any
 
 
 def _rule(axis: str, at: float, text: str) -> Figure:
-    """A thin line across the plot, its name at the end."""
+    """A thin line across the plot, its name at the top or at the left."""
     other = "y" if axis == "x" else "x"
     return {
         "shape": {
@@ -123,8 +123,8 @@ def _rule(axis: str, at: float, text: str) -> Figure:
             f"{other}ref": "paper", "line": {"width": 1, "dash": "longdash"},
         },
         "annotation": {
-            axis: at, other: 1, f"{other}ref": "paper", "text": _text(text), "showarrow": False,
-            "xanchor": "right" if axis == "y" else "left", "yanchor": "bottom" if axis == "y" else "top",
+            axis: at, other: 1 if axis == "x" else 0, f"{other}ref": "paper", "text": _text(text),
+            "showarrow": False, "xanchor": "left", "yanchor": "top" if axis == "x" else "bottom",
         },
     }  # fmt: skip
 

@@ -19,6 +19,14 @@ IMPORT = {
     "--gpu", "--nvidia-smi", "--p2p", "--nccl-xml", "--nccl-log", "--nvbandwidth", "--p2p-test",
     "--nccl-tests", "--lstopo",
 }  # fmt: skip
+CAPACITY = {
+    "--topology", "--model", "--mix", "--request-rate", "--burstiness", "--trace", "--slo",
+    "--attainment", "--gpus", "--max-width", "--sharing", "--routing", "--max-batch",
+    "--batch-window", "--mtbf", "--repair-time", "--price", "--nodes", "--max-nodes",
+    "--num-prompts", "--replications", "--confidence", "--seed", "--metric-percentiles", "--dtype",
+    "--runtime", "--strategy", "--exact-only", "--max-staleness", "--processes", "--format",
+    "--output-dir",
+}  # fmt: skip
 CHOICES = {
     "--dtype": ["fp16", "bf16", "fp32"],
     "--runtime": ["eager", "compiled", "cuda-graph"],
@@ -34,7 +42,7 @@ def options(command: object) -> set[str]:
 
 def test_commands() -> None:
     group = typer.main.get_command(app)
-    assert sorted(group.commands) == ["plan", "profile", "topology", "validate"]  # type: ignore[attr-defined]
+    assert sorted(group.commands) == ["capacity", "plan", "profile", "topology", "validate"]  # type: ignore[attr-defined]
     assert sorted(group.commands["profile"].commands) == ["trace"]  # type: ignore[attr-defined]
     assert sorted(group.commands["topology"].commands) == ["doctor", "import", "show"]  # type: ignore[attr-defined]
     assert sorted(group.commands["validate"].commands) == ["published"]  # type: ignore[attr-defined]
@@ -56,6 +64,13 @@ def test_topology_options() -> None:
     commands = typer.main.get_command(app).commands["topology"].commands  # type: ignore[attr-defined]
     assert options(commands["import"]) == IMPORT | {"--name", "--output"}
     assert options(commands["doctor"]) == IMPORT | {"--model", "--what-if", "--check"}
+
+
+def test_capacity_options() -> None:
+    group = typer.main.get_command(app)
+    command = group.commands["capacity"]  # type: ignore[attr-defined]
+    assert options(command) == CAPACITY
+    assert [p.opts[0] for p in command.params if p.required] == ["--topology"]
 
 
 def test_choices() -> None:
