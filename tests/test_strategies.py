@@ -17,6 +17,7 @@ from paradiff.strategies import Facts, Infeasible, SpecError, Workload, build, f
 
 WORKLOAD = Workload(height=16, width=4, frames=1, steps=9)
 DIT, JOINT, UNET = toys.transformer(), toys.transformer(joint=True), toys.unet(3)
+SKIPS = replace(toys.transformer(6), name="toy-skips", skips=((0, 5), (1, 4)))
 BOTH = ("serial", "cfg=2", "data=3", "patch=4", "patch=4,mode=naive", "cfg=2,patch=2")
 SPECS = {
     "toy-dit": (
@@ -90,6 +91,15 @@ SPECS = {
 }
 CASES = [(DIT, s) for s in SPECS["toy-dit"]] + [(JOINT, s) for s in SPECS["toy-dit"]]
 CASES += [(UNET, s) for s in SPECS["toy-unet"]]
+CASES += [
+    (SKIPS, s)
+    for s in (
+        "pipefusion=2,patches=4",
+        "cfg=2,pipefusion=3,patches=3,prepost=false",
+        "pipefusion=3,ulysses=2,patches=2",
+        "asyncdiff=3,warmup=2",
+    )
+]
 IDS = [f"{p.name}{'-joint' * (p is JOINT)}-{s}" for p, s in CASES]
 
 
@@ -468,6 +478,42 @@ def test_pipefusion_bytes_and_cache(patches: int) -> None:
     assert graph.peak_bytes(["kv"]) == dict.fromkeys((0, 1), 2 * 2 * 2 * TOKENS * HIDDEN * ELEMENT)
 
 
+@pytest.mark.parametrize("patches", [1, 4])
+@pytest.mark.parametrize(
+    ("counts", "blocks"),
+    [
+        ("3:3", {(0, 1): 2}),
+        ("2:2:2", {(0, 2): 2}),
+        ("1:1:2:1:1", {(0, 4): 1, (1, 3): 1}),
+        ("1:4:1", {(0, 2): 1}),  # from block 1 to block 4: inside stage 1
+        ("2:4", {(0, 1): 1}),  # from block 1 on: it is the hidden state that stage 1 gets
+        ("5:1", {(0, 1): 1}),
+    ],
+)
+def test_skips_go_from_the_stage_that_makes_them_to_the_one_that_uses_them(
+    counts: str, blocks: dict[tuple[int, int], int], patches: int
+) -> None:
+    """g B s h e a step for each skip that crosses stages, whatever M, in M messages of all that go the
+    same way, on channels of their own (section 12.2). Skips go from block 0 to 5 and from 1 to 4."""
+    graph = graph_of(SKIPS, f"pipefusion={len(counts) // 2 + 1},patches={patches},stages={counts}")
+    sent: dict[tuple[int, ...], int] = defaultdict(int)
+    messages: dict[tuple[int, ...], int] = defaultdict(int)
+    for op, _ in graph.instances():
+        if op.stream.startswith("skip."):
+            sent[op.ranks] += op.nbytes
+            messages[op.ranks] += 1
+    assert sent == {ends: STEPS * n * 2 * TOKENS * HIDDEN * ELEMENT for ends, n in blocks.items()}
+    assert messages == dict.fromkeys(blocks, 1 + (STEPS - 1) * patches)
+
+
+def test_asyncdiff_broadcasts_what_skips_over_a_boundary() -> None:
+    """Blocks 0 1 | 2 3 | 4 5: the hidden states after 1 and 3, and of the skips 0 to 5 and 1 to 4 the
+    first; the second is the hidden state after 1."""
+    graph = graph_of(SKIPS, "asyncdiff=3,warmup=1,cuts=2:4")
+    names = {op.name.split("@")[0] for op, _ in graph.instances() if "bcast" in op.name}
+    assert names == {"bcast.block0", "bcast.block1", "bcast.block3", "bcast.eps"}
+
+
 def test_ring_inside_pipefusion_pays_once_a_patch() -> None:
     """The ring turns the whole local cache in every micro-step (section 15.2)."""
     whole = graph_of(DIT, "pipefusion=2,ring=2,patches=1,warmup=1").bytes_by_call()[0]["ring"][1]
@@ -540,7 +586,6 @@ def test_malformed_spec_says_what_is_wrong(text: str, says: str) -> None:
         (DIT, "ring=5", "16 token rows", "ring=4"),
         (UNET, "ulysses=2", "U-Net", "patch=2"),
         (UNET, "pipefusion=2", "U-Net", "distrifusion=2"),
-        (replace(DIT, skips=((0, 3),)), "pipefusion=2", "1 skip connection", "distrifusion=2"),
         (UNET, "distrifusion=3", "16 latent rows", "distrifusion=2"),
         (DIT, "cfg=3", "two branches", "cfg=2"),
         (DIT, "pipefusion=5", "4 blocks", "pipefusion=4"),

@@ -341,7 +341,7 @@ def _replicated(profile: Profile, max_gpus: int) -> Iterator[str]:
     for n in [n for n in (2, 4) if 2 * n <= max_gpus]:
         if n == 2 and profile.geometry.guidance == "cfg":
             yield f"cfg=2,data={max_gpus // 2}"
-        if profile.kind == "transformer" and not profile.skips:
+        if profile.kind == "transformer":
             yield f"pipefusion={n},patches={2 * n},warmup=1,data={max_gpus // n}"
 
 

@@ -51,7 +51,8 @@ def components_of(build: Builder, owners: Sequence[int]) -> list[Component]:
 
     What precedes the first cut belongs to its component, what follows a cut to that cut's. In a U-Net
     a block inside one component is one module (its whole output tuple, skips included), a block that
-    is cut inside is broadcast by its parts; a transformer sends the hidden state at each boundary.
+    is cut inside is broadcast by its parts; a transformer sends the hidden state at each boundary, and
+    what skips over one.
     """
     cuts, end = build.denoiser.cuts, len(build.denoiser.segments)
     starts = [0, *(c.lo for c in cuts[1:]), end]
@@ -72,8 +73,9 @@ def _boundaries(
 ) -> list[list[tuple[str, int]]]:
     shape = build.shape(build.rows)
     sent: list[list[tuple[str, int]]] = [[] for _ in range(max(owners) + 1)]
-    for cut, owner, following in zip(cuts, owners, owners[1:], strict=False):
-        if owner != following:
+    crossing = {a for a, b in build.profile.skips if owners[a] != owners[b]}
+    for i, (cut, owner, following) in enumerate(zip(cuts, owners, owners[1:], strict=False)):
+        if owner != following or i in crossing:
             sent[owner].append((cut.name, build.nbytes(cut.out, shape)))
     return sent
 

@@ -83,7 +83,7 @@ def plan_sequence(build: Builder, options: Options, patches: int) -> SequencePar
             )
     text = build.latent["t"]
     divides = build.joint_text and mesh.sp > 1 and patches == 1 and mesh.pp == 1
-    split = divides and text % mesh.sp == 0
+    split = divides and text % mesh.sp == 0 and not mixes_text(build)
     rotate, phases = options.get("rotate", "p2p"), two_phases(mesh.ulysses, options)
     return SequenceParallel(mesh.ulysses, mesh.ring, rotate, split, phases)
 
@@ -100,6 +100,17 @@ def two_phases(ulysses: int, options: Options) -> tuple[int, int] | None:
             f"exchange={widest}x{ulysses // widest}" if widest else "ulysses=4,exchange=2x2",
         )
     return inside, across
+
+
+def mixes_text(build: Builder) -> bool:
+    """Do text tokens meet before they join the image's? HunyuanVideo refines its text, Mochi pools it:
+    there a rank needs all of it."""
+    return any(
+        kernel.kind == "attention" and any(s == "t" for _, m in kernel.dims[3].terms for s, _ in m)
+        for segment in build.denoiser.segments
+        if segment.point is None
+        for kernel in segment.kernels
+    )
 
 
 def nearest_sequence(build: Builder) -> str:

@@ -1,12 +1,13 @@
 """Pass level, displaced patch pipeline: PipeFusion (arXiv 2405.14430, section 4.1).
 
 Stages hold consecutive blocks and a K/V cache of full length; patches flow through the stages, and a
-patch attends to patches before it of this step and to patches after it of the step before.
+patch attends to patches before it of this step and to patches after it of the step before. Long skip
+connections (HunyuanDiT) go from the stage that makes them straight to the one that uses them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from paradiff.graph import Ref, Shape
@@ -27,9 +28,13 @@ from paradiff.strategies.passes import noise
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Resolved parameters: segment range of each stage, rows of each patch, and the switches."""
+    """Resolved parameters: segment range of each stage, rows of each patch, and the switches.
+
+    ``skips``: (stage that makes, stage that uses) -> blocks whose output goes there by itself.
+    """
 
     stages: tuple[tuple[int, int], ...]
+    skips: Mapping[tuple[int, int], Sequence[int]]
     patches: tuple[int, ...]
     sp: SequenceParallel
     text_mode: str | None
@@ -75,6 +80,21 @@ def block_counts(build: Builder, stages: str | None) -> tuple[int, ...]:
     return counts
 
 
+def skip_routes(build: Builder, counts: Sequence[int]) -> dict[tuple[int, int], list[int]]:
+    """Blocks whose outputs cross stages as skips, by the pair of stages (STRATEGIES 12.2).
+
+    A skip inside one stage is local, and so is one whose source ends the stage before: there it is the
+    hidden state, which is sent anyway.
+    """
+    stage = [d for d, count in enumerate(counts) for _ in range(count)]
+    routes: dict[tuple[int, int], list[int]] = {}
+    for source, target in build.profile.skips:
+        a, b = stage[source], stage[target]
+        if a != b and stage[source + 1] != b:
+            routes.setdefault((a, b), []).append(source)
+    return routes
+
+
 def check_patches(build: Builder, patches: int) -> None:
     """Raise Infeasible unless the rows make ``patches`` patches for the sequence group to share."""
     unit, sp = build.profile.geometry.row_multiple, build.mesh.sp
@@ -107,12 +127,6 @@ def plan_pipeline(build: Builder, options: Options) -> Pipeline:
             f"pipefusion needs a plain stack of blocks; {profile.name} is a U-Net with skips",
             nearest_strips(build, "distrifusion", n),
         )
-    if profile.skips:
-        raise Infeasible(
-            f"pipefusion needs a plain stack of blocks; {profile.name} has {len(profile.skips)} skip"
-            " connections between them",
-            nearest_strips(build, "distrifusion", n),
-        )
     if not 2 <= n <= blocks:
         raise Infeasible(
             f"pipefusion={n}: {profile.name} has {blocks} blocks and a pipeline at least 2 stages",
@@ -126,8 +140,10 @@ def plan_pipeline(build: Builder, options: Options) -> Pipeline:
             f"warmup={warmup}: the cache is filled by at least one of the {steps} steps",
             f"warmup={min(max(1, warmup), steps)}",
         )
+    counts = block_counts(build, options.get("stages"))
     return Pipeline(
-        stages=stage_ranges(build, block_counts(build, options.get("stages"))),
+        stages=stage_ranges(build, counts),
+        skips=skip_routes(build, counts),
         patches=patch_rows(build, patches),
         sp=plan_sequence(build, options, patches),
         text_mode=options.get("text", profile.text_mode),
@@ -206,13 +222,16 @@ class Stages:
     def cache(self, d: int, rank: int, parts: Sequence[int], step: int) -> list[Ref]:
         """Rows of the K/V cache of stage d: 2 (L/N) g B s h e bytes in all (section 12.4).
 
-        Under Ulysses a rank keeps its heads of every row, under a ring its part of every patch.
+        Under Ulysses a rank keeps its heads of every row, under a ring its part of every patch. None
+        where the stage's blocks attend to frames only (Latte).
         """
         shape = self.build.shape(self.build.rows)
         lo, hi = self.pipe.stages[d]
         points = {i: p for i, p in self.build.denoiser.points("kv") if lo <= i < hi}
         each = (self.build.nbytes(p.elements, shape) for p in points.values())
         size = sum(each) // self.pipe.sp.degree
+        if not points:
+            return []
         buffer = self.build.buffer("cache", rank, size, "kv", list(points))
         return [Ref(buffer, step, part) for part in parts]
 
@@ -246,7 +265,49 @@ class Stages:
             for lane in self.lanes:
                 if d:
                     self.transfer(lane, d - 1, p)
+                    self.send_skips(lane, d - 1, p)
                 self.stage(lane, d, p)
+
+    def skip(self, rank: int, block: int, p: int | None) -> Ref:
+        """Output of ``block`` for patch p on a rank of the stage that makes it, or that uses it. One
+        buffer a patch: a skip waits while its patch goes through the stages between."""
+        cut = self.build.denoiser.cuts[block]
+        size = self.build.nbytes(cut.out, self.dense_shape(p))
+        name = f"skip{block}.{'all' if p is None else p}"
+        return Ref(self.build.buffer(name, rank, size, "hidden", module=cut.name), 0)
+
+    def send_skips(self, lane: Lane, d: int, p: int | None) -> None:
+        """What stage d has made for later stages, one message to each, on channels of their own: where
+        maker and user are neighbours, the hidden states must not wait for them."""
+        for (a, b), blocks in self.pipe.skips.items():
+            for source, target in (
+                zip(lane.groups[a], lane.groups[b], strict=True) if a == d else ()
+            ):
+                reads, writes = ([self.skip(r, k, p) for k in blocks] for r in (source, target))
+                size = sum(self.build._buffers[ref.buffer].nbytes for ref in reads)
+                self.message(f"skip{self.label(p)}", (source, target), size, reads, writes, "skip")
+
+    def message(
+        self,
+        name: str,
+        ends: tuple[int, int],
+        nbytes: int,
+        reads: Sequence[Ref],
+        writes: Sequence[Ref],
+        channel: str = "p2p",
+    ) -> None:
+        """One message that is read, and arrives, in parts."""
+        source, target = ends
+        self.build.emit(
+            f"{name}@r{source}>r{target}",
+            "p2p",
+            "send",
+            ends,
+            f"{channel}.{source}-{target}",
+            reads=reads,
+            writes=writes,
+            nbytes=nbytes,
+        )
 
     def transfer(self, lane: Lane, d: int, p: int | None) -> None:
         """Hidden state of patch p from stage d to d + 1; the text stream goes ahead of patch 0."""
@@ -280,7 +341,8 @@ class Stages:
         refs = [self.arrival(rank, d - 1, p, text=False), self.build.text(rank)]
         if self.hidden_bytes(d - 1, p, text=True) and self.reads_text(p):
             refs.append(self.arrival(rank, d - 1, p, text=True))
-        return refs
+        received = [k for (_, b), blocks in self.pipe.skips.items() if b == d for k in blocks]
+        return refs + [self.skip(rank, block, p) for block in received]
 
     def reads_text(self, p: int | None) -> bool:
         """Later patches read the received text again, unless patch 0's inputs were kept per block."""
@@ -295,7 +357,8 @@ class Stages:
         words = self.hidden_bytes(d, p, text=True)
         if words and not p:
             refs.append(self.work_buffer("text_out", rank, p, words))
-        return refs
+        made = [k for (a, _), blocks in self.pipe.skips.items() if a == d for k in blocks]
+        return refs + [self.skip(rank, block, p) for block in made]
 
     def eps(self, rank: int, p: int | None, name: str = "eps", copies: int = 1) -> Ref:
         """Network output of patch p on one rank of the last stage."""
@@ -390,14 +453,5 @@ class Stages:
 
     def loop_edge(self, last: int, first: int, size: int, p: int | None) -> None:
         """The new latent rows go back to stage 0, where the next step begins."""
-        parts = self.parts(p)
-        self.build.emit(
-            f"x{self.label(p)}@r{last}>r{first}",
-            "p2p",
-            "send",
-            (last, first),
-            f"p2p.{last}-{first}",
-            reads=[self.build.x(last, 1, 0, part) for part in parts],
-            writes=[self.build.x(first, 1, 0, part) for part in parts],
-            nbytes=size,
-        )
+        reads, writes = ([self.build.x(r, 1, 0, k) for k in self.parts(p)] for r in (last, first))
+        self.message(f"x{self.label(p)}", (last, first), size, reads, writes)
