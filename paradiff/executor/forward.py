@@ -8,6 +8,7 @@ order of the profile's segments, and every op must end where the graph says that
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -38,6 +39,7 @@ from paradiff.executor.sequence import (
     heads_apart,
     heads_together,
     layout_of,
+    mask_of,
     merged,
     own_heads,
     together,
@@ -85,7 +87,7 @@ class Forward(Handler):
     kept: dict[str, Tensor]
     blank: Tensor
     frames: int
-    captures: Collection[str] = ()
+    captures: AbstractSet[str] = frozenset()
     published: dict[int, Payload] = field(default_factory=dict)
     captured: dict[str, Payload] = field(default_factory=dict)
     streams: list[Payload] = field(default_factory=list)
@@ -106,6 +108,8 @@ class Forward(Handler):
         self.layout = layout_of(self.task.tags)
         self._greenlet = greenlet(self._run)
         self._segments = self.network.profile.denoiser.segments
+        end, ends = self.ranges[-1][1], [hi for _, hi in self.network.unit_ranges.values()]
+        self._last = max(hi for hi in ends if hi <= end) if end < len(self._segments) else None
 
     # ---------------------------------------------------------------------------- for the interpreter
 
@@ -136,7 +140,7 @@ class Forward(Handler):
             raise ScheduleMismatch(f"{task.id} begins at {self._name(task.lo)}, not {self.here}")
         self.task, self._again, self.streams = task, -1, []
         self._greenlet.switch()
-        if self._at != task.hi and not (self.finished and self._modules):
+        if self._at != task.hi:
             raise ScheduleMismatch(f"{task.id} ends at {self._name(task.hi)}, not {self.here}")
 
     @property
@@ -158,7 +162,7 @@ class Forward(Handler):
 
     def _run(self) -> None:
         x = self._input(self.rows)
-        out = self.network.call(x, self._given, self.timestep, self.rows)
+        out = self.network.call(x, self._given, self.timestep, self.rows, self.total_rows)
         self._at = len(self._segments)
         pieces, at = [], 0
         for first, last in self.rows:
@@ -213,45 +217,47 @@ class Forward(Handler):
     def unit(
         self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """Own units run; another gives what an op has read of its output, or passes its input on. The
+        block just before the own ones gives what the stage before has sent."""
         lo, hi = self.network.unit_ranges[name]
         if any(a <= lo and hi <= b for a, b in self.ranges):
-            if self.network.is_transformer:
-                return self._block(name, hi, forward, args, kwargs)
-        elif name in self._modules:
+            return self._own(name, forward, args, kwargs)
+        if name in self._modules:
             return self._modules[name]
-        elif self.network.is_transformer:
-            return block_output(self.network.model, *self._streams_in(args, kwargs))
-        return forward(*args, **kwargs)
-
-    def _streams_in(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        return block_inputs(self.network.model, args, kwargs)
-
-    def _block(
-        self, name: str, hi: int, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
-    ) -> Any:
-        """A block of this stage: the first starts from what was received, after the last we stop."""
-        model, (image, text) = self.network.model, self._streams_in(args, kwargs)
-        if self._received:
+        if not self.network.is_transformer:
+            return forward(*args, **kwargs)
+        image, text = block_inputs(self.network.model, args, kwargs)
+        if hi == self.ranges[0][0] and self._received:
             image, *rest = (payload[0].value for payload in self._take())
             text = rest[0] if rest else text
-        role = self.task.tags.get("text")
-        if role == "keep":
-            self.kept[name] = text.clone()
-        elif role == "take":
-            text = self.kept[name]
-        args, kwargs = with_block_inputs(model, args, kwargs, image, text)
-        output = forward(*args, **kwargs)
-        if hi == self.ranges[-1][1] and hi < len(self._segments) and not self._modules:
-            streams = [z for z in block_streams(model, output) if z is not None]
-            self.streams = [(Piece(self.rows[0], z.clone()),) for z in streams]
-            self._stopped = True
-            self._pause(hi)
-        return output
+        return block_output(self.network.model, image, text)
+
+    def _own(
+        self, name: str, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """A unit of this rank, whose text may be that of patch 0."""
+        role, model = self.task.tags.get("text"), self.network.model
+        if role is not None:
+            image, text = block_inputs(model, args, kwargs)
+            if role == "keep":
+                self.kept[name] = text.clone()
+            args, kwargs = with_block_inputs(model, args, kwargs, image, self.kept[name])
+        return forward(*args, **kwargs)
 
     def leave(self, name: str, output: Any) -> Any:
+        """Keep the output of a module that others will use. After the last own unit we stop."""
         if name in self.captures:
             copy = tree_map(lambda z: z.clone() if isinstance(z, Tensor) else z, output)
             self.captured[name] = (Piece(self.rows[0], copy),)
+        if (
+            self.network.unit_ranges[name][1] == self._last
+            and self.captured.keys() >= self.captures
+        ):
+            if self.network.is_transformer:
+                streams = [z for z in block_streams(self.network.model, output) if z is not None]
+                self.streams = [(Piece(self.rows[0], z.clone()),) for z in streams]
+            self._stopped = True
+            self._pause(self.ranges[-1][1])
         return output
 
     # ---------------------------------------------------------------------------- points
@@ -308,10 +314,12 @@ class Forward(Handler):
         if len(read) > len(own):
             more = tuple(p for p in read[-1] if p.span not in mine)
             k, v = (_longer(z, w) for z, w in zip((k, v), block_tokens(more, at), strict=True))
+        mask = self._words_mask(call.keywords.get("attn_mask"), local["k"])
         if layout.blocks == 1:
-            out = call.func(q.joined(), k.joined(), v.joined(), *call.args[3:], **call.keywords)
+            options = {**call.keywords, "attn_mask": mask_of(k, mask)}
+            out = call.func(q.joined(), k.joined(), v.joined(), **options)
         else:
-            out = self._ring(at, q, k, v)
+            out = self._ring(at, q, k, v, mask)
         words = 0 if q.text is None else q.text.shape[2]
         image, of_text = out.split([out.shape[2] - words, words], dim=2)
         result = Tokens(image, of_text if words else None)
@@ -324,16 +332,26 @@ class Forward(Handler):
             result = self._heads_back()
         return self._joined(result)
 
-    def _ring(self, at: int, q: Tokens, k: Tokens, v: Tokens) -> Tensor:
+    def _words_mask(self, mask: Tensor | None, local: Tokens) -> Tensor | None:
+        """The part of the mask of ``local`` keys that is the text's: the image's is all ones."""
+        if mask is None:
+            return None
+        assert local.text is not None
+        image, words = local.image.shape[2], local.text.shape[2]
+        sizes = [words, image] if self.network.text_first else [image, words]
+        return mask.split(sizes, dim=-1)[0 if self.network.text_first else 1]
+
+    def _ring(self, at: int, q: Tokens, k: Tokens, v: Tokens, mask: Tensor | None) -> Tensor:
         """One block of keys after another; each further one is an op of its own."""
         assert self.layout is not None
-        found = attend(q.joined(), k.joined(), v.joined())
+        found = attend(q.joined(), k.joined(), v.joined(), mask_of(k, mask))
         for _ in range(1, self.layout.blocks):
             self._at, self._again = at + 1, at
             getcurrent().parent.switch()
             (block,) = self._take()
             key, value = block_tokens(block, at)
-            found = merged(found, attend(q.joined(), key.joined(), value.joined()))
+            more = attend(q.joined(), key.joined(), value.joined(), mask_of(key, mask))
+            found = merged(found, more)
         self._at = at
         return found[0]
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from paradiff.executor.faults import NotFinite
 from paradiff.executor.forward import Forward, Router, Task, task_of
-from paradiff.executor.network import CLASSES, Conditioning, Network
+from paradiff.executor.network import Conditioning, Network
 from paradiff.executor.payload import (
     Payload,
     Piece,
@@ -108,8 +108,6 @@ def check_executable(graph: ScheduleGraph, network: Network, request: Request) -
             f"{spec.text!r}: weights={spec.options['weights']} cannot be executed yet; run the spec"
             " without it, only how weights are stored changes"
         )
-    if network.class_name not in CLASSES:
-        raise Unexecutable(f"{network.class_name}: executable are {', '.join(CLASSES)}")
     if meta["model"] != network.profile.name:
         raise Unexecutable(f"graph of {meta['model']}, network of {network.profile.name}")
     if len(request.conditioning) != spec.degree("data"):
@@ -154,8 +152,11 @@ class _Run:
         self.schedule = Schedule(
             self.request.scheduler,
             int(meta["steps"]),
-            self.network.scheduled_tokens(self.shape),
-            self.request.guidance_scale,
+            sigmas=self.network.sigmas(int(meta["steps"])),
+            tokens=self.network.scheduled_tokens(self.shape),
+            sizes=self.network.latent_sizes(self.shape),
+            seed=self.request.seed,
+            guidance_scale=self.request.guidance_scale,
         )
         self.steps = program(self.graph, self.rank)
         self.readers = Counter(
@@ -269,11 +270,8 @@ class _Run:
 
     def initial_latent(self, replica: int) -> Tensor:
         """The same on every rank of a replica, whatever the device."""
-        generator = torch.Generator().manual_seed(self.request.seed + replica)
-        sizes = self.network.latent_sizes(self.shape, self.shape["b"])
-        noise = torch.randn(sizes, generator=generator, dtype=torch.float64)
         device = next(self.network.model.parameters()).device
-        return (noise * self.schedule.noise_scale).to(device, self.request.dtype)
+        return self.schedule.initial(replica).to(device, self.request.dtype)
 
     def _batch(self, number: int, instance: Instance, ahead: str) -> None:
         """A call on several latents, each at the timestep of its own step: one after another here."""
@@ -376,7 +374,7 @@ class _Run:
             plan.last = here if here[0][0] in kv and here[0][1] == here[0][0] + 1 else ()
             for ref in op.writes:
                 plan.publishes.update(self._points(op, ref))
-                plan.captures.add(self.buffers[ref.buffer].module)
+                plan.captures.update({self.buffers[ref.buffer].module} - {""})
         return found
 
     def _is_partial(self) -> bool:
@@ -406,7 +404,9 @@ class _Run:
         step = op.step + instance.base
         for ref, old in zip(op.writes, latent, strict=True):
             rows = take_rows(have, [old.span])
-            new = self.schedule.step(rank, ref.part, step, rows, old.value)
+            new = self.schedule.step(
+                rank, ref.part, step, rows, old.value, replica=self.replica[rank], rows=old.span
+            )
             if not torch.isfinite(new).all():
                 raise NotFinite(f"the latent is not finite: {_worst(new)}")
             self._write(instance, ref, (Piece(old.span, new),))

@@ -1,7 +1,8 @@
-"""What each supported class takes and gives, as its pipeline calls it: latents in one layout for all.
+"""What each supported class takes and gives, as its pipeline calls it.
 
-Latents here are (B, C, R, W), for videos (B, F, C, R, W); rows are always the last but one dimension,
-so a strip of rows is cut the same way for every class. It does not know ranks, versions or points.
+Latents here are (B, C, R, W), for videos (B, F, C, R, W) or (B, C, F, R, W) as the class has them; rows
+are always the last but one dimension, so a strip of rows is cut the same way for every class. It does
+not know ranks, versions or points.
 """
 
 from __future__ import annotations
@@ -9,25 +10,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from paradiff.executor.payload import Span
-from paradiff.models.interception import TEXT_FIRST, TEXT_OUT_FIRST, UNET_CLASSES
-from paradiff.models.stages import DENOISERS
+from paradiff.models.interception import TEXT_FIRST, UNET_CLASSES, rotary_tables
+from paradiff.models.stages import DENOISERS, latent_sizes
 from paradiff.profiles import Profile
 
 Conditioning = Mapping[str, Any]
 """Keyword arguments of the network other than latent, timestep and positions, for both guidance
 branches along the batch (uncond first). ``image_latents`` are SVD's, put beside the latent."""
 
-CLASSES = (*UNET_CLASSES, "PixArtTransformer2DModel", *TEXT_OUT_FIRST)
 LATENT_NAMES = ("sample", "hidden_states")
-VIDEO_CLASSES = ("UNetSpatioTemporalConditionModel", "CogVideoXTransformer3DModel")
+SIGMAS_GIVEN = ("FluxTransformer2DModel", "HunyuanVideoTransformer3DModel")
+"""Classes whose pipelines give the scheduler evenly spaced noise levels, from 1 to 1 / steps."""
+LEARNED_SIGMA = ("PixArtTransformer2DModel", "LatteTransformer3DModel", "HunyuanDiT2DModel")
+"""Classes that predict a variance beside the noise, which the scheduler does not take."""
+TIMESTEP_CAST = ("HunyuanDiT2DModel", "HunyuanVideoTransformer3DModel", "MochiTransformer3DModel")
+"""Classes whose pipelines give the timestep in the latent's dtype."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,15 @@ class Network:
         return found
 
     def frames_together(self, shape: Mapping[str, int]) -> int:
-        """Frames whose tokens are part of one attention, one after another."""
-        return shape["f"] if self.class_name == "CogVideoXTransformer3DModel" else 1
+        """Frames (of tokens) that are part of one attention, one after another."""
+        if self.class_name in ("UNetSpatioTemporalConditionModel", "LatteTransformer3DModel"):
+            return 1
+        return -(-shape["f"] // self.patch_depth)
+
+    @cached_property
+    def patch_depth(self) -> int:
+        """Latent frames of a patch."""
+        return getattr(self.model.config, "patch_size_t", None) or 1
 
     def by_rows(self, z: Tensor, spans: Sequence[Span], frames: int) -> list[Tensor]:
         """K or V (b, h, n, d) of several spans of rows, one after another in each frame, apart."""
@@ -89,11 +103,20 @@ class Network:
             for i, _ in self.profile.denoiser.points("kv")
         }
 
-    def latent_sizes(self, shape: Mapping[str, int], batch: int) -> tuple[int, ...]:
-        """Sizes of the latent of ``batch`` requests."""
-        frames = (shape["f"],) if self.class_name in VIDEO_CLASSES else ()
-        channels = self.profile.geometry.channels
-        return (batch, *frames, channels, shape["r"], shape["w"])
+    def latent_sizes(self, shape: Mapping[str, int]) -> tuple[int, ...]:
+        """Sizes of the latent of a request, whose images or videos ``shape["b"]`` counts."""
+        return latent_sizes(
+            self.class_name, self.profile.geometry.channels, self.patch_depth, shape
+        )
+
+    def sigmas(self, steps: int) -> list[float] | None:
+        """The noise levels that the pipeline of the class gives its scheduler, if it does."""
+        if self.class_name in SIGMAS_GIVEN:
+            return list(np.linspace(1.0, 1 / steps, steps))
+        if self.class_name == "MochiTransformer3DModel":
+            module = import_module("diffusers.pipelines.mochi.pipeline_mochi")
+            return list(module.linear_quadratic_schedule(steps, threshold_noise=0.025))
+        return None
 
     def scheduled_tokens(self, shape: Mapping[str, int]) -> int:
         """Image tokens, on which Flux's schedule depends."""
@@ -110,9 +133,15 @@ class Network:
         return x
 
     def call(
-        self, x: Tensor, given: Conditioning, timestep: Tensor, spans: Sequence[Span]
+        self,
+        x: Tensor,
+        given: Conditioning,
+        timestep: Tensor,
+        spans: Sequence[Span],
+        total_rows: int,
     ) -> Tensor:
-        """One forward on what ``latent_input`` gave; the prediction in the latent layout."""
+        """One forward on what ``latent_input`` gave, which are the rows ``spans`` of ``total_rows``; the
+        prediction in the latent layout."""
         rest = {name: value for name, value in given.items() if name != "image_latents"}
         if self.class_name in UNET_CLASSES:
             out = self.model(sample=x, timestep=timestep, **rest, return_dict=False)[0]
@@ -120,6 +149,11 @@ class Network:
             return self._call_flux(x, rest, timestep, spans)
         else:
             times = timestep.expand(x.shape[0])
+            if self.class_name in TIMESTEP_CAST:
+                times = times.to(x.dtype)
+            rotary = rotary_tables(self.model, x, total_rows, spans)
+            if rotary is not None:
+                rest["image_rotary_emb"] = rotary
             out = self.model(hidden_states=x, timestep=times, **rest, return_dict=False)[0]
         result: Tensor = out
         return result
@@ -142,8 +176,8 @@ class Network:
         return unpack(out, rows, columns)
 
     def prediction(self, out: Tensor) -> Tensor:
-        """The part of the (guided) output that the scheduler takes: PixArt's variance is dropped."""
-        if self.class_name == "PixArtTransformer2DModel":
+        """The part of the (guided) output that the scheduler takes."""
+        if self.class_name in LEARNED_SIGMA:
             return out[:, : self.profile.geometry.channels]
         return out
 
@@ -177,7 +211,8 @@ def for_branch(given: Conditioning, branch: str) -> Conditioning:
 def random_conditioning(
     network: Network, shape: Mapping[str, int], seed: int, dtype: torch.dtype
 ) -> Conditioning:
-    """Random embeddings of the sizes that the class takes at ``shape``; masks are all ones.
+    """Random embeddings of the sizes that the class takes at ``shape``; masks leave out the last tokens,
+    of every sample another number.
 
     ``shape["b"]`` counts both guidance branches. For models with random weights, where no text
     encoder is meant.
@@ -191,12 +226,13 @@ def random_conditioning(
 
     given = dict(DENOISERS[network.class_name](network.model, shape))
     latent = next(given.pop(name) for name in LATENT_NAMES if name in given)
-    for name in ("timestep", "img_ids", "txt_ids"):
+    for name in ("timestep", "img_ids", "txt_ids", "image_rotary_emb"):
         given.pop(name, None)
     filled = {name: tree_map(fill, value) for name, value in given.items() if value is not None}
     for name in filled:
-        if name.startswith("encoder_attention_mask"):
-            filled[name] = torch.ones_like(filled[name])
+        if "mask" in name:
+            kind = dtype if given[name].is_floating_point() else given[name].dtype
+            filled[name] = _padded(*given[name].shape).to(kind)
         elif name == "guidance":
             filled[name] = torch.full_like(filled[name], 3.5)
     if network.class_name == "UNetSpatioTemporalConditionModel":
@@ -204,3 +240,9 @@ def random_conditioning(
         extra = channels - network.profile.geometry.channels
         filled["image_latents"] = fill(torch.empty(b, f, extra, r, w))
     return filled
+
+
+def _padded(samples: int, tokens: int) -> Tensor:
+    """Ones where a prompt has a token: prompt i lacks the last 1 + i modulo 3 (but the first one)."""
+    lengths = torch.tensor([max(1, tokens - 1 - i % 3) for i in range(samples)])
+    return (torch.arange(tokens) < lengths[:, None]).int()

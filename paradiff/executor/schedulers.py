@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -21,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paradiff.executor.payload import Span
+
 NAMES: Mapping[str, str] = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -28,7 +31,13 @@ NAMES: Mapping[str, str] = {
     "flow-match-euler": "FlowMatchEulerDiscreteScheduler",
 }
 """What ``--scheduler`` takes -> classes of diffusers."""
-CLASSES = (*NAMES.values(), "CogVideoXDDIMScheduler", "UniPCMultistepScheduler")
+CLASSES = (
+    *NAMES.values(),
+    "CogVideoXDDIMScheduler",
+    "UniPCMultistepScheduler",
+    "PNDMScheduler",
+    "DDPMScheduler",
+)
 
 
 def check_scheduler(scheduler: Any, steps: int) -> None:
@@ -121,25 +130,64 @@ def _precise(scheduler: Any, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-class Schedule:
-    """One request's timesteps, and its schedulers: one for each part of each rank's latent."""
+class Noise:
+    """Noise of a replica's whole latent, one draw after another, of which rows are taken: what a rank
+    draws for some rows is what a pipeline with this seed draws there."""
 
-    def __init__(self, scheduler: Any, steps: int, tokens: int, guidance_scale: float) -> None:
+    def __init__(self, sizes: Sequence[int], seed: int) -> None:
+        self._sizes = tuple(sizes)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def draw(self) -> Tensor:
+        """The next draw, on the CPU: the same whatever the device."""
+        return torch.randn(self._sizes, generator=self._generator, dtype=torch.float64)
+
+
+@dataclass
+class _Running:
+    """A scheduler that steps some rows, how many steps it has done, and the noise that it may add."""
+
+    scheduler: Any
+    noise: Noise
+    done: int = 0
+
+
+class Schedule:
+    """Timesteps and initial noise of the replicas' requests, and their schedulers: one for each part of
+    each rank's latent.
+
+    ``sigmas`` are the noise levels that the pipeline of the model gives its scheduler, ``sizes`` are
+    those of a latent; a replica draws from ``seed`` plus its number.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        steps: int,
+        *,
+        sigmas: Sequence[float] | None,
+        tokens: int,
+        sizes: Sequence[int],
+        seed: int,
+        guidance_scale: float,
+    ) -> None:
         check_scheduler(scheduler, steps)
         self._template = deepcopy(scheduler)
-        if scheduler.config.get("use_dynamic_shifting"):
-            sigmas = np.linspace(1.0, 1 / steps, steps)
-            self._template.set_timesteps(sigmas=sigmas, mu=_shift(self._template.config, tokens))
+        if sigmas is not None:
+            dynamic = scheduler.config.get("use_dynamic_shifting")
+            shift = {"mu": _shift(scheduler.config, tokens)} if dynamic else {}
+            self._template.set_timesteps(sigmas=np.array(sigmas), **shift)
         else:
-            self._template.set_timesteps(steps)
+            _set_timesteps(self._template, steps)
         self._scaler = deepcopy(self._template)
-        self._running: dict[tuple[int, int | None], tuple[Any, int]] = {}
+        self._running: dict[tuple[int, int | None], _Running] = {}
+        self._sizes, self._seed = sizes, seed
         self._guidance_scale = guidance_scale
 
-    @property
-    def noise_scale(self) -> float:
-        """Standard deviation of the initial latent."""
-        return float(getattr(self._template, "init_noise_sigma", 1.0))
+    def initial(self, replica: int) -> Tensor:
+        """The latent that a replica begins with, in float64."""
+        scale = float(getattr(self._template, "init_noise_sigma", 1.0))
+        return Noise(self._sizes, self._seed + replica).draw() * scale
 
     def timestep(self, step: int) -> Tensor:
         return self._template.timesteps[step]
@@ -157,17 +205,62 @@ class Schedule:
         uncond, cond = branches if len(branches) == 2 else branches[0].chunk(2)
         return uncond + self._guidance_scale * (cond - uncond)
 
-    def step(self, rank: int, part: int | None, step: int, prediction: Tensor, x: Tensor) -> Tensor:
-        """The next latent of one part of a rank's rows."""
-        scheduler, done = self._running.get((rank, part), (None, 0))
-        if scheduler is None:
+    def step(
+        self,
+        rank: int,
+        part: int | None,
+        step: int,
+        prediction: Tensor,
+        x: Tensor,
+        *,
+        replica: int,
+        rows: Span,
+    ) -> Tensor:
+        """The next latent of one part of a rank's rows, which are ``rows`` of the replica's latent."""
+        if (rank, part) not in self._running:
             scheduler = deepcopy(self._template)
             scheduler.is_scale_input_called = True
-        assert done == step, f"rank {rank}, part {part}: scheduler at step {done}, graph at {step}"
-        with _precise(scheduler, x.dtype):
-            after = scheduler.step(prediction, self.timestep(step), x, return_dict=False)[0]
-        self._running[rank, part] = scheduler, step + 1
+            noise = Noise(self._sizes, self._seed + replica)
+            noise.draw()  # the initial latent
+            self._running[rank, part] = _Running(scheduler, noise)
+        running = self._running[rank, part]
+        assert running.done == step, (
+            f"rank {rank}, part {part}: scheduler at step {running.done}, graph at {step}"
+        )
+        running.done += 1
+        with _precise(running.scheduler, x.dtype), _drawing(running, rows):
+            after: Tensor = running.scheduler.step(
+                prediction, self.timestep(step), x, return_dict=False
+            )[0]
         return after
+
+
+def _set_timesteps(scheduler: Any, steps: int) -> None:
+    """``steps`` evaluations of the network. (PNDM makes one more than it is asked for.)"""
+    for asked in (steps, steps - 1):
+        scheduler.set_timesteps(max(1, asked))
+        if len(scheduler.timesteps) == steps:
+            return
+    raise ValueError(
+        f"{steps} steps: {type(scheduler).__name__} has no schedule that evaluates the network so often"
+    )
+
+
+@contextmanager
+def _drawing(running: _Running, rows: Span) -> Iterator[None]:
+    """A stochastic scheduler (DDPM) adds its rows of what is drawn for the whole latent."""
+    module = sys.modules[type(running.scheduler).__module__]
+    if not hasattr(module, "randn_tensor"):
+        yield
+        return
+
+    def draw(
+        shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
+    ) -> Tensor:
+        return running.noise.draw()[..., rows[0] : rows[1], :].to(device, dtype)
+
+    with mock.patch.object(module, "randn_tensor", draw):
+        yield
 
 
 def _shift(config: Any, tokens: int) -> float:

@@ -114,11 +114,22 @@ def heads_together(pieces: Sequence[Piece]) -> Tokens:
     return Tokens(image, torch.cat(texts, dim=1) if texts else None)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over one block of keys, and the log-sum-exp of its scores (b, h, n, 1)."""
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     total = torch.logsumexp(scores, dim=-1, keepdim=True)
     return torch.exp(scores - total) @ value, total
+
+
+def mask_of(keys: Tokens, words: Tensor | None) -> Tensor | None:
+    """The mask of ``keys``, (b, 1, 1, n), for a mask of the text, which is whole where it is there."""
+    if words is None or keys.text is None:
+        return None
+    return torch.cat((words.new_ones(*words.shape[:-1], keys.image.shape[2]), words), dim=-1)
 
 
 def merged(

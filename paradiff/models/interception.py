@@ -11,8 +11,8 @@ handler is asked, and may replace what the layer would have used:
 - ``enter`` and ``leave``: a unit (a transformer block, a U-Net sub-block) begins or ends.
 
 Positions follow from the rows: a handler that runs a strip says which rows it has (``span``), and
-patch embeddings and rotary tables then run at full height and are sliced. (Flux, HunyuanDiT and
-CogVideoX with rotary embeddings take their positions as an argument.)
+patch embeddings and rotary tables then run at full height and are sliced. (Flux takes its positions as
+an argument, HunyuanDiT and CogVideoX with rotary embeddings their tables: ``rotary_tables``.)
 Positional tables that a model computes when its shape is not the configured one go through
 ``table``, so that a handler can leave them out of its account.
 
@@ -23,11 +23,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, wraps
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import diffusers
+import diffusers.models.attention_processor
 import diffusers.models.embeddings
 import torch
 import torch.nn.functional as F
@@ -46,6 +51,8 @@ TEXT_OUT_FIRST = {
     "FluxTransformer2DModel": True,
     "SD3Transformer2DModel": True,
     "CogVideoXTransformer3DModel": False,
+    "HunyuanVideoTransformer3DModel": False,
+    "MochiTransformer3DModel": False,
 }
 """Blocks that return a pair of streams: is its first one the text?"""
 
@@ -138,9 +145,11 @@ def block_inputs(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     """Image and text stream that enter a transformer block (None where text is no stream)."""
-    if type(model).__name__ in TEXT_OUT_FIRST:
-        return kwargs["hidden_states"], kwargs["encoder_hidden_states"]
-    return args[0], None
+    if type(model).__name__ not in TEXT_OUT_FIRST:
+        return args[0], None
+    if args:
+        return args[0], args[1]
+    return kwargs["hidden_states"], kwargs["encoder_hidden_states"]
 
 
 def with_block_inputs(
@@ -151,9 +160,11 @@ def with_block_inputs(
     text: Tensor | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same call with other streams."""
-    if type(model).__name__ in TEXT_OUT_FIRST:
-        return args, {**kwargs, "hidden_states": image, "encoder_hidden_states": text}
-    return (image, *args[1:]), kwargs
+    if type(model).__name__ not in TEXT_OUT_FIRST:
+        return (image, *args[1:]), kwargs
+    if args:
+        return (image, text, *args[2:]), kwargs
+    return args, {**kwargs, "hidden_states": image, "encoder_hidden_states": text}
 
 
 def block_streams(model: nn.Module, output: Any) -> tuple[Tensor, Tensor | None]:
@@ -267,7 +278,8 @@ def intercept(
     (0 for pure self attention). ``units`` are the modules to report to ``enter`` and ``leave``.
     """
     text_first = TEXT_FIRST.get(type(model).__name__, False)
-    inside: list[str] = []
+    together = type(model).__name__ == "MochiTransformer3DModel"
+    inside = ContextVar[tuple[str, Tensor | None]]("inside", default=("", None))
     modules = dict(model.named_modules())
     with ExitStack() as stack:
 
@@ -276,7 +288,9 @@ def intercept(
             stack.enter_context(mock.patch.object(module, "forward", make(module.forward)))
 
         for name in self_attention_names(model):
-            wrap(name, partial(_attention_scope, inside, name))
+            wrap(name, partial(_attention_scope, inside, name, together))
+        if together:
+            stack.enter_context(_samples_together())
         for site in exchange_sites(model):
             make = _with_halo if site.kind == "halo" else _with_moments
             wrap(site.name, partial(make, handler, site, modules[site.name]))
@@ -296,16 +310,64 @@ def intercept(
         yield
 
 
-def _attention_scope(inside: list[str], name: str, forward: Callable[..., Any]) -> Any:
+def _attention_scope(
+    inside: ContextVar[tuple[str, Tensor | None]],
+    name: str,
+    together: bool,
+    forward: Callable[..., Any],
+) -> Any:
+    """Says which module attends, for each coroutine apart. ``together``: and keeps the mask of the text,
+    which Mochi's processor would act upon itself."""
+
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        inside.append(name)
+        before = inside.set((name, kwargs["attention_mask"] if together else None))
         try:
             return forward(*args, **kwargs)
         finally:
-            inside.pop()
+            inside.reset(before)
 
     return run
+
+
+class _EverySample(int):
+    """An index into a batch that is all of it: ``x[i : i + 1]`` is ``x``."""
+
+    batch: int
+
+    def __add__(self, _: object) -> int:
+        return self.batch
+
+
+@contextmanager
+def _samples_together() -> Iterator[None]:
+    """Mochi attends sample by sample over the text tokens that its mask leaves. Here a batch attends
+    at once, over all tokens under a mask: an exchange point is met once a forward."""
+
+    def samples(batch: int) -> list[_EverySample]:
+        every = _EverySample(0)
+        every.batch = batch
+        return [every]
+
+    def nonzero(mask: Tensor, *, as_tuple: bool) -> Tensor:
+        return torch.arange(mask.numel(), device=mask.device)[:, None]
+
+    processors: Any = diffusers.models.attention_processor
+    everything = SimpleNamespace(**{**vars(torch), "nonzero": nonzero})
+    with (
+        mock.patch.object(processors, "range", samples, create=True),
+        mock.patch.object(processors, "torch", everything),
+    ):
+        yield
+
+
+def _words_mask(words: Tensor, keys: int) -> Tensor | None:
+    """The mask of joint keys (batch, 1, 1, keys), image first, for a mask of the text; None where no
+    token is masked, and on meta, where prompts are as long as they can be."""
+    if words.device.type == "meta" or bool(words.all()):
+        return None
+    image = words.new_ones(words.shape[0], keys - words.shape[1])
+    return torch.cat((image, words), dim=1)[:, None, None].bool()
 
 
 def _unit_scope(handler: Handler, name: str, forward: Callable[..., Any]) -> Any:
@@ -319,7 +381,7 @@ def _unit_scope(handler: Handler, name: str, forward: Callable[..., Any]) -> Any
 
 def _attend(
     handler: Handler,
-    inside: list[str],
+    inside: ContextVar[tuple[str, Tensor | None]],
     kv: Mapping[str, int],
     text_first: bool,
     original: Callable[..., Tensor],
@@ -330,7 +392,9 @@ def _attend(
     **kwargs: Any,
 ) -> Tensor:
     """The patched attention; its parameters are called positionally and by keyword."""
-    name = inside[-1] if inside else ""
+    name, words = inside.get()
+    if words is not None:
+        kwargs["attn_mask"] = _words_mask(words, key.shape[2])
     if name in kv:
         text = kv[name]
         site = Site(name, "kv")
@@ -456,14 +520,44 @@ def _with_rotation(
             whole = (*args[:2], total // size, *args[3:])
         spans = handler.spans() or ((first, first + own * size),)
 
-        def sliced(table: Tensor) -> Tensor:
-            grid = table.unflatten(axis, (-1, total // size, columns))
-            pieces = [grid.narrow(axis + 1, a // size, (b - a) // size) for a, b in spans]
-            return torch.cat(pieces, dim=axis + 1).flatten(axis, axis + 2)
-
-        return tuple(sliced(table) for table in forward(*whole, **kwargs))
+        grid = (total // size, columns)
+        return tuple(_table_rows(t, axis, grid, spans, size) for t in forward(*whole, **kwargs))
 
     return run
+
+
+def _table_rows(
+    table: Tensor, axis: int, grid: tuple[int, int], spans: Sequence[tuple[int, int]], size: int
+) -> Tensor:
+    """Entries of the latent rows ``spans`` in a table that counts frames, rows, columns in patches."""
+    whole = table.unflatten(axis, (-1, *grid))
+    pieces = [whole.narrow(axis + 1, a // size, (b - a) // size) for a, b in spans]
+    return torch.cat(pieces, dim=axis + 1).flatten(axis, axis + 2)
+
+
+def rotary_tables(
+    model: nn.Module, x: Tensor, rows: int, spans: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines that the caller gives, (tokens, width), or None: as the pipeline of the class
+    makes them for a latent of ``rows`` rows, those of ``spans`` kept. ``x`` has the other sizes."""
+    c: Any = model.config
+    name = type(model).__name__
+    if name == "CogVideoXTransformer3DModel" and c.use_rotary_positional_embeddings:
+        pipeline = SimpleNamespace(transformer=model, vae_scale_factor_spatial=1)
+        make = diffusers.CogVideoXPipeline._prepare_rotary_positional_embeddings
+        tables = make(pipeline, rows, x.shape[-1], x.shape[1], x.device)
+    elif name == "HunyuanDiT2DModel":
+        module: Any = import_module("diffusers.pipelines.hunyuandit.pipeline_hunyuandit")
+        size = rows // c.patch_size, x.shape[-1] // c.patch_size
+        crop = module.get_resize_crop_region_for_grid(size, 512 // 8 // c.patch_size)
+        tables = module.get_2d_rotary_pos_embed(
+            c.attention_head_dim, crop, size, device=x.device, output_type="pt"
+        )
+    else:
+        return None
+    grid = rows // c.patch_size, x.shape[-1] // c.patch_size
+    cosine, sine = (_table_rows(t, 0, grid, spans, c.patch_size) for t in tables)
+    return cosine, sine
 
 
 @contextmanager

@@ -358,20 +358,10 @@ def _learns_sigma(entry: Entry) -> bool:
 
 
 def _latent_sizes(class_name: str, channels: int, depth: int, s: Shape) -> tuple[int, ...]:
+    """Flux's pipeline keeps its latents packed."""
     if class_name == "FluxTransformer2DModel":
         return s["b"], s["r"] // 2 * (s["w"] // 2), 4 * channels
-    if class_name == "UNetSpatioTemporalConditionModel":
-        return s["b"], s["f"], channels, s["r"], s["w"]
-    if class_name == "CogVideoXTransformer3DModel":
-        return s["b"], depth * -(-s["f"] // depth), channels, s["r"], s["w"]
-    if class_name in (
-        "WanTransformer3DModel",
-        "HunyuanVideoTransformer3DModel",
-        "LatteTransformer3DModel",
-        "MochiTransformer3DModel",
-    ):
-        return s["b"], channels, s["f"], s["r"], s["w"]
-    return s["b"], channels, s["r"], s["w"]
+    return stages.latent_sizes(class_name, channels, depth, s)
 
 
 # ------------------------------------------------------------------------------ a user's own model

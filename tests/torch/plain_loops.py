@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from inspect import signature
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers import CogVideoXPipeline, FluxPipeline
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 from torch import Tensor
 
 from paradiff.executor.network import Network, random_conditioning
@@ -28,7 +32,21 @@ NAMES = (
     "sdxl", "sd21", "svd", "audioldm2-large", "pixart-alpha", "sd3-medium", "flux1-dev",
     "cogvideox-2b",
 )  # fmt: skip
-UNETS = NAMES[:4]
+"""Twins on which every strategy is tried in all its ways."""
+UNETS = ("sdxl", "sd21", "sd15", "svd", "svd-xt", "audioldm2-large")
+OTHERS = (
+    "cogvideox1.5-5b", "wan2.1-1.3b", "hunyuanvideo", "latte", "hunyuandit", "mochi",
+)  # fmt: skip
+"""Twins of the other classes, and of CogVideoX with rotary tables and patches of two frames."""
+NEAR = ("sd15", "svd-xt", "sd3.5-large", "flux1-schnell", "cogvideox-5b", "wan2.1-14b")
+"""Twins that differ from one above in few values."""
+FRAMES_FIRST = ("svd", "svd-xt", "cogvideox-2b", "cogvideox-5b", "cogvideox1.5-5b")
+CHANNELS_FIRST = ("wan2.1-1.3b", "wan2.1-14b", "hunyuanvideo", "latte", "mochi")
+JOINT = (
+    "sd3-medium", "sd3.5-large", "flux1-dev", "flux1-schnell", "cogvideox-2b", "cogvideox-5b",
+    "cogvideox1.5-5b", "hunyuanvideo", "mochi",
+)  # fmt: skip
+"""Image and text tokens attend together."""
 SCALE = 5.0
 SEED = 0
 torch.set_num_threads(1)  # tensors are so small that threads only wait for each other
@@ -65,21 +83,19 @@ class Plain:
         self.guided = profile.geometry.guidance == "cfg"
         self.given = given(name, replica)
         s = profile.latent_shape(*size_of(profile), 1)
-        video = name in ("svd", "cogvideox-2b")
-        sizes = (1, *((s["f"],) if video else ()), profile.geometry.channels, s["r"], s["w"])
+        channels, pixels = profile.geometry.channels, (s["r"], s["w"])
+        frames = s["f"] + s["f"] % 2 if name == "cogvideox1.5-5b" else s["f"]
+        if name in FRAMES_FIRST:
+            sizes = (1, frames, channels, *pixels)
+        elif name in CHANNELS_FIRST:
+            sizes = (1, channels, frames, *pixels)
+        else:
+            sizes = (1, channels, *pixels)
         self.rows = s["r"]
         self.scheduler = tiny_scheduler(name)
-        if name == "flux1-dev":
-            c = self.scheduler.config
-            mu = calculate_shift(
-                s["r"] // 2 * (s["w"] // 2),
-                c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift,
-            )  # fmt: skip
-            self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-        else:
-            self.scheduler.set_timesteps(steps)
-        noise = torch.randn(sizes, generator=torch.Generator().manual_seed(seed + replica),
-                            dtype=torch.float64)  # fmt: skip
+        set_timesteps(self.scheduler, name, steps, s["r"] // 2 * (s["w"] // 2))
+        self.generator = torch.Generator().manual_seed(seed + replica)
+        noise = torch.randn(sizes, generator=self.generator, dtype=torch.float64)
         self.x = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def network(self, x: Tensor, t: Tensor, first: int = 0, last: int | None = None) -> Tensor:
@@ -92,7 +108,7 @@ class Plain:
         strip = x[..., first:last, :]
         if self.name in UNETS:
             out = self.model(sample=strip, timestep=t, **rest, return_dict=False)[0]
-        elif self.name == "flux1-dev":
+        elif self.name.startswith("flux"):
             b, c, r, w = strip.shape
             out = self.model(
                 hidden_states=FluxPipeline._pack_latents(strip, b, c, r, w),
@@ -107,15 +123,39 @@ class Plain:
             out = FluxPipeline._unpack_latents(out, r * 8, w * 8, 8)
         else:
             times = t.expand(len(strip))
+            if self.name in ("hunyuandit", "hunyuanvideo", "mochi"):
+                times = times.double()
+            if self.name in ("hunyuandit", "cogvideox-5b", "cogvideox1.5-5b"):
+                rest["image_rotary_emb"] = self.rotary(first, last)
             out = self.model(hidden_states=strip, timestep=times, **rest, return_dict=False)[0]
         result: Tensor = out
         return result
 
+    def rotary(self, first: int, last: int) -> list[Tensor]:
+        """Rows [first, last) of the tables that the pipeline makes for the whole latent."""
+        c, columns = self.model.config, self.x.shape[-1]
+        grid = self.rows // c.patch_size, columns // c.patch_size
+        if self.name == "hunyuandit":
+            crop = get_resize_crop_region_for_grid(grid, 512 // 8 // c.patch_size)
+            tables = get_2d_rotary_pos_embed(
+                c.attention_head_dim, crop, grid, device="cpu", output_type="pt"
+            )
+        else:
+            pipeline = CogVideoXPipeline.__new__(CogVideoXPipeline)
+            pipeline.transformer, pipeline.vae_scale_factor_spatial = self.model, 8
+            tables = pipeline._prepare_rotary_positional_embeddings(
+                8 * self.rows, 8 * columns, self.x.shape[1], "cpu"
+            )
+        rows = slice(first // c.patch_size, last // c.patch_size)
+        return [t.unflatten(0, (-1, *grid))[:, rows].flatten(0, 2) for t in tables]
+
     def guide(self, out: Tensor) -> Tensor:
+        if self.name in ("pixart-alpha", "latte", "hunyuandit"):
+            out = out[:, :4]  # what follows is the variance
         if self.guided:
             uncond, cond = out.chunk(2)
             out = uncond + SCALE * (cond - uncond)
-        return out[:, :4] if self.name == "pixart-alpha" else out
+        return out
 
     def scaled(self, x: Tensor, t: Tensor) -> Tensor:
         if not hasattr(self.scheduler, "scale_model_input"):
@@ -125,8 +165,36 @@ class Plain:
 
     def advance(self, out: Tensor, t: Tensor, x: Tensor) -> Tensor:
         """The scheduler's step. It casts a latent to float32, which is no step up for float64."""
+        draws = "generator" in signature(self.scheduler.step).parameters
+        extra = {"generator": self.generator} if draws else {}
         with mock.patch.object(torch, "float32", torch.float64):
-            return self.scheduler.step(self.guide(out), t, x, return_dict=False)[0]
+            return self.scheduler.step(self.guide(out), t, x, **extra, return_dict=False)[0]
+
+
+def set_timesteps(scheduler: Any, name: str, steps: int, tokens: int) -> None:
+    """As the pipeline does it; PNDM evaluates the network once more than it is asked to."""
+    if name == "flux1-dev":
+        c = scheduler.config
+        mu = calculate_shift(
+            tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift
+        )
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    elif name in ("flux1-schnell", "hunyuanvideo"):
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+    elif name == "mochi":
+        scheduler.set_timesteps(sigmas=np.array(linear_quadratic_schedule(steps, 0.025)))
+    else:
+        scheduler.set_timesteps(steps - (name == "sd15"))
+    assert len(scheduler.timesteps) == steps
+
+
+def token_frames(run: Plain) -> int:
+    """Frames of tokens in one attention."""
+    if run.name in ("wan2.1-1.3b", "wan2.1-14b", "hunyuanvideo", "mochi"):
+        return run.x.shape[2]
+    if run.name.startswith("cogvideox"):
+        return run.x.shape[1] // (2 if run.name == "cogvideox1.5-5b" else 1)
+    return 1
 
 
 def serial(name: str, steps: int, replica: int = 0) -> Tensor:
@@ -254,7 +322,7 @@ def displaced(
 ) -> Tensor:  # fmt: skip
     """Steps 0 to ``warmup`` on the whole latent, then strips that see the step before."""
     run = Plain(name, steps)
-    frames = run.x.shape[1] if name == "cogvideox-2b" else 1
+    frames = token_frames(run)
     points = _points(name)
     x, before = run.x, Published()
     with torch.no_grad():
@@ -303,9 +371,9 @@ def _same(new: Published, fresh: Published) -> bool:
 @cache
 def _points(name: str) -> dict[str, int]:
     """Attentions that see the image -> text tokens among their keys, found by running twice."""
-    run = Plain(name, 2)
+    run = Plain(name, 3)
     model = run.model
-    if name == "cogvideox-2b":  # its latent is fixed in size; every attention is joint
+    if name.startswith("cogvideox"):  # its latent is fixed in size; every attention is joint
         tokens = run.given["encoder_hidden_states"].shape[1]
         return {f"transformer_blocks.{i}.attn1": tokens for i in range(4)}
 

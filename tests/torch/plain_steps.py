@@ -54,7 +54,7 @@ def pipefusion(
     ``fixed_text``: blocks that later patches enter with the text that entered them with patch 0.
     """
     run = plain.Plain(name, steps)
-    frames = run.x.shape[1] if name == "cogvideox-2b" else 1
+    frames = plain.token_frames(run)
     points = plain._points(name)
     firsts = [sum(rows[:p]) for p in range(len(rows))]
     x, cache, text = run.x, {}, {}
@@ -83,7 +83,10 @@ def keep_text(model: Any, blocks: Iterable[str], text: dict[str, Tensor], hooks:
 
     def hook(name: str) -> Callable[..., Any]:
         def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            kept = text.setdefault(name, kwargs["encoder_hidden_states"].clone())
+            now = args[1] if args else kwargs["encoder_hidden_states"]
+            kept = text.setdefault(name, now.clone())
+            if args:
+                return (args[0], kept, *args[2:]), kwargs
             return args, {**kwargs, "encoder_hidden_states": kept}
 
         return before

@@ -17,8 +17,8 @@ from paradiff.strategies.pipefusion import patch_rows
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
 STEPS = 5
-DITS = ("pixart-alpha", "sd3-medium", "flux1-dev", "cogvideox-2b")
-JOINT = DITS[1:]
+DITS = ("pixart-alpha", "sd3-medium", "flux1-dev", "cogvideox-2b", *plain.OTHERS)
+JOINT = [name for name in DITS if name in plain.JOINT]
 
 
 def blocks(name: str) -> list[str]:
@@ -39,15 +39,15 @@ def test_one_patch_or_warmup_alone_is_exact(name: str, spec: str) -> None:
     assert plain.relative(latent(name, spec), reference(name)) < 1e-10
 
 
-@pytest.mark.parametrize("name", DITS)
+@pytest.mark.parametrize("name", [*DITS, "cogvideox-5b"])
 @pytest.mark.parametrize(("stages", "patches", "warmup"), [(2, 2, 1), (4, 3, 1), (2, 8, 3)])
 def test_patches_in_a_pipeline_equal_the_read_map(
     name: str, stages: int, patches: int, warmup: int
 ) -> None:
     spec = f"pipefusion={stages},patches={patches},warmup={warmup}"
-    if name in JOINT:
+    if name in plain.JOINT:
         spec += ",text=patch0_frozen"
-    fixed = blocks(name) if name in JOINT else []
+    fixed = blocks(name) if name in plain.JOINT else []
     rows = rows_of(name, patches)
     expected = plain_steps.pipefusion(name, STEPS, rows, warmup, fixed)
     ours = latent(name, spec)
@@ -74,6 +74,15 @@ def test_number_of_stages_changes_no_bit(name: str) -> None:
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("counts", ["2:4", "1:4:1", "1:1:2:1:1"])
+@pytest.mark.parametrize("branches", ["", "cfg=2,"])
+def test_skips_across_any_stages_change_nothing(counts: str, branches: str) -> None:
+    """HunyuanDiT, blocks 0 to 5 and 1 to 4: local, the hidden state itself, past one stage or three."""
+    stages = counts.count(":") + 1
+    found = latent("hunyuandit", f"{branches}pipefusion={stages},patches=4,stages={counts}")
+    assert plain.relative(found, latent("hunyuandit", "pipefusion=2,patches=4")) < 1e-10
+
+
 def test_number_of_stages_matters_where_text_goes_with_every_patch() -> None:
     found = [latent("flux1-dev", f"pipefusion={n},patches=4,text=per_patch") for n in (2, 4)]
     assert plain.relative(*found) > 1e-9
@@ -85,7 +94,7 @@ def test_when_receives_are_posted_changes_no_bit(name: str) -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("name", ["pixart-alpha", "sd3-medium", "cogvideox-2b"])
+@pytest.mark.parametrize("name", ["pixart-alpha", "sd3-medium", "cogvideox-2b", "mochi"])
 def test_twin_pipelines_for_the_guidance_branches(name: str) -> None:
     together = latent(name, "pipefusion=2,patches=4")
     assert plain.relative(latent(name, "cfg=2,pipefusion=2,patches=4"), together) < 1e-10
@@ -109,7 +118,7 @@ def owners(name: str, components: int) -> dict[str, int]:
     return dict(zip(blocks(name), found, strict=True))
 
 
-@pytest.mark.parametrize("name", plain.NAMES)
+@pytest.mark.parametrize("name", plain.NAMES + plain.OTHERS)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_components_in_flight_equal_the_read_map(name: str, stride: int) -> None:
     table = owners(name, 3)
@@ -136,7 +145,7 @@ def test_components_that_only_warm_up_are_exact(name: str) -> None:
 # -------------------------------------------------------------------------------------- ParaStep
 
 
-@pytest.mark.parametrize("name", plain.NAMES)
+@pytest.mark.parametrize("name", [*plain.NAMES, *plain.OTHERS, "sd15"])
 @pytest.mark.parametrize(("degree", "warmup"), [(2, 1), (3, 1)])
 def test_steps_in_parallel_equal_the_read_map(name: str, degree: int, warmup: int) -> None:
     ours = latent(name, f"parastep={degree},warmup={warmup}")
