@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from paradiff.executor.loading import Pipeline, component_class, load_module, read_config
 from paradiff.executor.network import LATENT_NAMES, Conditioning, Network, random_conditioning
 
-POSITIONS = ("timestep", "img_ids", "txt_ids", "return_dict")
+POSITIONS = ("timestep", "img_ids", "txt_ids", "image_rotary_emb", "return_dict")
 """Arguments that the executor makes itself, for the rows at hand."""
 NOT_USED = ("safety_checker", "requires_safety_checker")
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from paradiff.config import find
-from paradiff.executor.network import CLASSES, Network
+from paradiff.executor.network import Network
 from paradiff.models.catalogue import CATALOGUE
 from paradiff.models.encoders import SCHEDULERS, TRANSFORMERS, VAES
 from paradiff.models.plans import Plan, plan_for
@@ -175,7 +175,6 @@ def _twin(base: str, place: _Place) -> Pipeline:
 
 def _catalogue(name: str, place: _Place) -> Pipeline:
     entry = CATALOGUE[name]
-    _check_executable(entry.class_name, name)
     model = place.random(getattr(diffusers, entry.class_name), dict(entry.config))
     vae_class, vae_config = VAES[entry.vae]
     vocoder = None
@@ -196,11 +195,6 @@ def _shipped(name: str) -> Profile:
     return load_profile(find("models", name, ".json"))
 
 
-def _check_executable(class_name: str, where: object) -> None:
-    if class_name not in CLASSES:
-        raise ValueError(f"{where}: {class_name} cannot be executed, allowed: {', '.join(CLASSES)}")
-
-
 # ------------------------------------------------------------------------------ a local directory
 
 
@@ -208,7 +202,6 @@ def _local(path: Path, place: _Place, *, random_weights: bool) -> Pipeline:
     plan = plan_for(str(path))
     config = dict(plan.configurations["denoiser"])
     class_name = config.pop("class")
-    _check_executable(class_name, path)
     index = _index(path)
     folder = _denoiser_folder(path, index)
     kind = getattr(diffusers, class_name)

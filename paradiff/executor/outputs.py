@@ -27,6 +27,7 @@ from paradiff.executor.loading import Pipeline
 FRAMES_PER_S: Mapping[str, int] = {
     "UNetSpatioTemporalConditionModel": 7,
     "CogVideoXTransformer3DModel": 8,
+    "LatteTransformer3DModel": 8,
 }
 """What each video model was trained on, as its model card says."""
 VIDEO_QUALITY = {"crf": "18", "preset": "medium"}
@@ -57,6 +58,9 @@ def decoder(pipeline: Pipeline) -> Callable[[Tensor], Tensor] | None:
 
 
 def _image(pipeline: Pipeline, vae: Any, latent: Tensor) -> Tensor:
+    if latent.ndim == 5:  # Latte: every frame is an image
+        images = _image(pipeline, vae, latent.transpose(1, 2).flatten(0, 1))
+        return images.unflatten(0, (latent.shape[0], -1)).transpose(1, 2)
     wide = needs_float32(pipeline)
     if wide:
         vae.to(torch.float32)

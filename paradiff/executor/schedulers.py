@@ -1,8 +1,9 @@
 """Real diffusers schedulers, stepped by latent rows.
 
-A scheduler that is elementwise in space and draws no noise lets rows be stepped apart from others: these
-are executed, others refused. Multistep ones keep a history, so each part of a rank's latent has a
-scheduler of its own, stepped once a denoising step.
+A scheduler that is elementwise in space lets rows be stepped apart from others: these are executed,
+others refused. One that adds noise adds its rows of what is drawn for the whole latent. Multistep ones
+keep a history, so each part of a rank's latent has a scheduler of its own, stepped once a denoising
+step.
 """
 
 from __future__ import annotations

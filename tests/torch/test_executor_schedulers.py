@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ import torch
 from test_executor_steps import owners, rows_of
 from test_executor_strips import latent
 
+from paradiff.executor.network import Network
 from paradiff.executor.schedulers import NAMES, Schedule, check_scheduler, scheduler_named
 from paradiff.models.tiny import tiny_scheduler
 
@@ -32,34 +34,47 @@ CASES = [
     ("cogvideox-2b", "ddim"),
     ("sd3-medium", "flow-match-euler"),
     ("flux1-dev", "flow-match-euler"),
+    # the model's own: one more evaluation than steps, noise added, a solver of flows, noise levels
+    ("sd15", None),
+    ("hunyuandit", None),
+    ("wan2.1-1.3b", None),
+    ("mochi", None),
 ]
 
 
 @pytest.mark.parametrize(("name", "chosen"), CASES)
-def test_rows_stepped_apart_equal_the_whole_latent(name: str, chosen: str) -> None:
+def test_rows_stepped_apart_equal_the_whole_latent(name: str, chosen: str | None) -> None:
     """Every scheduler is elementwise: not a bit differs. The whole equals diffusers' own loop."""
-    scheduler = scheduler_named(chosen, tiny_scheduler(name))
-    draw = torch.Generator().manual_seed(0)
-    noise = [torch.randn(1, 4, 8, 6, generator=draw, dtype=torch.float64) for _ in range(STEPS + 1)]
-    start, predictions = noise[0], noise[1:]
-    if name == "flux1-dev":  # its schedule depends on the size
-        own = plain.Plain(name, STEPS).scheduler
-    else:
-        own = scheduler_named(chosen, tiny_scheduler(name))
-        own.set_timesteps(STEPS)
-    schedule = Schedule(scheduler, STEPS, 64, 5.0)
-    whole = start * schedule.noise_scale
+    scheduler, own = (
+        scheduler_named(chosen, tiny_scheduler(name)) if chosen else tiny_scheduler(name)
+        for _ in range(2)
+    )
+    plain.set_timesteps(own, name, STEPS, 64)
+    draw = torch.Generator().manual_seed(1)
+    sizes = (1, 4, 8, 6)
+    predictions = torch.randn(STEPS, *sizes, generator=draw, dtype=torch.float64)
+    sigmas = Network(*plain.twin(name)[::-1]).sigmas(STEPS)
+    schedule = Schedule(
+        scheduler, STEPS, sigmas=sigmas, tokens=64, sizes=sizes, seed=0, guidance_scale=5.0
+    )
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(sizes, generator=generator, dtype=torch.float64)
+    extra = {"generator": generator} if "generator" in signature(own.step).parameters else {}
+    whole = schedule.initial(0)
+    assert torch.equal(whole, start * getattr(own, "init_noise_sigma", 1.0))
     parts = list(whole.split([2, 5, 1], dim=-2))
     loop = whole
     for step, out in enumerate(predictions):
-        whole = schedule.step(0, None, step, out, whole)
-        rows = zip(parts, out.split([2, 5, 1], dim=-2), strict=True)
-        parts = [schedule.step(1, i, step, o, x) for i, (x, o) in enumerate(rows)]
+        whole = schedule.step(0, None, step, out, whole, replica=0, rows=(0, 8))
+        rows = zip(parts, out.split([2, 5, 1], dim=-2), [(0, 2), (2, 7), (7, 8)], strict=True)
+        parts = [
+            schedule.step(1, i, step, o, x, replica=0, rows=at) for i, (x, o, at) in enumerate(rows)
+        ]
         with mock.patch.object(torch, "float32", torch.float64):
             t = own.timesteps[step]
             if hasattr(own, "scale_model_input"):
                 own.scale_model_input(loop, t)
-            loop = own.step(out, t, loop, return_dict=False)[0]
+            loop = own.step(out, t, loop, **extra, return_dict=False)[0]
     assert torch.equal(torch.cat(parts, dim=-2), whole)
     assert plain.relative(whole, loop) < 1e-10
 
@@ -133,8 +148,7 @@ def test_wan_keeps_its_shift_in_other_solvers_of_flows() -> None:
 @pytest.mark.parametrize(
     ("kind", "config", "word"),
     [
-        ("PNDMScheduler", {}, "number of times"),
-        ("DDPMScheduler", {}, "draws noise"),
+        ("HeunDiscreteScheduler", {}, "number of times"),
         ("EulerAncestralDiscreteScheduler", {}, "draws noise"),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "draws noise"),
         ("DDIMScheduler", {"thresholding": True}, "quantile"),
@@ -146,6 +160,20 @@ def test_what_cannot_be_stepped_by_rows_is_refused(
     with pytest.raises(ValueError, match=word) as caught:
         check_scheduler(getattr(diffusers, kind)(**config), 5)
     assert all(name in str(caught.value) for name in NAMES)
+
+
+def test_steps_that_no_schedule_has_are_refused() -> None:
+    """PNDM evaluates once for one step, and three times for two."""
+    with pytest.raises(ValueError, match="2 steps: PNDMScheduler has no schedule"):
+        Schedule(
+            tiny_scheduler("sd15"),
+            2,
+            sigmas=None,
+            tokens=64,
+            sizes=(1,),
+            seed=0,
+            guidance_scale=5.0,
+        )
 
 
 def test_more_steps_than_were_trained_are_refused() -> None:
