@@ -22,6 +22,7 @@ from paradiff.graph import Op, Shape, Work
 from paradiff.profiles import Kernel, Profile, Stage
 from simulator.gpu import Gpu
 from simulator.kernels import Chip, attention_s, conv_s, gemm_s, stream_s
+from simulator.measured import Estimate, measured_on
 
 Runtime = Literal["eager", "compiled", "cuda-graph"]
 Provenance = Literal["table", "interpolated", "analytic", "calibrated"]
@@ -323,6 +324,7 @@ class _Pricer:
         )
         self.itemsize = ITEMSIZE[dtype]
         self.table = measured_gemms(gpu.name) if self.itemsize == 2 else GemmTable({})
+        self.kernels = measured_on(gpu.name, dtype)
         self.spread = spread_of(gpu, dtype, attention_kernel)
         self._works: dict[Work, _Sum] = {}
         self._prefix: dict[tuple[str, Shape], list[_Sum]] = {}
@@ -416,6 +418,9 @@ class _Pricer:
 
     def _heavy(self, kernel: Kernel, sizes: list[int]) -> _Sum:
         """The price of ``count`` launches of a matmul, a convolution or an attention."""
+        known = self._measured(kernel.kind, sizes)
+        if known is not None:
+            return self._from_table(kernel, sizes, known)
         if kernel.kind == "gemm" and sizes[0] == 1:
             return self._gemm(kernel.count, sizes[1], sizes[2], sizes[3])
         seconds, contended_s = (
@@ -423,6 +428,24 @@ class _Pricer:
         )
         low, high = self.spread[kernel.kind]
         return _times(kernel.count, seconds, contended_s, low, high)
+
+    def _measured(self, kind: str, sizes: list[int]) -> Estimate | None:
+        """From this GPU's own kernel table. It was measured eager: not for compiled convolutions, whose
+        layout differs."""
+        table = self.kernels.get(kind)
+        if table is None or min(sizes) <= 0 or (kind == "conv" and self.runtime == "compiled"):
+            return None
+        return table.estimate(tuple(sizes))
+
+    def _from_table(self, kernel: Kernel, sizes: list[int], known: Estimate) -> _Sum:
+        """A measured or interpolated time; what a collective beside it costs is the model's ratio."""
+        alone_s, contended_s = (self._model(kernel.kind, c, sizes) for c in (self.chip, self.busy))
+        low, high = known.low_s / known.time_s, known.high_s / known.time_s
+        beside_s = known.time_s * contended_s / alone_s
+        whole = _times(kernel.count, known.time_s, beside_s, low, high)
+        if known.exact:
+            return whole._replace(table_s=whole.device_s)
+        return whole._replace(interpolated_s=whole.device_s)
 
     def _model(self, kind: str, chip: Chip, sizes: list[int]) -> float:
         if kind == "gemm":

@@ -43,7 +43,7 @@ def options(command: object) -> set[str]:
 def test_commands() -> None:
     group = typer.main.get_command(app)
     assert sorted(group.commands) == ["capacity", "plan", "profile", "topology", "validate"]  # type: ignore[attr-defined]
-    assert sorted(group.commands["profile"].commands) == ["trace"]  # type: ignore[attr-defined]
+    assert sorted(group.commands["profile"].commands) == ["kernels", "trace"]  # type: ignore[attr-defined]
     assert sorted(group.commands["topology"].commands) == ["doctor", "import", "show"]  # type: ignore[attr-defined]
     assert sorted(group.commands["validate"].commands) == ["published"]  # type: ignore[attr-defined]
 
@@ -63,6 +63,7 @@ def test_plan_options_are_the_same_under_both_names() -> None:
 def test_topology_options() -> None:
     commands = typer.main.get_command(app).commands["topology"].commands  # type: ignore[attr-defined]
     assert options(commands["import"]) == IMPORT | {"--name", "--output"}
+    assert options(commands["show"]) == {"--html"}
     assert options(commands["doctor"]) == IMPORT | {"--model", "--what-if", "--check"}
 
 
@@ -71,6 +72,13 @@ def test_capacity_options() -> None:
     command = group.commands["capacity"]  # type: ignore[attr-defined]
     assert options(command) == CAPACITY
     assert [p.opts[0] for p in command.params if p.required] == ["--topology"]
+
+
+def test_profile_options() -> None:
+    commands = typer.main.get_command(app).commands["profile"].commands  # type: ignore[attr-defined]
+    assert options(commands["kernels"]) == {
+        "--model", "--device", "--dtype", "--budget", "--gpu", "--output-dir",
+    }  # fmt: skip
 
 
 def test_choices() -> None:

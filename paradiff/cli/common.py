@@ -108,7 +108,9 @@ def parsed_specs(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 @contextmanager
-def progress(*, enabled: bool) -> Iterator[Callable[[int, int], None] | None]:
+def progress(
+    what: str = "simulating", *, enabled: bool
+) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar on stderr where that is a terminal; None otherwise."""
     if not (enabled and sys.stderr.isatty()):
         yield None
@@ -117,7 +119,7 @@ def progress(*, enabled: bool) -> Iterator[Callable[[int, int], None] | None]:
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("simulating", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

@@ -1,16 +1,35 @@
-"""``paradiff profile``: model profiles."""
+"""``paradiff profile``: model profiles, and measurements of kernels on this machine."""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from paradiff.cli.common import group, one_message
+from paradiff.cli.common import group, load_model, one_message, progress
 
-app = group("Model profiles.")
+app = group("Model profiles, and measurements of kernels on this machine.")
+
+
+@contextmanager
+def _needs_torch(what: str) -> Iterator[None]:
+    """A missing module of the [run] extra as one sentence."""
+    from paradiff.config import ConfigError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{what} needs {error.name}: pip install 'paradiff[run]' (planning does not)"
+        ) from None
 
 
 @app.command()
@@ -26,12 +45,8 @@ def trace(
     with one_message():
         from paradiff.config import ConfigError
 
-        try:
+        with _needs_torch("tracing"):
             from paradiff.models.trace import trace_profile, write_profile
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"tracing needs {error.name}: pip install 'paradiff[run]' (planning does not)"
-            ) from None
         try:
             profile = trace_profile(source)
         except (ValueError, OSError) as error:
@@ -45,3 +60,105 @@ def trace(
         finally:
             staged.unlink(missing_ok=True)
     typer.echo(f"{target}: {profile.name}, {profile.denoiser.params / 1e6:.1f} M parameters")
+
+
+@app.command()
+def kernels(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Take the kernels of this model; repeatable; default: all."
+        ),
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where they run.")] = "cpu",
+    dtype: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None,
+        typer.Option(help="Default: fp32 on a CPU, bf16 on a GPU."),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=1.0, metavar="SECONDS", help="Stop after this; run again to go on."),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The GPU profile that this device is, to plan with."),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="kernels.csv goes there; default: hardware_profiles/measured/ and the profile's name, "
+            "or the device's.",
+        ),
+    ] = None,
+) -> None:
+    """Time the kernels that models take, whole and in parts, on this machine (needs the [run] extra).
+
+    Rows are written one by one: an interrupted run goes on where it stopped.
+    """
+    with one_message():
+        from paradiff.config import ConfigError, available
+        from simulator.measured import (
+            FILE,
+            MEASURED,
+            Row,
+            append_row,
+            begin_table,
+            distinct_kernels,
+        )  # fmt: skip
+
+        with _needs_torch("measuring"):
+            from paradiff.executor import measure
+        if not measure.is_here(device):
+            raise ConfigError("--device cuda: torch sees no GPU here, allowed: cpu")
+        names = model or [*available("models", ".json")]
+        wanted = distinct_kernels([load_model(name) for name in names])
+        chosen = dtype or ("fp32" if device == "cpu" else "bf16")
+        about = measure.machine(device)
+        name = gpu or re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+        folder = output_dir or MEASURED / name
+        path = folder / FILE
+        command = shlex.join(["paradiff", "profile", "kernels", *sys.argv[3:]])
+        about |= {"date": time.strftime("%Y-%m-%d"), "command": command}
+        try:
+            done = begin_table(path, about)
+        except OSError as error:
+            raise ConfigError(f"--output-dir {folder}: {error.strerror or error}") from None
+    left = [key for key in wanted if (key, chosen) not in done]
+    began, taken, skipped = time.monotonic(), 0, 0
+    try:
+        with progress("measuring", enabled=True) as advance:
+            for number, key in enumerate(left):
+                if budget is not None and time.monotonic() - began > budget:
+                    break
+                try:
+                    timing = measure.measure(key.kind, key.dims, chosen, device)
+                    append_row(path, key, chosen, Row(*timing))
+                    taken += 1
+                except measure.NotMeasurable:
+                    skipped += 1
+                if advance is not None:
+                    advance(number + 1, len(left))
+    finally:
+        typer.echo(
+            f"{path}: {taken} kernels measured, {len(wanted) - len(left)} were there, {skipped} cannot "
+            f"run here, {len(left) - taken - skipped} are left"
+        )
+    _print_errors(path, chosen)
+
+
+def _print_errors(path: Path, dtype: str) -> None:
+    """How well each kind of the table predicts a row from the others."""
+    import numpy as np
+
+    from simulator.measured import LEAST_ROWS, read_rows, tables
+
+    for kind, table in sorted(tables(read_rows(path)[1], dtype).items()):
+        if len(table.rows) < LEAST_ROWS:
+            continue
+        missed = np.abs(np.exp(table.errors) - 1)
+        transform, trend = table.choice
+        typer.echo(
+            f"{kind}: {len(table.rows)} rows; one left out is missed by {np.median(missed):.1%} in the "
+            f"median, {np.quantile(missed, 0.9):.0%} at 90 % ({transform} axes, {trend})"
+        )

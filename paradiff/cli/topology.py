@@ -31,12 +31,19 @@ app = group("Boxes.")
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="Shipped name, or a YAML file.")],
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw it, too: one page, hover for sources.")
+    ] = None,
 ) -> None:
     """Print a box as a tree: nodes, switches, links, GPUs."""
     with one_message():
         from simulator.topology import load_topology
 
         box = load_topology(name)
+        if html is not None:
+            from analysis import topology_picture
+
+            write_file(html, topology_picture.page(box))
     from analysis import text
 
     typer.echo("\n".join(text.topology_tree(box)))

@@ -1,0 +1,351 @@
+"""Kernels that somebody measured on one device: which to measure, the file, and times between its rows.
+
+A table answers for the shapes that it has, and between them where the shape lies inside its range on
+every axis; outside it says nothing, and the kernel model of ``simulator.costs`` does. Between shapes it
+interpolates what is left of log(time) after a trend, on the axis transform and with the trend that
+leave-one-out error prefers on this very table: LLMServingSim 2.0 found log blending biased by 12-14 %
+where linear was 2-4 %, and the reverse elsewhere. How kernels are timed: ``paradiff.executor.measure``.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
+from importlib import resources
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paradiff.config import ConfigError
+from paradiff.profiles import KERNEL_DIMS, Profile, Stage
+
+COLUMNS = ("kind", "dims", "dtype", "time_us", "low_us", "high_us", "runs")
+"""``dims``: those of KERNEL_DIMS joined by x. ``time_us``: the median of ``runs`` samples; ``low_us``
+and ``high_us``: their quartiles."""
+MEASURED, FILE = Path("hardware_profiles/measured"), "kernels.csv"
+SHARES = (1, 2, 4, 8)
+"""Parts that rows and heads are cut into."""
+MAX_HEADS = 24
+NEIGHBOURS = 12
+"""Rows that one interpolation rests on."""
+NUGGET = 1e-3
+"""Added to the kernel's diagonal: measured times are not exact."""
+LEFT_OUT = 256
+"""Rows, evenly spaced, whose left-out error chooses the transform."""
+LEAST_ROWS = 8
+
+Array = NDArray[np.float64]
+
+
+class Key(NamedTuple):
+    """One kernel at one shape."""
+
+    kind: str
+    dims: tuple[int, ...]
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations; elements for kernels that only move them."""
+        d = self.dims
+        if self.kind == "gemm":
+            return 2.0 * d[0] * d[1] * d[2] * d[3]
+        if self.kind == "conv":
+            return 2.0 * d[0] * d[1] * d[2]
+        if self.kind == "attention":
+            return 2.0 * d[0] * d[1] * d[2] * d[3] * (d[4] + d[5])
+        return float(d[0])
+
+
+class Row(NamedTuple):
+    """One measurement, seconds."""
+
+    time_s: float
+    low_s: float
+    high_s: float
+    runs: int
+
+
+# ----------------------------------------------------------------------------- which to measure
+
+
+def distinct_kernels(profiles: Iterable[Profile]) -> tuple[Key, ...]:
+    """Every kernel that the models take at their default size, on 1, 1/2, 1/4 and 1/8 of the rows with
+    the keys of all rows, and with 1 to 24 heads.
+
+    The cheapest model first, in it the cheapest kernel first, kinds in turn: a run that ends early has
+    whole neighbourhoods of all kinds.
+    """
+    done: dict[Key, None] = {}
+    lists = [list(_kernels(profile)) for profile in profiles]
+    for keys in sorted(lists, key=lambda keys: sum(key.flops for key in keys)):
+        new = set(keys) - done.keys()
+        queues = [
+            sorted((key for key in new if key.kind == kind), key=lambda k: (k.flops, k.dims))
+            for kind in KERNEL_DIMS
+        ]
+        longest = max(map(len, queues))
+        done |= dict.fromkeys(q[i] for i in range(longest) for q in queues if i < len(q))
+    return tuple(done)
+
+
+def _kernels(profile: Profile) -> Iterator[Key]:
+    for stage, shape in _shapes(profile):
+        bound = stage.bind(shape)
+        lists = {id(s.kernels): s.kernels for s in stage.segments}
+        for kernel in (k for kernels in lists.values() for k in kernels):
+            for dims in _with_heads(kernel.kind, tuple(kernel.sizes(bound))):
+                if min(dims) > 0:
+                    yield Key(kernel.kind, dims)
+
+
+def _shapes(profile: Profile) -> Iterator[tuple[Stage, dict[str, int]]]:
+    """Stages that a request spends time in, at whole and at cut rows (the denoiser alone is cut)."""
+    size = {key: profile.defaults[key] for key in ("height", "width", "frames")}
+    whole = profile.latent_shape(**size, batch=1)
+    branches = 2 if profile.geometry.guidance == "cfg" else 1
+    for name, stage in profile.stages.items():
+        if name != "denoiser":
+            yield stage, whole
+            continue
+        step = profile.geometry.row_multiple
+        for share, batch in product(SHARES, {1, branches}):
+            rows = max(step, whole["r"] // share // step * step)
+            yield stage, {**whole, "r": rows, "b": batch, "h": 0 if share == 1 else 2}
+
+
+def _with_heads(kind: str, dims: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    if kind != "attention":
+        yield dims
+        return
+    for parts in range(1, dims[1] + 1):
+        if dims[1] % parts == 0 and dims[1] // parts <= MAX_HEADS:
+            yield (dims[0], dims[1] // parts, *dims[2:])
+
+
+# -------------------------------------------------------------------------------------- the file
+
+
+def read_rows(path: Path) -> tuple[dict[str, str], dict[tuple[Key, str], Row]]:
+    """Header (``# key: value`` lines) and rows by kernel and dtype of a table; the last of a kernel
+    measured twice counts. A last line without its end is what an interruption left and is not read.
+    Raises ConfigError with file:line."""
+    header: dict[str, str] = {}
+    rows: dict[tuple[Key, str], Row] = {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        if line.startswith("#"):
+            key, _, value = line[1:].partition(":")
+            header[key.strip()] = value.strip()
+        elif line and line != ",".join(COLUMNS):
+            rows |= [_row(f"{path}:{number}", next(csv.reader([line])))]
+    return header, rows
+
+
+def _row(at: str, cells: Sequence[str]) -> tuple[tuple[Key, str], Row]:
+    try:
+        kind, dims, dtype, time, low, high, runs = cells
+        key = Key(kind, tuple(int(d) for d in dims.split("x")))
+        row = Row(float(time) * 1e-6, float(low) * 1e-6, float(high) * 1e-6, int(runs))
+    except ValueError:
+        what = f"not a measurement ({','.join(cells)[:60]!r})"
+        raise ConfigError(f"{at}: {what}, allowed: {','.join(COLUMNS)}") from None
+    if len(key.dims) != len(KERNEL_DIMS.get(kind, ())) or min(key.dims) < 1:
+        allowed = "; ".join(f"{k}: {' x '.join(d)}" for k, d in KERNEL_DIMS.items())
+        raise ConfigError(f"{at}: not a kernel ({kind} {dims}), allowed: {allowed}")
+    if not 0 < row.low_s <= row.time_s <= row.high_s < math.inf:
+        raise ConfigError(f"{at}: times out of order, allowed: 0 < low_us <= time_us <= high_us")
+    return (key, dtype), row
+
+
+def begin_table(path: Path, header: Mapping[str, str]) -> set[tuple[Key, str]]:
+    """Make the file ready to append to: a new one with its header, or one that an earlier run of the
+    same device and versions left, without the line that it did not finish. What is done already is
+    returned. Raises ConfigError where the file is another machine's."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [f"# {key}: {' '.join(value.split())}" for key, value in header.items()]
+        path.write_text("\n".join([*lines, ",".join(COLUMNS)]) + "\n", encoding="utf-8")
+        return set()
+    before, rows = read_rows(path)
+    for key in ("device", "threads", "torch"):
+        if before.get(key) != header[key]:
+            what = f"measured with {key} {before.get(key)!r}, this is {header[key]!r}"
+            raise ConfigError(f"{path}: {what}, allowed: another --output-dir")
+    with path.open("r+b") as stream:
+        stream.truncate(stream.read().rfind(b"\n") + 1)
+    return set(rows)
+
+
+def append_row(path: Path, key: Key, dtype: str, row: Row) -> None:
+    """Write one measurement to the disk before the next begins."""
+    times = (f"{t * 1e6:.6g}" for t in (row.time_s, row.low_s, row.high_s))
+    line = ",".join((key.kind, "x".join(map(str, key.dims)), dtype, *times, str(row.runs)))
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+# ---------------------------------------------------------------------------------- interpolation
+
+
+def _axes(kind: str, dims: tuple[int, ...]) -> tuple[float, ...]:
+    """The axes that a kind's time depends on. Batch and heads of attention are one: independent
+    tiles. A convolution's input counts by what it adds to m x k / volume, which is little: left out."""
+    if kind == "attention":
+        return (dims[0] * dims[1], dims[2], dims[3], dims[4])
+    return tuple(map(float, dims[:3] if kind == "conv" else dims))
+
+
+TRANSFORMS: Mapping[str, Callable[[Array], Array]] = {
+    "log": np.log,
+    "cube root": np.cbrt,
+    "square root": np.sqrt,
+}
+TRENDS = ("work", "power law")
+"""What is taken off log(time) first: log(FLOPs), so that rates are interpolated, or the best power law
+of the axes."""
+
+
+class Estimate(NamedTuple):
+    """Seconds of one kernel, with a nominal 90 % interval. ``exact``: it was measured."""
+
+    time_s: float
+    low_s: float
+    high_s: float
+    exact: bool
+
+
+class KernelTable:
+    """Measured times of one kind and dtype on one device."""
+
+    def __init__(self, kind: str, rows: Mapping[tuple[int, ...], Row]) -> None:
+        self.kind = kind
+        self.rows = dict(sorted(rows.items()))
+        self._axes = np.array([_axes(kind, dims) for dims in self.rows], float)
+        self._time = np.log(np.array([row.time_s for row in self.rows.values()]))
+        self._work = np.log(np.array([Key(kind, dims).flops for dims in self.rows]))
+        self._known: dict[tuple[int, ...], Estimate | None] = {}
+
+    def estimate(self, dims: tuple[int, ...]) -> Estimate | None:
+        """The measured time, an interpolated one inside the range of every axis, or None."""
+        if dims not in self._known:
+            self._known[dims] = self._estimate(dims)
+        return self._known[dims]
+
+    def _estimate(self, dims: tuple[int, ...]) -> Estimate | None:
+        row = self.rows.get(dims)
+        if row is not None:
+            return Estimate(row.time_s, row.low_s, row.high_s, exact=True)
+        if len(self.rows) < LEAST_ROWS:
+            return None
+        at = np.array(_axes(self.kind, dims), float)
+        if (at < self._axes.min(axis=0)).any() or (at > self._axes.max(axis=0)).any():
+            return None
+        transform, trend = self.choice
+        work = math.log(Key(self.kind, dims).flops)
+        seconds = math.exp(self._predict(at, work, transform, trend, None))
+        low, high = np.exp(np.quantile(self.errors, (0.05, 0.95)))
+        return Estimate(seconds, seconds / float(high), seconds / float(low), exact=False)
+
+    @cached_property
+    def choice(self) -> tuple[str, str]:
+        """(transform, trend) with the least median error of left-out rows."""
+        return min(
+            product(TRANSFORMS, TRENDS),
+            key=lambda c: float(np.median(np.abs(self.left_out(c[0], c[1], LEFT_OUT)))),
+        )
+
+    @cached_property
+    def errors(self) -> Array:
+        """log(predicted / measured) of left-out rows, with the chosen transform and trend."""
+        return self.left_out(*self.choice, LEFT_OUT)
+
+    def left_out(self, transform: str, trend: str, limit: int | None = None) -> Array:
+        """log(predicted / measured) of each row from the others; ``limit``: of so many, evenly spaced.
+
+        Rows on the edge of the range are left out, too: they would not be interpolated.
+        """
+        low, high = self._axes.min(axis=0), self._axes.max(axis=0)
+        count = len(self.rows)
+        inside = [
+            i
+            for i in range(count)
+            if all(
+                lo == hi or (np.delete(column, i).min() <= column[i] <= np.delete(column, i).max())
+                for column, lo, hi in zip(self._axes.T, low, high, strict=True)
+            )
+        ]
+        chosen = inside if limit is None else inside[:: max(1, len(inside) // limit)]
+        return np.array(
+            [
+                self._predict(self._axes[i], self._work[i], transform, trend, i) - self._time[i]
+                for i in chosen
+            ]
+            or [math.inf]
+        )
+
+    def _predict(
+        self, at: Array, work: float, transform: str, trend: str, without: int | None
+    ) -> float:
+        """log(time) at ``at``: trend plus an interpolation of what is left at the nearest rows, exact
+        in a plane (linear radial basis functions with a linear polynomial)."""
+        change = TRANSFORMS[transform]
+        keep = np.ones(len(self.rows), bool)
+        if without is not None:
+            keep[without] = False
+        axes, time = self._axes[keep], self._time[keep]
+        varies = axes.max(axis=0) > axes.min(axis=0)
+        points, here = change(axes[:, varies]), change(at[varies])
+        scale = points.std(axis=0)
+        points, here = points / scale, here / scale
+        if trend == "work":
+            left, add = time - self._work[keep], work
+        else:
+            design = np.column_stack([np.log(axes[:, varies]), np.ones(len(time))])
+            fit = np.linalg.lstsq(design.T @ design, design.T @ time, rcond=None)[0]
+            left, add = time - design @ fit, float(np.append(np.log(at[varies]), 1.0) @ fit)
+        near = np.argsort(np.linalg.norm(points - here, axis=1), kind="stable")[:NEIGHBOURS]
+        return add + _radial(points[near], left[near], here)
+
+
+def _radial(points: Array, values: Array, here: Array) -> float:
+    """Linear radial basis functions through ``values`` at ``points``, with a constant; evaluated."""
+    count = len(points)
+    apart = np.linalg.norm(points[:, None] - points[None], axis=2)
+    system = np.zeros((count + 1, count + 1))
+    system[:count, :count] = -apart + np.eye(count) * NUGGET
+    system[:count, count] = system[count, :count] = 1.0
+    weights = np.linalg.lstsq(system, np.append(values, 0.0), rcond=None)[0]
+    distance = -np.linalg.norm(points - here, axis=1)
+    return float(np.append(distance, 1.0) @ weights)
+
+
+def tables(rows: Mapping[tuple[Key, str], Row], dtype: str) -> dict[str, KernelTable]:
+    """A table for each kind that has rows of ``dtype``."""
+    kinds: dict[str, dict[tuple[int, ...], Row]] = {}
+    for (key, of), row in rows.items():
+        if of == dtype:
+            kinds.setdefault(key.kind, {})[key.dims] = row
+    return {kind: KernelTable(kind, found) for kind, found in kinds.items()}
+
+
+@cache
+def measured_on(gpu: str, dtype: str) -> Mapping[str, KernelTable]:
+    """The tables of a GPU profile by kind: ``hardware_profiles/measured/GPU/kernels.csv`` below the
+    current directory, else the shipped one, else none. Raises ConfigError."""
+    shipped = Path(str(resources.files("hardware_profiles"))) / "measured"
+    for folder in (MEASURED, shipped):
+        path = folder / gpu / FILE
+        if path.is_file():
+            return tables(read_rows(path)[1], dtype)
+    return {}
