@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from shipped import profile as shipped
 from toys import transformer
 
 from paradiff.graph import ScheduleGraph
@@ -14,6 +15,7 @@ from simulator.gpu import load_gpu
 from simulator.memory import (
     NCCL_CONNECTION_BYTES,
     NCCL_CONNECTIONS,
+    Phase,
     RankMemory,
     misfit,
     peak_memory,
@@ -189,3 +191,91 @@ def test_published_peaks_and_the_four_that_are_missed() -> None:
     assert len(errors) == 18
     assert outside == OUTSIDE
     assert sorted(errors)[9] < 0.11
+
+
+OTHER_PEAKS_GB = {  # the whole pipeline, decoding included
+    ("flux1-dev", 1024, "bf16"): {  # diffusers docs, L20, DI-004..006
+        "ulysses=4": 37.11,
+        "ring=4": 37.01,
+        "ulysses=2,ring=2": 37.16,
+    },
+    (
+        "sd21",
+        768,
+        "fp16",
+    ): {  # AsyncDiff, table 3, A5000, AD-034..041 (96 rows of 8 make no 8 strips)
+        "serial": 5.24,
+        "distrifusion=2": 6.538,
+        "distrifusion=4": 7.086,
+        "asyncdiff=2,warmup=9": 5.45,
+        "asyncdiff=2,stride=2,warmup=9": 5.516,
+        "asyncdiff=3,stride=2,warmup=9": 5.58,
+    },
+}
+PIPE_1024 = (
+    "16 % low: 2 GB above the sum of its parts, as all rows of the figure are by 1.0 to 1.6 GB"
+)
+PIPE_4096 = (
+    "24 % high: during the warm-up the whole image passes a stage, 3.6 GB of activations that the figure"
+    " does not show; the reference may have run it by patches"
+)
+DISTRI = (
+    "17 and 43 % low: the gathered K/V of one step are a third of what is above the rest; the reference"
+    " probably keeps them more than once; 51 GB are more than the card has"
+)
+SD21_ALONE = (
+    "20 % low: 1 GB above the sum of its parts on one GPU, where no strategy is at work: workspaces of"
+    " cuDNN's convolutions or the way of counting, neither is stated"
+)
+SD21_DISTRI = (
+    "31 to 36 % low: the same 1 GB, and probably the pools of three CUDA graphs, on by default"
+)
+BEYOND_15_PERCENT = {
+    ("pixart-alpha", 1024, "pipefusion=8,patches=8"): PIPE_1024,
+    ("pixart-alpha", 1024, "distrifusion=8"): DISTRI,
+    ("pixart-alpha", 4096, "pipefusion=8,patches=8"): PIPE_4096,
+    ("pixart-alpha", 4096, "distrifusion=8"): DISTRI,
+    ("sd21", 768, "serial"): SD21_ALONE,
+    **{("sd21", 768, f"distrifusion={n}"): SD21_DISTRI for n in (2, 4)},
+    **{("sd21", 768, spec): f"17 % low: {SD21_ALONE[10:]}"
+       for spec in OTHER_PEAKS_GB["sd21", 768, "fp16"] if spec.startswith("asyncdiff")},
+}  # fmt: skip
+"""Published peaks that are missed by more, and why."""
+
+
+def test_published_peaks_within_15_percent_but_for_the_listed() -> None:
+    """27 rows: 17 within 15 % by their central value, 10 listed with the cause."""
+    beyond, seen = set(), 0
+    for (name, pixels), measured in XDIT_PEAKS_GB.items():
+        for spec, gigabytes in zip(XDIT_SPECS, measured, strict=False):
+            graph = plan(shipped(name), spec, square(pixels, 20))
+            phases: tuple[Phase, ...] = ("encode", "denoise")
+            peak = worst(peak_memory(graph, shipped(name), "fp16", phases=phases)).total
+            seen += 1
+            if abs(peak / (gigabytes * 1e9) - 1) > 0.15:
+                beyond.add((name, pixels, spec))
+    for (name, pixels, dtype), rows in OTHER_PEAKS_GB.items():
+        for spec, gigabytes in rows.items():
+            graph = plan(shipped(name), spec, Workload(pixels, pixels, 1, 20, 1, dtype))
+            peak = worst(peak_memory(graph, shipped(name), dtype)).total
+            seen += 1
+            if abs(peak / (gigabytes * 1e9) - 1) > 0.15:
+                beyond.add((name, pixels, spec))
+    assert seen == 27
+    assert beyond == set(BEYOND_15_PERCENT)
+    assert all(BEYOND_15_PERCENT.values())
+
+
+def test_published_out_of_memory_is_predicted() -> None:
+    """PF-007: DistriFusion runs out of memory at 4096 px on eight L40, PipeFusion and one GPU do not."""
+    for spec, fits in (
+        ("distrifusion=8", False),
+        ("pipefusion=8,patches=8", True),
+        ("serial", True),
+    ):
+        graph = plan(shipped("pixart-alpha"), spec, square(4096, 20))
+        reason = misfit(
+            peak_memory(graph, shipped("pixart-alpha"), "fp16"),
+            [load_gpu("l40")] * graph.world_size,
+        )
+        assert (reason is None) == fits, reason
