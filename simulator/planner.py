@@ -404,7 +404,7 @@ class _Planner:
             for side in (0, 1)
         )
         latency_s = _latency_s(stages)
-        rate = spec.mesh.dp / latency_s
+        rate = spec.mesh.dp / self._occupied_s(spec, run)
         one_gpu_s = self.baseline.latency_s
         return replace(
             base,
@@ -423,6 +423,13 @@ class _Planner:
             provenance=self._provenance(run),
             topology_only_latency_s=self._links_only_latency(run),
         )
+
+    def _occupied_s(self, spec: Spec, run: _Run) -> float:
+        """Seconds from one request to the next at saturation: the latency, or, where requests follow
+        each other through the ranks, what the busiest of them computes."""
+        if not spec.strategy.streams:
+            return run.latency_s
+        return run.latency_s * max(share for _, share in run.breakdown.utilisation)
 
     def with_better_placements(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates, those that could become the first on their best placement."""
@@ -552,8 +559,8 @@ class _Planner:
 
     def _weight(self, c: Candidate) -> float:
         """What a second of latency counts in the objective."""
-        replicas = parse_spec(c.spec).mesh.dp
-        return {"latency": 1.0, "throughput": 1 / replicas, "cost": (c.n_gpus or 1) / replicas}[
+        at_once = (c.throughput_per_s or 1.0) * (c.latency_s or 1.0)
+        return {"latency": 1.0, "throughput": 1 / at_once, "cost": (c.n_gpus or 1) / at_once}[
             self.request.goal.objective
         ]
 

@@ -8,10 +8,13 @@ its latent, so that the hops of a pipeline are all equal.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import toys
 
+from analysis.attribution import attribute
+from paradiff.graph import ScheduleGraph
 from paradiff.profiles import Profile
 from paradiff.strategies import Workload, build, parse_spec
 from paradiff.trace import check_trace
@@ -266,6 +269,45 @@ def test_cached_steps(every: int) -> None:
     assert denoise_s(skipped, 1.0) == denoise_s(f"cache={every}", 1.0)
 
 
+def several(graph: ScheduleGraph, requests: int) -> ScheduleGraph:
+    """The same request again and again: buffers and op names of each apart, streams shared."""
+    (section,) = graph.unroll().sections
+    buffers, ops = [], []
+    for q in range(requests):
+        buffers += [replace(b, id=f"q{q}.{b.id}") for b in graph.buffers]
+        for op in section.ops:
+            reads, writes = (
+                tuple(r._replace(buffer=f"q{q}.{r.buffer}") for r in refs)
+                for refs in (op.reads, op.writes)
+            )
+            ops.append(replace(op, name=f"q{q}.{op.name}", reads=reads, writes=writes))
+    return replace(graph, buffers=tuple(buffers), sections=(replace(section, ops=tuple(ops)),))
+
+
+@pytest.mark.parametrize(("n", "inside"), [(2, ""), (4, ""), (2, "ulysses=2,")])
+def test_step_pipeline(n: int, inside: str) -> None:
+    """One request takes T forwards and n - 1 hops of X e; requests come out every T/n forwards.
+
+    Streams of ten requests through the real engine; hops are hidden behind the next request's steps,
+    so a period is the busiest rank's share, which is what the planner takes throughput from.
+    """
+    bandwidth, width = 5.0, 2 if inside else 1
+    graph = build(
+        parse_spec(f"{inside}streambatch={n}"), PLAIN, Workload(ROWS, WIDTH, 1, 12, 1, "fp16")
+    )
+    step = step_s(inside.strip(",") or "serial", bandwidth)
+    topology = Topology.uniform(n * width, bandwidth_bytes_per_s=bandwidth)
+    costs = CostModel(PLAIN, [load_gpu("unit")] * n * width, "fp16")
+    one, nine, ten = (
+        simulate(several(graph, q), topology, costs, periodic=False).makespan_s for q in (1, 9, 10)
+    )
+    assert one == exactly(12 * step + (n - 1) * X / bandwidth)
+    assert ten - nine == exactly(12 * step / n)
+    if not inside:
+        busiest = max(share for _, share in attribute(simulate(graph, topology, costs)).utilisation)
+        assert busiest * one == exactly(12 * step / n)
+
+
 BOTH = (
     "cfg=2",
     "data=2",
@@ -285,6 +327,7 @@ BOTH = (
     "parastep=2,patch=2,warmup=1",
     "batchstep=3,warmup=1",
     "cfg=2,cache=3",
+    "cfg=2,streambatch=2",
     "skip=2:3:7:8:9",
 )
 RATIO_CASES = [

@@ -92,6 +92,17 @@ def test_throughput_counts_replicas() -> None:
     assert one.throughput_per_s == pytest.approx(1 / one.latency_s)  # type: ignore[operator]
 
 
+def test_a_step_pipeline_is_rated_by_its_busiest_rank() -> None:
+    """Eight steps on eight GPUs: each request takes as long as alone, and one comes out a step, plus
+    what every rank encodes or the last one decodes."""
+    stream, one = (by_spec(whole("sdxl"))[spec] for spec in ("streambatch=8", "serial"))
+    assert stream.exact
+    assert stream.latency_s == pytest.approx(one.latency_s, rel=0.01)
+    assert one.stages is not None
+    share = one.stages.denoise_s / STEPS + one.stages.text_encoder_s + one.stages.vae_s
+    assert 1 / stream.throughput_per_s == pytest.approx(share, rel=0.02)  # type: ignore[operator]
+
+
 def test_cost_is_the_share_of_the_box() -> None:
     """9.12 USD an hour for 8 GPUs; cfg=2 takes 2 of them."""
     cfg = by_spec(whole("sdxl"))["cfg=2"]

@@ -21,6 +21,7 @@ from paradiff.strategies.passes import patch
 from paradiff.strategies.pipefusion import pipefusion
 from paradiff.strategies.places import PLACES, in_turns, sharded, stored_in_fp8
 from paradiff.strategies.reuse import whole
+from paradiff.strategies.stream import streambatch
 
 __all__ = [
     "AXES",
@@ -46,7 +47,7 @@ class Strategy:
     """One pass or step strategy: its emitter, its parameters (name -> pattern), what it promises.
 
     ``ranks`` it takes beside those of the mesh; ``axes`` that go with it; ``passes`` that a step
-    strategy may run each step on.
+    strategy may run each step on; ``streams``: a rank may begin the next request before this one ends.
     """
 
     emit: Callable[[Builder, Options], None]
@@ -56,6 +57,7 @@ class Strategy:
     ranks: Callable[[Options, int], int] = lambda _, degree: 1
     axes: frozenset[str] = frozenset({"cfg", "data"})
     passes: frozenset[str] = frozenset()
+    streams: bool = False
 
 
 def _warmup(default: int) -> Callable[[Options, int], int]:
@@ -133,6 +135,15 @@ STRATEGIES: Mapping[str, Strategy] = {
         axes=SEQUENCE,
         passes=frozenset({"patch"}),
     ),
+    "streambatch": Strategy(
+        streambatch,
+        {},
+        lambda o, t: o.get("mode") != "naive",
+        _all,
+        axes=SEQUENCE,
+        passes=frozenset({"patch"}),
+        streams=True,
+    ),
     "batchstep": Strategy(
         batchstep, {"warmup": INTEGER}, _one_left, _warmup(5), axes=frozenset({"data"})
     ),
@@ -173,7 +184,7 @@ class Spec:
             ring=self.degree("ring"),
             pp=self.degree(next(passes, "serial")),
             cfg=self.degree("cfg"),
-            step=self.degree("parastep"),
+            step=max(self.degree("parastep"), self.degree("streambatch")),
             dp=self.degree("data"),
         )
 
@@ -333,6 +344,8 @@ def candidate_specs(profile: Profile, workload: Workload, max_gpus: int) -> Iter
     yield from _step_specs(profile, workload, max_gpus, powers)
     if max_gpus > 1:
         yield f"data={max_gpus}"
+        if workload.steps >= max_gpus:
+            yield f"streambatch={max_gpus}"
     yield from _replicated(profile, max_gpus)
 
 

@@ -361,11 +361,12 @@ class Builder:
         self,
         ranks: Sequence[int],
         spans: Callable[[int], Sequence[tuple[int, int]]] | None = None,
+        starts: Callable[[int], bool] = lambda rank: True,
     ) -> None:
         """Text encoders and the initial noise, on every rank (each rank owns a whole pipeline).
 
         ``spans`` splits the latent buffer, where later steps read it patch by patch: rank -> the rows
-        of each part that the rank has to do with.
+        of each part that the rank has to do with. ``starts``: whether a rank draws noise at all.
         """
         shape = self.shape(self.rows, batch=self.workload.batch * self.branches)
         world = max(len(ranks), self.mesh.size)
@@ -380,7 +381,7 @@ class Builder:
                 for name, writes, tags in (
                     ("text", [self.text(rank)], replica),
                     ("noise", [self.x(rank, part=p) for p in whole], (*replica, tag)),
-                ):
+                )[: 1 + starts(rank)]:
                     self.emit(
                         f"{name}@r{rank}",
                         "host",
