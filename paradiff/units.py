@@ -63,6 +63,12 @@ def parse_quantity(text: object, dimension: str, *, minimum: float | None = None
     return value
 
 
+def size_text(nbytes: int) -> str:
+    """A size as files write it, exact: ``size_text(65536) == "64 KiB"``."""
+    unit = next(u for u in ("GiB", "MiB", "KiB", "B") if nbytes % int(_SIZES[u]) == 0)
+    return f"{nbytes // int(_SIZES[unit])} {unit}"
+
+
 def _field(dimension: str, minimum: float) -> Callable[[Any], float]:
     return lambda value: parse_quantity(value, dimension, minimum=minimum)
 

@@ -1,4 +1,4 @@
-"""``paradiff profile``: model profiles, and measurements of kernels on this machine."""
+"""``paradiff profile``: model profiles, and measurements of kernels and transfers on this machine."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from paradiff.cli.common import group, load_model, one_message, progress
+from paradiff.cli.common import group, load_model, one_message, progress, write_file
 
-app = group("Model profiles, and measurements of kernels on this machine.")
+app = group("Model profiles, and measurements on this machine.")
 
 
 @contextmanager
@@ -161,4 +161,104 @@ def _print_errors(path: Path, dtype: str) -> None:
         typer.echo(
             f"{kind}: {len(table.rows)} rows; one left out is missed by {np.median(missed):.1%} in the "
             f"median, {np.quantile(missed, 0.9):.0%} at 90 % ({transform} axes, {trend})"
+        )
+
+
+@app.command()
+def network(
+    topology: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="The box that this is; its tables are for --output."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The topology with the measured tables in it."),
+    ] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="cpu: over gloo; cuda: over NCCL.")
+    ] = "cpu",
+    min_bytes: Annotated[str, typer.Option(metavar="SIZE", help="Smallest size.")] = "1 KiB",
+    max_bytes: Annotated[str, typer.Option(metavar="SIZE", help="Largest size.")] = "64 MiB",
+    timeout: Annotated[
+        float, typer.Option(min=1.0, metavar="SECONDS", help="The longest wait for another rank.")
+    ] = 120.0,
+    output_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="network.csv goes there.")
+    ] = Path(),
+) -> None:
+    """Time messages and collectives between ranks, alone and beside compute (needs [run]).
+
+    Start it on the box that is meant: torchrun --nproc-per-node N --no-python paradiff profile network
+    """
+    with one_message():
+        from paradiff.config import ConfigError
+        from paradiff.units import parse_quantity
+        from simulator.measured_network import Measured, check_box, to_csv, with_tables
+        from simulator.topology import load_topology
+
+        with _needs_torch("measuring"):
+            from paradiff.executor import measure, measure_network
+            from paradiff.executor.faults import RunFailed
+            from paradiff.executor.session import Place, Session
+        if (topology is None) != (output is None):
+            raise ConfigError("--topology and --output: give both, or none")
+        try:
+            least, most = (
+                int(parse_quantity(s, "size", minimum=4)) for s in (min_bytes, max_bytes)
+            )
+            place = Place.of_environment()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if least > most:
+            raise ConfigError(f"--min-bytes {min_bytes}: larger than --max-bytes {max_bytes}")
+        if place is None or place.world_size < 2:
+            raise ConfigError(
+                "not one of several ranks, allowed: torchrun --nproc-per-node N --no-python paradiff "
+                "profile network, N of 2 or more"
+            )
+        if not measure.is_here(device):
+            raise ConfigError(f"--device {device}: torch sees no GPU here, allowed: cpu")
+        sizes = [least * 4**i for i in range(40) if least * 4**i <= most]
+        wanted = measure_network.cases(place.world_size, sizes)
+        if topology is not None:
+            check_box(load_topology(topology), range(place.world_size))
+        first = place.rank == 0
+        rows: list[Measured] = []
+        try:
+            session = Session.join(
+                place, timeout, measure.device_of(device, place.local_rank), "network"
+            )
+            with progress("measuring", enabled=first) as advance:
+                for timed in measure_network.measure(session, wanted):
+                    rows.append(Measured(*timed.case, *timed[1:]))
+                    if advance is not None:
+                        advance(len(rows), len(wanted))
+            devices = [int(text) for text in session.gather_text(str(place.local_rank))]
+            session.leave()
+        except RunFailed as error:
+            typer.echo(f"paradiff: rank {place.rank}: {error}", err=True)
+            raise typer.Exit(1) from None
+        if not first:
+            return
+        about = measure.machine(device) | {
+            "ranks": str(place.world_size),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        about["command"] = shlex.join(["paradiff", "profile", "network", *sys.argv[3:]])
+        write_file(output_dir / "network.csv", to_csv(about, rows))
+        if topology is not None and output is not None:
+            source = (
+                f"measured: paradiff profile network, {about['device']}, "
+                f"{'NCCL' if device == 'cuda' else 'gloo'}, torch {about['torch']}, {about['date']}"
+            )
+            write_file(output, with_tables(topology, rows, devices, source))
+    typer.echo(
+        f"{output_dir / 'network.csv'}: {len(rows)} transfers between {place.world_size} ranks"
+    )
+    if output is not None:
+        typer.echo(
+            f"{output}: {topology} with "
+            f"{len({row[:2] for row in rows if row.way == 'all'})} measured tables"
         )

@@ -62,6 +62,11 @@ def is_here(kind: str) -> bool:
     return kind == "cpu" or torch.cuda.is_available()
 
 
+def device_of(kind: str, index: int) -> torch.device:
+    """The device of one of several processes on a machine."""
+    return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+
+
 def machine(kind: str) -> dict[str, str]:
     """What a table must say of where it was measured."""
     device = torch.device(kind)
@@ -285,9 +290,14 @@ def _timed(call: Callable[[int], object], clock: Callable[[Callable[[], None]], 
         if len(samples) < LEAST_SAMPLES:
             continue
         low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-        # the median's standard error for normal noise: 1.253 sigma / sqrt(n), sigma = IQR / 1.349
-        error = 1.253 / 1.349 * (high - low) / math.sqrt(len(samples))
+        error = median_error(low, high, len(samples))
         if error < PRECISE * middle or time.perf_counter() - began > PATIENCE_S:
             break
     low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
     return Timing(middle, low, high, len(samples))
+
+
+def median_error(low: float, high: float, count: int) -> float:
+    """Standard error of a median from its quartiles, for normal noise: 1.253 sigma / sqrt(count), sigma
+    = (high - low) / 1.349."""
+    return 1.253 / 1.349 * (high - low) / math.sqrt(count)

@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from paradiff.config import ConfigError
+from paradiff.units import size_text
 from simulator.gpu import Gpu, load_gpu
 from simulator.importers.bandwidth import read_nvbandwidth, read_p2p_test
 from simulator.importers.lstopo import read_lstopo
@@ -434,16 +435,9 @@ def _collective(facts: Facts, run: CollectiveRun) -> dict[str, Any]:
         "ranks": run.ranks,
         "scope": scope,
         "source": f"measured: nccl-tests, out of place, {run.at}",
-        "table": [[_size(size), f"{seconds * 1e6:.6g} us"] for size, seconds in run.table],
+        "table": [[size_text(size), f"{seconds * 1e6:.6g} us"] for size, seconds in run.table],
     }
 
-
-def _size(nbytes: int) -> str:
-    unit, factor = next((u, f) for u, f in _SIZES if nbytes % f == 0)
-    return f"{nbytes // factor} {unit}"
-
-
-_SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 # --------------------------------------------------------------------------------------------- YAML
 
