@@ -102,7 +102,7 @@ def test_a_run_equals_the_pipeline(loaded: Any, name: str) -> None:
     graph = build(parse_spec("serial"), profile, workload)
     result = run_graph(graph, ours.network, request).latents[0]
     start = torch.randn(
-        ours.network.latent_sizes(shape, 1), generator=torch.Generator().manual_seed(3),
+        ours.network.latent_sizes(shape), generator=torch.Generator().manual_seed(3),
         dtype=torch.float64,
     ).float()  # fmt: skip
     expected = diffusers_latents(tiny_pipeline(name), start, **inputs)
