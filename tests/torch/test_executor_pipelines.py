@@ -1,0 +1,127 @@
+"""Serial runs equal the whole call of the diffusers pipeline of each class, given the same embeddings.
+
+This is what says that the plain loops call model, scheduler and guidance as the pipeline does. Latents
+are float64 in both: where diffusers says float32, which for them is a loss, float64 is put.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from inspect import signature
+from typing import Any
+from unittest import mock
+
+import diffusers
+import plain_loops as plain
+import pytest
+import torch
+from test_executor_strips import latent
+from torch import Tensor
+
+from paradiff.executor.loading import pipeline_class
+from paradiff.models.tiny import tiny_scheduler
+
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+
+STEPS = 5
+SIZE = 128
+
+
+def branches(name: str, *of: str) -> list[Tensor]:
+    """Each of the embeddings ``of``: of the prompt, then of the negative one."""
+    return [half for key in of for half in plain.given(name)[key].chunk(2)[::-1]]
+
+
+def guided(name: str) -> dict[str, Any]:
+    cond, uncond = branches(name, "encoder_hidden_states")
+    return {"prompt_embeds": cond, "negative_prompt_embeds": uncond, "guidance_scale": plain.SCALE}
+
+
+def masked(name: str) -> dict[str, Any]:
+    cond, uncond = branches(name, "encoder_attention_mask")
+    return {**guided(name), "prompt_attention_mask": cond, "negative_prompt_attention_mask": uncond}
+
+
+def hunyuandit(name: str) -> dict[str, Any]:
+    names = [
+        f"{negative}{kind}{second}"
+        for second in ("", "_2")
+        for kind in ("prompt_embeds", "prompt_attention_mask")
+        for negative in ("", "negative_")
+    ]
+    values = branches(
+        name, "encoder_hidden_states", "text_embedding_mask", "encoder_hidden_states_t5",
+        "text_embedding_mask_t5",
+    )  # fmt: skip
+    given = dict(zip(names, values, strict=True))
+    return {**given, "guidance_scale": plain.SCALE, "use_resolution_binning": False}
+
+
+def embedded(name: str) -> dict[str, Any]:
+    """Guidance and pooled embeddings are the network's own inputs."""
+    given = plain.given(name)
+    inputs = {
+        "prompt_embeds": given["encoder_hidden_states"],
+        "pooled_prompt_embeds": given["pooled_projections"],
+    }
+    if "encoder_attention_mask" in given:
+        inputs["prompt_attention_mask"] = given["encoder_attention_mask"]
+    if "guidance" in given:
+        inputs["guidance_scale"] = float(given["guidance"]) / 1000  # the pipeline multiplies
+    return inputs
+
+
+CALLS: Mapping[str, Callable[[str], dict[str, Any]]] = {
+    "sd15": guided,
+    "flux1-schnell": embedded,
+    "cogvideox-5b": guided,
+    "cogvideox1.5-5b": guided,
+    "wan2.1-1.3b": guided,
+    "latte": lambda name: {**guided(name), "negative_prompt": None},
+    "hunyuandit": hunyuandit,
+    "hunyuanvideo": embedded,
+    "mochi": masked,
+}
+
+
+def called(name: str) -> Tensor:
+    """Latents of the pipeline, whose encoders and VAE are not there."""
+    profile, model = plain.twin(name)
+    kind = pipeline_class(model)
+    parts = signature(kind).parameters
+    absent = dict.fromkeys(k for k, v in parts.items() if v.default is v.empty)
+    denoiser = "unet" if "unet" in parts else "transformer"
+    pipe = kind(**{**absent, denoiser: model, "scheduler": tiny_scheduler(name)})
+    pipe.set_progress_bar_config(disable=True)
+    run = plain.Plain(name, STEPS)
+    start = run.x / getattr(run.scheduler, "init_noise_sigma", 1.0)
+    if name.startswith("flux"):
+        start = diffusers.FluxPipeline._pack_latents(start, *start.shape)
+    takes = signature(kind.__call__).parameters
+    size = {
+        "height": SIZE, "width": SIZE, "num_frames": profile.defaults["frames"],
+        "video_length": profile.defaults["frames"],
+    }  # fmt: skip
+    result = pipe(
+        **{k: v for k, v in size.items() if k in takes},
+        num_inference_steps=STEPS - (name == "sd15"),
+        latents=start,
+        generator=run.generator,
+        output_type="latent",
+        return_dict=False,
+        **CALLS[name](name),
+    )[0]
+    if name.startswith("flux"):
+        return diffusers.FluxPipeline._unpack_latents(result, SIZE, SIZE, 8)
+    out: Tensor = result
+    return out
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_serial_is_the_pipeline(name: str) -> None:
+    with (
+        mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(Tensor, "float", Tensor.double),
+    ):
+        expected, ours = called(name), latent(name, "serial")
+    assert plain.relative(ours, expected) < 1e-10
