@@ -217,6 +217,20 @@ def test_uneven_stages_against_an_event_recurrence(stages: str, ratio: float) ->
     assert denoise_s(spec, X / m / c, steps) == exactly(end)
 
 
+@pytest.mark.parametrize(("m", "ratio"), [(4, 0.1), (4, 0.6), (4, 2.0), (2, 0.5)])
+def test_skips_share_the_link_of_the_hidden_states(m: int, ratio: float) -> None:
+    """Two stages, one skip between them: max(M tau, 2 M c, 2 tau + 3 c) a step.
+
+    Hidden state and skip of a patch leave together on channels of their own, but through one link: both
+    are there after 2 c, c = X / M / bandwidth. The loop is two micro-steps, this hop, and the latent's.
+    """
+    tau = FORWARD / 2 / m
+    c = ratio * tau
+    toy = replace(PLAIN, skips=((0, 3),))
+    period = max(m * tau, 2 * m * c, 2 * tau + 3 * c)
+    assert step_s(f"pipefusion=2,patches={m}", X / m / c, toy) == exactly(period)
+
+
 def test_asyncdiff_round() -> None:
     """max C(f_i) + broadcasts at the cuts + broadcast of the prediction (section 13.3)."""
     n, bandwidth = 4, 6.0
