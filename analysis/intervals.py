@@ -32,7 +32,7 @@ COMM_SPREAD: Mapping[CommBasis, Factors] = {
     "staged links": (0.65, 4.0),
 }
 """Factors of exposed communication by what is known of it. ``table``: every transfer has a measured
-one; log-log tables left one out miss by 2-4 % in the median and 25 % at the worst. ``links``: boxes of
+one; tables left one out miss by 3 % in the median and 17 % for one in ten. ``links``: boxes of
 one description differ by a factor of two in what NCCL reaches. ``staged links``: transfers through host
 memory; on the one node of that kind with a table (eight L40S) the links alone are twice too fast for
 the all-to-all of four GPUs and four times for that of eight."""

@@ -9,19 +9,20 @@ kernels run in ``paradiff.profiles``; queues and links in ``simulator.engine``.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from itertools import accumulate
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from paradiff.graph import Op, Shape, Work
 from paradiff.profiles import Kernel, Profile, Stage
-from simulator.gpu import Gpu
+from simulator.gpu import Gpu, load_gpu
 from simulator.kernels import Chip, attention_s, conv_s, gemm_s, stream_s
+from simulator.lint import read_table
 from simulator.measured import Estimate, measured_on
 
 Runtime = Literal["eager", "compiled", "cuda-graph"]
@@ -155,11 +156,12 @@ def _log(shape: tuple[int, int, int]) -> tuple[float, float, float]:
 
 @cache
 def measured_gemms(gpu: str) -> GemmTable:
-    """The shipped GEMM table of a GPU; empty where there is none."""
-    file = resources.files("hardware_profiles") / "measured" / gpu / "gemm.csv"
+    """The shipped GEMM table of a GPU; empty where there is none. Raises ConfigError for a row that
+    cannot be (``simulator.lint``)."""
+    file = Path(str(resources.files("hardware_profiles"))) / "measured" / gpu / "gemm.csv"
     if not file.is_file():
         return GemmTable({})
-    rows = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
+    rows = read_table(file, "gemm", load_gpu(gpu))
     return GemmTable(
         {(int(r["m"]), int(r["n"]), int(r["k"])): float(r["time_us"]) * 1e-6 for r in rows}
     )

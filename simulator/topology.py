@@ -84,7 +84,9 @@ class CollectiveTable:
     source: str = ""
 
     def time_s(self, nbytes: float) -> float:
-        """Time of one call, interpolated in log(size), log(time).
+        """Time of one call, linear in its size between two measured ones: a latency plus bytes over a
+        bandwidth is exactly that. Of the NCCL tables of six GPUs, each point left out is missed by 3.1 %
+        in the median so, by 5.1 % in log(size), log(time) (``tools/check_collectives.py``).
 
         Below the table: the time of its smallest size (latency). Above: its last bandwidth. Kinks
         are kept: NCCL changes protocol and algorithm with size, so times need not be monotone.
@@ -95,8 +97,8 @@ class CollectiveTable:
         if nbytes >= sizes[-1]:
             return seconds[-1] * nbytes / sizes[-1]
         i = bisect_right(sizes, nbytes)
-        share = math.log(nbytes / sizes[i - 1]) / math.log(sizes[i] / sizes[i - 1])
-        return float(seconds[i - 1] * (seconds[i] / seconds[i - 1]) ** share)
+        share = (nbytes - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
+        return float(seconds[i - 1] + share * (seconds[i] - seconds[i - 1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
