@@ -4,12 +4,12 @@
 same source printed. Definitions (docs/validation.md has them in words):
 
 - **error** of a row: predicted / published - 1; absolute percentage errors are pooled over rows;
-- **Kendall tau**: within groups of one model, resolution, number of steps and box, tau-b of all pairs
-  of all groups together, (C - D) / sqrt((P - ties published) (P - ties predicted)), where latencies
-  within TIE of each other tie;
+- **Kendall tau**: within groups of one model, resolution, number of steps, box and runtime, tau-b of all
+  pairs of specs of all groups together, (C - D) / sqrt((P - ties published) (P - ties predicted)), where
+  latencies within TIE of each other tie;
 - **regret**: among the rows of one source, model, resolution, number of steps, box, number of GPUs
   and runtime, the published latency of the spec that is predicted to be first over that of the best,
-  minus one (a spec that is there twice has the mean of its rows);
+  minus one. In both, a spec that is there twice has the mean of its rows;
 - **duplicates**: rows of one case (warm-up aside, whose labels differ between prints of one figure)
   whose published latencies are within SAME of each other: the first counts.
 
@@ -364,16 +364,47 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+class _Choice(NamedTuple):
+    """A spec where several can be compared: means over its rows."""
+
+    predicted_s: float
+    published_s: float
+
+
+def _choices(
+    rows: Sequence[Scored], place: Callable[[Scored], Hashable]
+) -> dict[tuple[str, ...], list[_Choice]]:
+    """Ids of the rows of one place -> its specs."""
+    groups: dict[Hashable, list[Scored]] = defaultdict(list)
+    for each in rows:
+        groups[place(each)].append(each)
+    found = {}
+    for members in groups.values():
+        specs: dict[tuple[str, int], list[Scored]] = defaultdict(list)
+        for each in members:
+            assert each.case is not None
+            assert each.calibrated is not None
+            specs[each.calibrated.spec, each.case.n_gpus].append(each)
+        found[tuple(each.row["id"] for each in members)] = [
+            _Choice(
+                _mean([each.calibrated.seconds for each in runs if each.calibrated]),
+                _mean([each.measured_s for each in runs]),
+            )
+            for runs in specs.values()
+        ]
+    return found
+
+
+def _comparable(each: Scored) -> Hashable:
+    assert each.case is not None
+    return _place(each.case), each.case.runtime
+
+
 def kendall_tau(rows: Sequence[Scored]) -> float:
     """Pooled tau-b within groups of one place; see the module docstring."""
-    groups: dict[Hashable, list[tuple[float, float]]] = defaultdict(list)
-    for each in rows:
-        assert each.case is not None
-        assert each.calibrated is not None
-        groups[_place(each.case)].append((each.measured_s, each.calibrated.seconds))
     agree = pairs = tied_published = tied_predicted = 0
-    for members in groups.values():
-        for (a, x), (b, y) in combinations(members, 2):
+    for specs in _choices(rows, _comparable).values():
+        for (x, a), (y, b) in combinations(specs, 2):
             published = 0 if _near(a, b, TIE) else (1 if a < b else -1)
             predicted = 0 if _near(x, y, TIE) else (1 if x < y else -1)
             pairs += 1
@@ -386,27 +417,16 @@ def kendall_tau(rows: Sequence[Scored]) -> float:
 
 def regrets(rows: Sequence[Scored]) -> dict[tuple[str, ...], float]:
     """Regret of each choice that a source published; keys are the ids of its rows."""
-    groups: dict[Hashable, list[Scored]] = defaultdict(list)
-    for each in rows:
+
+    def place(each: Scored) -> Hashable:
         assert each.case is not None
-        key = each.row.source, _place(each.case), each.case.n_gpus, each.case.runtime
-        groups[key].append(each)
+        return each.row.source, _comparable(each), each.case.n_gpus
+
     found = {}
-    for members in groups.values():
-        specs: dict[str, list[Scored]] = defaultdict(list)
-        for each in members:
-            specs[each.calibrated.spec if each.calibrated else ""].append(each)
-        if len(specs) < 2:
-            continue
-        choices = [
-            (
-                _mean([each.calibrated.seconds for each in runs if each.calibrated]),
-                _mean([each.measured_s for each in runs]),
-            )
-            for runs in specs.values()
-        ]
-        best_s = min(published for _, published in choices)
-        found[tuple(each.row["id"] for each in members)] = min(choices)[1] / best_s - 1
+    for ids, specs in _choices(rows, place).items():
+        if len(specs) > 1:
+            best_s = min(spec.published_s for spec in specs)
+            found[ids] = min(specs).published_s / best_s - 1
     return found
 
 

@@ -195,22 +195,43 @@ def rows_csv(scored: Sequence[Scored]) -> str:
 
 def page(scored: Sequence[Scored]) -> str:
     """One HTML page: scores, predicted against published, every row. Text from the file is escaped."""
+    tables = [
+        ("Largest errors", row_table(list(worst(scored)))),
+        ("Rows that count", row_table([each for each in scored if each.counts])),
+        ("By source", source_table(scored)),
+        ("One GPU", gpu_table(scored)),
+        ("Not covered", left_out(scored)),
+        ("Predicted, not scored", row_table([e for e in scored if not e.counts])),
+    ]
+    return render("Predicted against published runs", summary(scored), _figure(scored), tables)
+
+
+def render(
+    title: str, lines: Sequence[str], figure: str, tables: Sequence[tuple[str, Table]]
+) -> str:
+    """One page that needs nothing else; everything but ``figure`` is escaped."""
     from jinja2 import Environment
 
     template = resources.files("analysis") / "templates" / "validation.html"
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template.read_text(encoding="utf-8")).render(
-        summary=summary(scored),
-        figure=_figure(scored),
-        tables=[
-            ("Largest errors", row_table(list(worst(scored)))),
-            ("Rows that count", row_table([each for each in scored if each.counts])),
-            ("By source", source_table(scored)),
-            ("One GPU", gpu_table(scored)),
-            ("Not covered", left_out(scored)),
-            ("Predicted, not scored", row_table([e for e in scored if not e.counts])),
-        ],
+        title=title, summary=lines, figure=figure, tables=tables
     )
+
+
+def bars_figure(
+    names: Sequence[str], published: Sequence[float], predicted: Sequence[float]
+) -> str:
+    """Published and predicted numbers side by side; the library is part of the page."""
+    import plotly.graph_objects as go
+
+    labels = [html.escape(name) for name in names]
+    figure = go.Figure()
+    figure.add_bar(x=labels, y=list(published), name="published")
+    figure.add_bar(x=labels, y=list(predicted), name="predicted")
+    figure.update_layout(height=560, template="plotly_white", barmode="group")
+    figure.update_yaxes(title="times one GPU")
+    return str(figure.to_html(full_html=False, include_plotlyjs=True, div_id="bars"))
 
 
 def _figure(scored: Sequence[Scored]) -> str:

@@ -203,9 +203,9 @@ class TestCollectiveTables:
     def test_points_are_kept_and_kinks_with_them(self) -> None:
         assert [self.table.time_s(s) for s in (1e3, 1e5, 1e6)] == pytest.approx([1e-6, 4e-6, 2e-6])
 
-    def test_between_points_in_the_logarithm(self) -> None:
-        # Half way between 10^3 and 10^5 in the logarithm is 10^4; between 1 and 4 us it is 2 us.
-        assert self.table.time_s(1e4) == pytest.approx(2e-6, rel=1e-12)
+    def test_between_points_a_latency_plus_bytes_over_a_bandwidth(self) -> None:
+        # 9900 of the 99000 bytes from 10^3 to 10^5 are a tenth; from 1 to 4 us it is 1.3 us.
+        assert self.table.time_s(10_900) == pytest.approx(1.3e-6, rel=1e-12)
 
     def test_below_the_table_latency_above_it_the_last_bandwidth(self) -> None:
         assert self.table.time_s(1) == 1e-6
