@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from paradiff.graph import ScheduleGraph
 from paradiff.profiles import Profile
@@ -42,18 +43,29 @@ PRODUCT = r"[0-9]{1,4}x[0-9]{1,4}"
 FRACTION = r"0?\.[0-9]{0,5}[1-9][0-9]{0,5}|1(\.0*)?"
 
 
+def _all(_: Options, steps: int) -> int:
+    return steps
+
+
+def _nothing_left_out(options: Options, _: int) -> bool:
+    return options.get("mode") != "naive"
+
+
 @dataclass(frozen=True, slots=True)
 class Strategy:
     """One pass or step strategy: its emitter, its parameters (name -> pattern), what it promises.
 
-    ``ranks`` it takes beside those of the mesh; ``axes`` that go with it; ``passes`` that a step
-    strategy may run each step on; ``streams``: a rank may begin the next request before this one ends.
+    ``exact(options, steps)`` and ``synchronous(options, steps)``: whether the result is that of one GPU,
+    and how many steps read nothing old. ``along``: the mesh axis that its degree is of; ``ranks`` it
+    takes beside those of the mesh; ``axes`` that go with it; ``passes`` that a step strategy may run
+    each step on; ``streams``: a rank may begin the next request before this one ends.
     """
 
     emit: Callable[[Builder, Options], None]
-    parameters: Mapping[str, str]
-    exact: Callable[[Options, int], bool]
-    synchronous: Callable[[Options, int], int]
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    exact: Callable[[Options, int], bool] = _nothing_left_out
+    synchronous: Callable[[Options, int], int] = _all
+    along: Literal["pp", "step"] | None = None
     ranks: Callable[[Options, int], int] = lambda _, degree: 1
     axes: frozenset[str] = frozenset({"cfg", "data"})
     passes: frozenset[str] = frozenset()
@@ -62,10 +74,6 @@ class Strategy:
 
 def _warmup(default: int) -> Callable[[Options, int], int]:
     return lambda options, steps: min(steps, int(options.get("warmup", default)))
-
-
-def _all(_: Options, steps: int) -> int:
-    return steps
 
 
 def _reuses(options: Options) -> bool:
@@ -87,12 +95,13 @@ STRATEGIES: Mapping[str, Strategy] = {
         lambda o, t: 1 if _reuses(o) else t,
         axes=SEQUENCE,
     ),
-    "patch": Strategy(patch, {"mode": "sync|naive"}, lambda o, t: o.get("mode") != "naive", _all),
+    "patch": Strategy(patch, {"mode": "sync|naive"}, along="pp"),
     "distrifusion": Strategy(
         distrifusion,
         {"warmup": INTEGER, "mode": "|".join(MODES), "bucket": INTEGER},
         lambda o, t: synchronous_steps(o, t) == t,
         synchronous_steps,
+        along="pp",
     ),
     "pcpp": Strategy(
         pcpp,
@@ -105,6 +114,7 @@ STRATEGIES: Mapping[str, Strategy] = {
         },
         lambda o, t: synchronous_steps(o, t) == t,
         synchronous_steps,
+        along="pp",
     ),
     "pipefusion": Strategy(
         pipefusion,
@@ -117,6 +127,7 @@ STRATEGIES: Mapping[str, Strategy] = {
         },
         lambda o, t: int(o.get("patches", o["pipefusion"])) == 1 or _warmup(1)(o, t) == t,
         _warmup(1),
+        along="pp",
         axes=SEQUENCE,
     ),
     "asyncdiff": Strategy(
@@ -124,25 +135,20 @@ STRATEGIES: Mapping[str, Strategy] = {
         {"warmup": INTEGER, "stride": "1|2", "cuts": f"published|balanced|{COUNTS}"},
         lambda o, t: _warmup(9)(o, t) == t,
         _warmup(9),
-        lambda o, degree: degree + int(o.get("stride", "1")) - 1,
-        frozenset(),
+        ranks=lambda o, degree: degree + int(o.get("stride", "1")) - 1,
+        axes=frozenset(),
     ),
     "parastep": Strategy(
         parastep,
         {"warmup": INTEGER},
-        lambda o, t: _one_left(o, t) and o.get("mode") != "naive",
+        lambda o, t: _one_left(o, t) and _nothing_left_out(o, t),
         _warmup(5),
+        along="step",
         axes=SEQUENCE,
         passes=frozenset({"patch"}),
     ),
     "streambatch": Strategy(
-        streambatch,
-        {},
-        lambda o, t: o.get("mode") != "naive",
-        _all,
-        axes=SEQUENCE,
-        passes=frozenset({"patch"}),
-        streams=True,
+        streambatch, along="step", axes=SEQUENCE, passes=frozenset({"patch"}), streams=True
     ),
     "batchstep": Strategy(
         batchstep, {"warmup": INTEGER}, _one_left, _warmup(5), axes=frozenset({"data"})
@@ -177,14 +183,16 @@ class Spec:
 
     @property
     def mesh(self) -> Mesh:
-        """Degrees in xDiT's order; a step strategy has no mesh of its own."""
-        passes = (n for n in ("patch", "distrifusion", "pcpp", "pipefusion") if n in self.options)
+        """Degrees in xDiT's order."""
+        along = {
+            STRATEGIES[name].along: self.degree(name) for name in self.options.keys() & STRATEGIES
+        }
         return Mesh(
             ulysses=self.degree("ulysses"),
             ring=self.degree("ring"),
-            pp=self.degree(next(passes, "serial")),
+            pp=along.get("pp", 1),
             cfg=self.degree("cfg"),
-            step=max(self.degree("parastep"), self.degree("streambatch")),
+            step=along.get("step", 1),
             dp=self.degree("data"),
         )
 
