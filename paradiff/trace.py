@@ -116,8 +116,9 @@ def _unfold(spans: list[Span], repeat: Repeat) -> Iterator[Span]:
         yield span
         if span.end_s > at - period:
             first = _moved(span, period, steps)
-            if span.ready_s <= at - period:
-                first = _joined(open_at_end[span.name, span.rank, span.step], first, at)
+            head = open_at_end.get((span.name, span.rank, span.step))
+            if head is not None and span.ready_s <= at - period:
+                first = _joined(head, first, at)
             for i in range(copies):
                 yield _moved(first, i * period, i * steps)
 

@@ -342,6 +342,7 @@ BOTH = (
     "batchstep=3,warmup=1",
     "cfg=2,cache=3",
     "cfg=2,streambatch=2",
+    "patch=4,weights=hsdp",
     "skip=2:3:7:8:9",
 )
 RATIO_CASES = [

@@ -254,7 +254,9 @@ def _check_options(spec: Spec) -> None:
         if not re.fullmatch(allowed[key], value):
             wanted = {INTEGER: "a whole number", FRACTION: "a number in (0, 1]"}
             wanted |= {COUNTS: "counts such as 7:7:7:7", PRODUCT: "ranks x machines such as 8x2"}
-            expected = wanted.get(allowed[key], allowed[key].replace(COUNTS, "i:j"))
+            expected = wanted.get(
+                allowed[key], allowed[key].replace(COUNTS, "i:j").replace("\\", "")
+            )
             raise SpecError(f"spec {spec.text!r}: {key}={value}; expected {expected}")
         if key in (*AXES, *STRATEGIES, "bucket", "cache") and int(value) < 1:
             raise SpecError(f"spec {spec.text!r}: {key}={value}; expected at least 1")
@@ -413,8 +415,8 @@ def _widest(profile: Profile, workload: Workload, room: int, powers: list[int]) 
 def _step_specs(
     profile: Profile, workload: Workload, max_gpus: int, widths: list[int]
 ) -> Iterator[str]:
-    """AsyncDiff with the published component counts, ParaStep alone and on the two branches, its steps
-    as a batch; warm-up at most a fifth of the steps."""
+    """AsyncDiff with the published component counts, ParaStep alone and on pairs, its steps as a batch;
+    warm-up at most a fifth of the steps."""
     room = max(1, workload.steps // 5)
     for stride in (1, 2):
         for components in (2, 3, 4):
@@ -424,7 +426,9 @@ def _step_specs(
     warmup = min(5, room)
     for n in [n for n in widths if workload.steps - warmup >= n]:
         yield f"parastep={n},warmup={warmup}"
-        if profile.geometry.guidance == "cfg" and 2 * n <= max_gpus:
-            yield f"cfg=2,parastep={n},warmup={warmup}"
+        if 2 * n <= max_gpus:
+            guided = profile.geometry.guidance == "cfg"
+            if guided or profile.kind == "transformer":
+                yield f"{'cfg' if guided else 'ulysses'}=2,parastep={n},warmup={warmup}"
     if workload.steps - warmup >= 2:
         yield f"batchstep=2,warmup={warmup}"

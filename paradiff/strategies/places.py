@@ -22,7 +22,10 @@ from dataclasses import dataclass, field, replace
 from paradiff.graph import Buffer, Op, Ref, ScheduleGraph, Section
 from paradiff.profiles import Profile, Stage
 
-PLACES: Mapping[str, str] = {"offload": r"text|vae|text\+vae", "weights": r"fp8|hsdp|fp8\+hsdp"}
+PLACES: Mapping[str, str] = {
+    "offload": r"text|vae|text\+vae|vae\+text",
+    "weights": r"fp8|hsdp|fp8\+hsdp|hsdp\+fp8",
+}
 """Spec parameter -> pattern of its values."""
 PER_STEP = ("denoiser", "scheduler", "guidance")
 
