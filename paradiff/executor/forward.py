@@ -103,11 +103,11 @@ class Forward(Handler):
 
     def __post_init__(self) -> None:
         self.rows = parse_spans(self.task.tags["rows"])
-        self.branch = self.task.tags["branch"]
+        self.branch = self.task.tags.get("branch", "both")
         self._at = self.task.lo
         self.layout = layout_of(self.task.tags)
         self._greenlet = greenlet(self._run)
-        self._segments = self.network.profile.denoiser.segments
+        self._segments = self.network.stage.segments
         end, ends = self.ranges[-1][1], [hi for _, hi in self.network.unit_ranges.values()]
         self._last = max(hi for hi in ends if hi <= end) if end < len(self._segments) else None
 
@@ -164,12 +164,11 @@ class Forward(Handler):
         x = self._input(self.rows)
         out = self.network.call(x, self._given, self.timestep, self.rows, self.total_rows)
         self._at = len(self._segments)
-        pieces, at = [], 0
-        for first, last in self.rows:
-            rows = out[..., at : at + last - first, :]
-            pieces.append(Piece((first, last), rows, branch=self.branch))
-            at += last - first
-        self.output = tuple(pieces)
+        sizes = [last - first for first, last in self.rows]
+        scale = out.shape[-2] // sum(sizes)  # a decoder makes several rows of one
+        strips = out.split([scale * size for size in sizes], dim=-2)
+        pairs = zip(self.rows, strips, strict=True)
+        self.output = tuple(Piece(span, rows, branch=self.branch) for span, rows in pairs)
 
     def _input(self, spans: Iterable[tuple[int, int]]) -> Tensor:
         spans = list(spans)

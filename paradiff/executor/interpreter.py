@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from paradiff.executor.payload import (
     Payload,
     Piece,
     branches_of,
+    one_side,
     parse_spans,
     take_rows,
 )
@@ -36,6 +39,9 @@ from paradiff.graph import Instance, Op, Ref, ScheduleGraph
 from paradiff.models.interception import intercept
 from paradiff.strategies import parse_spec
 from paradiff.trace import Span, Trace
+
+if TYPE_CHECKING:
+    from paradiff.executor.decoding import Decoder
 
 EXECUTABLE = (
     "serial",
@@ -63,7 +69,8 @@ class Unexecutable(ValueError):
 class Request:
     """What is generated. ``conditioning`` has one entry a data-parallel replica; a replica's initial
     noise is drawn from ``seed`` plus its number, so that every rank of it draws the same. ``decode``
-    makes of final latents what the user gets, on the rank that has them."""
+    makes of final latents what the user gets, on the rank that has them; where the graph spreads the
+    VAE over ranks, ``strips`` does."""
 
     conditioning: Sequence[Conditioning]
     scheduler: Any
@@ -71,6 +78,7 @@ class Request:
     guidance_scale: float = 5.0
     dtype: torch.dtype = torch.float64
     decode: Callable[[Tensor], Tensor] | None = None
+    strips: Decoder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +116,8 @@ def check_executable(graph: ScheduleGraph, network: Network, request: Request) -
             f"{spec.text!r}: weights={spec.options['weights']} cannot be executed yet; run the spec"
             " without it, only how weights are stored changes"
         )
+    if spec.options.get("vae") == "split" and request.strips is None:
+        raise Unexecutable(f"{spec.text!r}: vae=split needs a pipeline with an AutoencoderKL")
     if meta["model"] != network.profile.name:
         raise Unexecutable(f"graph of {meta['model']}, network of {network.profile.name}")
     if len(request.conditioning) != spec.degree("data"):
@@ -121,6 +131,7 @@ def check_executable(graph: ScheduleGraph, network: Network, request: Request) -
 class _Plan:
     """A forward to come: its segments, points that it publishes, modules whose output it keeps."""
 
+    stage: str
     ranges: list[tuple[int, int]]
     publishes: set[int] = field(default_factory=set)
     captures: set[str] = field(default_factory=set)
@@ -174,6 +185,8 @@ class _Run:
             "text": self._text,
             "noise": self._noise,
             "forward": self._forward,
+            "decode": self._forward,
+            "image": self._image,
             "guidance": self._guidance,
             "scheduler": self._scheduler,
         }
@@ -183,8 +196,12 @@ class _Run:
         coroutines. ``walk`` runs the ops; default: all ranks take turns."""
         words = next(i.op.work.shape.t for i in self.graph.instances() if i.op.call == "forward")
         kv = self.network.kv({**self.shape, "t": words})
-        model, units = self.network.model, self.units
-        with torch.no_grad(), intercept(model, self.router, kv=kv, units=units):
+        model, units, strips = self.network.model, self.units, self.request.strips
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(intercept(model, self.router, kv=kv, units=units))
+            if strips is not None and any(plan.stage == "vae" for plan in self.plans.values()):
+                stack.enter_context(intercept(strips.model, self.router, kv=strips.kv(self.shape)))
             spans = (walk or self._walk)(self.steps)
         end = max((span.end_s for span in spans), default=0.0)
         trace = Trace(tuple(spans), end, (), self.graph.meta)
@@ -321,20 +338,28 @@ class _Run:
         pieces = chain.from_iterable(forward.published[p] for p in self._points(op, ref))
         if buffer.kind == "kv" and ref.part is not None and len(forward.rows) > 1:
             return tuple(p for p in pieces if p.span == forward.rows[ref.part])
+        if buffer.kind == "halo" and ref.part is not None:
+            return tuple(one_side(piece, ref.part) for piece in pieces)
         return tuple(pieces)
 
     def _begin(self, number: int, instance: Instance, task: Task) -> Forward:
         op = instance.op
         assert op.work is not None
-        assert op.step is not None
-        step = op.step + instance.base
-        ahead = int(task.tags.get("timestep", "0"))
+        network, strips = self.network, self.request.strips
+        if op.work.stage == "vae":
+            assert strips is not None
+            network, scale, timestep = strips, strips.unscaled, self.schedule.timestep(0)
+        else:
+            assert op.step is not None
+            step = op.step + instance.base
+            scale = partial(self.schedule.scaled, step=step)
+            timestep = self.schedule.timestep(step + int(task.tags.get("timestep", "0")))
         return Forward(
-            network=self.network,
+            network=network,
             total_rows=self.shape["r"],
             halo_rows=op.work.shape.h > 0,
-            scale=lambda x: self.schedule.scaled(x, step),
-            timestep=self.schedule.timestep(step + ahead),
+            scale=scale,
+            timestep=timestep,
             task=task,
             publishes=self.plans[number].publishes,
             ranges=self.plans[number].ranges,
@@ -351,7 +376,7 @@ class _Run:
             return ()
         assert op.work is not None
         packed = buffer.points or (op.work.ranges[-1][1],)
-        return packed if ref.part is None or buffer.kind == "kv" else (packed[ref.part],)
+        return packed if ref.part is None or buffer.kind in ("kv", "halo") else (packed[ref.part],)
 
     def _forwards_ahead(self) -> dict[int, _Plan]:
         """First op of each forward -> what all of its ops together compute and write.
@@ -362,16 +387,19 @@ class _Run:
         found: dict[int, _Plan] = {}
         running: dict[int, _Plan] = {}
         for number, (op, _) in enumerate(self.graph.instances()):
-            if op.call != "forward" or op.work is None:
+            if op.call not in ("forward", "decode") or op.work is None:
                 continue
             plan, here = running.get(op.ranks[0]), op.work.ranges
             if plan is not None and here == plan.last:
                 pass  # another block of a ring
             elif plan is None or plan.ranges[-1][1] != here[0][0]:
-                plan = found[number] = running[op.ranks[0]] = _Plan(list(op.work.ranges))
+                plan = found[number] = running[op.ranks[0]] = _Plan(
+                    op.work.stage, list(op.work.ranges)
+                )
             else:
                 plan.ranges[-1] = plan.ranges[-1][0], here[0][1]
-            plan.last = here if here[0][0] in kv and here[0][1] == here[0][0] + 1 else ()
+            alone = plan.stage == "denoiser" and here[0][0] in kv and here[0][1] == here[0][0] + 1
+            plan.last = here if alone else ()
             for ref in op.writes:
                 plan.publishes.update(self._points(op, ref))
                 plan.captures.update({self.buffers[ref.buffer].module} - {""})
@@ -381,7 +409,8 @@ class _Run:
         """Does any forward compute a part of the network only, or keep the output of a module?"""
         end = len(self.network.profile.denoiser.segments)
         return any(b.module for b in self.graph.buffers) or any(
-            list(plan.ranges) != [(0, end)] for plan in self.plans.values()
+            plan.stage == "denoiser" and list(plan.ranges) != [(0, end)]
+            for plan in self.plans.values()
         )
 
     def _guidance(self, _: int, instance: Instance) -> None:
@@ -419,6 +448,16 @@ class _Run:
             latent = self.latents[replica] = take_rows(pieces, [(0, self.shape["r"])])
             if self.request.decode is not None:
                 self.decoded[replica] = self.request.decode(latent)
+
+    def _image(self, _: int, instance: Instance) -> None:
+        """The final latent, and the picture from the strips that ranks have decoded."""
+        replica = self.replica[instance.op.ranks[0]]
+        latent = chain.from_iterable(self._read(instance, "latent"))
+        self.latents[replica] = take_rows(latent, [(0, self.shape["r"])])
+        strips = sorted(chain.from_iterable(self._read(instance, "image")), key=lambda p: p.span)
+        assert self.request.strips is not None
+        picture = torch.cat([piece.value for piece in strips], dim=-2)
+        self.decoded[replica] = self.request.strips.finished(picture)
 
 
 def _worst(x: Tensor) -> str:

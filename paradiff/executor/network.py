@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from paradiff.executor.payload import Span
 from paradiff.models.interception import TEXT_FIRST, UNET_CLASSES, rotary_tables
 from paradiff.models.stages import DENOISERS, latent_sizes
-from paradiff.profiles import Profile
+from paradiff.profiles import Profile, Stage
 
 Conditioning = Mapping[str, Any]
 """Keyword arguments of the network other than latent, timestep and positions, for both guidance
@@ -48,11 +48,16 @@ class Network:
     def class_name(self) -> str:
         return type(self.model).__name__
 
+    @property
+    def stage(self) -> Stage:
+        """The stage of the profile that this is."""
+        return self.profile.denoiser
+
     @cached_property
     def point_of(self) -> dict[str, int]:
         """Module name -> segment index of its exchange point."""
-        segments = self.profile.denoiser.segments
-        return {segments[i].name: i for i, _ in self.profile.denoiser.points()}
+        segments = self.stage.segments
+        return {segments[i].name: i for i, _ in self.stage.points()}
 
     @cached_property
     def text_first(self) -> bool:
@@ -96,11 +101,11 @@ class Network:
 
     def kv(self, shape: Mapping[str, int]) -> dict[str, int]:
         """The attentions that are points -> text tokens among their keys."""
-        segments = self.profile.denoiser.segments
+        segments = self.stage.segments
         none = {**shape, "r": 0, "k": 0}
         return {
             segments[i].name: segments[i].kernels[0].dims[3](none)
-            for i, _ in self.profile.denoiser.points("kv")
+            for i, _ in self.stage.points("kv")
         }
 
     def latent_sizes(self, shape: Mapping[str, int]) -> tuple[int, ...]:

@@ -49,12 +49,16 @@ def decoder(pipeline: Pipeline) -> Callable[[Tensor], Tensor] | None:
 
     @torch.no_grad()
     def run(latent: Tensor) -> Tensor:
-        out = decode(pipeline, vae, latent)
-        if pipeline.vocoder is not None:
-            out = _sound(pipeline.vocoder, out.squeeze(1))
-        return out if out.dtype == torch.float64 else out.float()
+        return finished(pipeline, decode(pipeline, vae, latent))
 
     return run
+
+
+def finished(pipeline: Pipeline, out: Tensor) -> Tensor:
+    """What the user gets of what the VAE has made: spectrograms become sound."""
+    if pipeline.vocoder is not None:
+        out = _sound(pipeline.vocoder, out.squeeze(1))
+    return out if out.dtype == torch.float64 else out.float()
 
 
 def _image(pipeline: Pipeline, vae: Any, latent: Tensor) -> Tensor:
@@ -64,10 +68,9 @@ def _image(pipeline: Pipeline, vae: Any, latent: Tensor) -> Tensor:
     wide = needs_float32(pipeline)
     if wide:
         vae.to(torch.float32)
-    z = unscaled(vae, latent.float() if wide else latent)
-    image: Tensor = vae.decode(z, return_dict=False)[0]
+    image: Tensor = vae.decode(unscaled(vae, latent.to(vae.dtype)), return_dict=False)[0]
     if wide:
-        vae.to(latent.dtype)
+        vae.to(torch.float16)
     return image
 
 

@@ -98,6 +98,12 @@ def near_keys(own: Piece, others: Iterable[Piece], portion: float) -> tuple[Tens
     return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
 
+def one_side(piece: Piece, side: int) -> Piece:
+    """The first (0) or the last (1) rows of a strip's edges alone."""
+    edge = tuple(rows if i == side else None for i, rows in enumerate(piece.value))
+    return replace(piece, value=edge)
+
+
 def neighbours(own: Span, others: Iterable[Piece]) -> tuple[Tensor | None, Tensor | None]:
     """Rows above and below ``own``: the neighbours' last and first ones; None at the border."""
     above = below = None

@@ -501,6 +501,12 @@ def latent_probes(base: Shape, video: bool, unit: int, frames: int = 1) -> tuple
     )
 
 
+def decoder_strips() -> tuple[Shape, ...]:
+    """Strips of an image decoder: border, middle, border."""
+    rows = [(2, 8, 7, 19, 1), (1, 6, 13, 24, 2), (3, 5, 8, 11, 1)]
+    return tuple(shape(b, 1, r, w, k=k, h=h) for b, r, w, k, h in rows)
+
+
 def text_probes(tokens: int) -> tuple[Shape, ...]:
     """For text encoders: batch and tokens."""
     sizes = ((1, tokens), (2, 5), (3, 9), (1, 13), (4, 7))

@@ -61,6 +61,8 @@ UNET_CLASSES = (
     "UNetSpatioTemporalConditionModel",
     "AudioLDM2UNet2DConditionModel",
 )
+DECODER_CLASSES = ("AutoencoderKL",)
+"""VAEs whose decoder takes strips: a picture at a time, nothing kept from one call to the next."""
 TRANSFORMER_CLASSES = (
     "PixArtTransformer2DModel",
     "WanTransformer3DModel",
@@ -215,19 +217,22 @@ def unit_parents(model: nn.Module) -> dict[str, str]:
 
 
 def exchange_sites(model: nn.Module) -> list[Site]:
-    """``halo`` and ``moments`` points of a U-Net (a transformer has none), by module.
+    """``halo`` and ``moments`` points of a U-Net or a VAE's decoder (a transformer has none), by module.
 
     A convolution needs a halo iff it is padded vertically (temporal Conv3d is not). Attention is
     found by running, since only the key length tells (see ``paradiff.models.trace``).
     """
-    if type(model).__name__ not in UNET_CLASSES:
+    if type(model).__name__ not in (*UNET_CLASSES, *DECODER_CLASSES):
         return []
+    inside = "decoder." if type(model).__name__ in DECODER_CLASSES else ""
     sites = []
     for name, module in model.named_modules():
+        if not name.startswith(inside):
+            continue
         if isinstance(module, nn.Conv2d | nn.Conv3d) and module.kernel_size[-2] > 1:
             if module.padding[-2]:
                 rows = int(module.padding[-2])
-                sites.append(Site(name, "halo", rows=rows, is_input=name == "conv_in"))
+                sites.append(Site(name, "halo", rows=rows, is_input=name == f"{inside}conv_in"))
         elif isinstance(module, nn.GroupNorm):
             sites.append(Site(name, "moments", groups=module.num_groups))
     return sites

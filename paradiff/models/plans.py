@@ -13,6 +13,7 @@ from paradiff.models import stages
 from paradiff.models.catalogue import (
     CATALOGUE,
     Entry,
+    decoder_strips,
     latent_probes,
     text_probes,
     transformer_probes,
@@ -20,7 +21,7 @@ from paradiff.models.catalogue import (
 )
 from paradiff.models.encoders import SCHEDULERS, TRANSFORMERS, VAES
 from paradiff.models.fitting import expr
-from paradiff.models.interception import UNET_CLASSES
+from paradiff.models.interception import DECODER_CLASSES, UNET_CLASSES
 from paradiff.models.stages import DENOISERS, Shape, StageSpec, build_diffusers, build_transformers
 from paradiff.profiles import Geometry, InvalidProfile, Profile, parse_expr
 
@@ -93,6 +94,7 @@ def plan_of(name: str, entry: Entry, vae_config: Config | None = None) -> Plan:
         probes,
         levels,
         is_denoiser=True,
+        in_strips=True,
         frame_levels=frame_levels,
     )
     vae = VAES[entry.vae] if vae_config is None else (VAES[entry.vae][0], vae_config)
@@ -204,7 +206,10 @@ def _decoder_stages(entry: Entry, base: Shape, vae: tuple[str, Config]) -> list[
     if vae[0] == "AutoencoderKLTemporalDecoder":
         probes = _batched(latent_probes(base, video=True, unit=1))
         return [StageSpec("vae", partial(_svd_decoder, *vae), stages.call_svd_decode, probes)]
-    specs = [StageSpec("vae", build, stages.call_decode, image)]
+    probes = (*image, *decoder_strips())
+    specs = [
+        StageSpec("vae", build, stages.call_decode, probes, in_strips=vae[0] in DECODER_CLASSES)
+    ]
     if entry.class_name == "AudioLDM2UNet2DConditionModel":
         vocoder = partial(_one, _transformer, "hifigan")
         specs.append(StageSpec("vocoder", vocoder, stages.call_vocoder, image))

@@ -27,7 +27,8 @@ class StageSpec:
 
     ``levels`` are the divisions of rows and columns, ``frame_levels`` of frames; ``repeat`` and
     ``shape`` go into the profile as they stand. ``owns_parameters`` is False for a stage whose
-    modules another stage counts.
+    modules another stage counts. ``in_strips``: rows may be spread over ranks, so its exchange points
+    are traced too, those of the denoiser always.
     """
 
     name: str
@@ -40,6 +41,7 @@ class StageSpec:
     shape: tuple[tuple[str, str], ...] = ()
     owns_parameters: bool = True
     frame_levels: tuple[int, ...] = (1,)
+    in_strips: bool = False
 
 
 def versions() -> dict[str, str]:

@@ -115,13 +115,13 @@ def trace_stage(spec: StageSpec) -> Stage:
     strips = [p for p in spec.probes if p["k"] != p["r"]]
     recordings = [record(spec, modules, p) for p in whole]
     attentions: dict[str, Expr] = {}
-    if spec.is_denoiser:
+    if spec.in_strips:
         attentions = find_kv(Fitter(whole, spec.levels, spec.frame_levels), recordings)
         recordings += [record(spec, modules, p, attentions) for p in strips]
         _check_points_run(modules[0], recordings[0])
     fitter = Fitter([*whole, *strips], spec.levels, spec.frame_levels)
     assembly = _Assembly(fitter, _aligned(recordings), attentions)
-    assembly.build(spec.name, parents=unit_parents(modules[0]) if spec.is_denoiser else {})
+    assembly.build(spec.name, parents=unit_parents(modules[0]) if spec.in_strips else {})
     return Stage(
         name=spec.name,
         segments=tuple(assembly.segments),
@@ -148,7 +148,7 @@ def record(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(recorder.replaced_functions())
-        if spec.is_denoiser:
+        if spec.in_strips:
             model = modules[0]
             points = attentions or {}
             text = {name: _text(e)(shape) for name, e in points.items()}

@@ -16,6 +16,7 @@ from paradiff.graph import ScheduleGraph
 from paradiff.profiles import Profile
 from paradiff.strategies.asyncdiff import asyncdiff
 from paradiff.strategies.builder import Builder, Infeasible, Mesh, Options, Workload, widest_strips
+from paradiff.strategies.decoding import DECODE, split_decode
 from paradiff.strategies.displaced import MODES, distrifusion, pcpp, synchronous_steps
 from paradiff.strategies.parastep import batchstep, parastep
 from paradiff.strategies.passes import patch
@@ -237,7 +238,7 @@ def parse_spec(text: str) -> Spec:
 
 def _check_options(spec: Spec) -> None:
     allowed = dict.fromkeys((*AXES, spec.name), INTEGER) | dict(spec.strategy.parameters)
-    allowed |= PLACES
+    allowed |= PLACES | DECODE
     for name in spec.strategy.passes & spec.options.keys():
         allowed |= {name: INTEGER} | dict(STRATEGIES[name].parameters)
     if spec.name == "serial":
@@ -297,7 +298,9 @@ def build(spec: Spec, profile: Profile, workload: Workload) -> ScheduleGraph:
 def _placed(
     graph: ScheduleGraph, spec: Spec, profile: Profile, element_bytes: int
 ) -> ScheduleGraph:
-    """``graph`` with its weights stored, spread and loaded as the spec asks."""
+    """``graph`` decoded by as many, and with its weights stored, spread and loaded, as the spec asks."""
+    if "vae" in spec.options:
+        graph = split_decode(graph, profile, spec.mesh.dp, dict(graph.meta)["dtype"])
     weights, offload = spec.places("weights"), spec.places("offload")
     param_bytes = 1 if "fp8" in weights else element_bytes
     if "fp8" in weights:

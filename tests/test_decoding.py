@@ -1,0 +1,122 @@
+"""``vae=split``: what crosses links, what memory it takes, who decodes, what cannot be split."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from shipped import profile as shipped
+
+from paradiff.graph import Op, ScheduleGraph, parse_graph
+from paradiff.strategies import Infeasible, SpecError, Workload, build, facts, parse_spec
+from simulator.memory import peak_memory
+
+E = 2
+"""Bytes of a bf16 element."""
+
+
+def graph_of(name: str, spec: str, side: int = 1024) -> ScheduleGraph:
+    return build(parse_spec(spec), shipped(name), Workload(side, side, 1, 2))
+
+
+def decode_ops(graph: ScheduleGraph) -> list[Op]:
+    (section,) = (s for s in graph.sections if s.name == "decode")
+    return list(section.ops)
+
+
+def kl_decoder_halos(columns: int) -> list[tuple[int, int]]:
+    """Channels and columns of what each 3x3 convolution reads, but the first, which reads the latent.
+
+    Two resnets in the middle, then four levels of three (128, 256, 512, 512 channels, two to a block),
+    an upsampling convolution between levels, on twice the columns, and the last convolution.
+    """
+    found, channels = [(512, columns)] * 4, 512
+    for level, width in enumerate((512, 512, 256, 128)):
+        found += [(channels, columns), *[(width, columns)] * 5]
+        channels = width
+        if level < 3:
+            columns *= 2
+            found.append((width, columns))
+    return [*found, (128, columns)]
+
+
+@pytest.mark.parametrize(("spec", "n"), [("cfg=2", 2), ("cfg=2,patch=4", 8)])
+def test_bytes_of_each_transfer(spec: str, n: int) -> None:
+    """STRATEGIES 17: a convolution sends C x W_l x e one way to each neighbour, a GroupNorm reduces
+    2 x 32 float32, the attention gathers K and V of its rows, the picture's strips go to one rank."""
+    ops = decode_ops(graph_of("sdxl", f"{spec},vae=split"))
+    calls = Counter(op.call for op in ops)
+    halos = kl_decoder_halos(128)
+    assert calls["exchange"] == (n - 1) * len(halos)
+    sent = [op.nbytes for op in ops if op.call == "exchange"]
+    assert sent == [E * c * w for c, w in halos for _ in range(n - 1)]
+    # four norms and the attention's in the middle, two in each of twelve resnets, the last
+    assert [op.nbytes for op in ops if op.call == "all_reduce"] == [2 * 32 * 4] * (4 + 1 + 24 + 1)
+    assert [op.nbytes for op in ops if op.call == "all_gather"] == [2 * 512 * 128 * 128 // n * E]
+    assert [op.nbytes for op in ops if op.call == "broadcast"] == [4 * 128 * 128 * E]
+    assert [op.nbytes for op in ops if op.kind == "p2p"] == [3 * 1024 * 1024 // n * E] * (n - 1)
+    assert calls["image"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("sdxl", "data=2,cfg=2"),
+        ("pixart-alpha", "pipefusion=2,patches=4,warmup=1"),
+        ("flux1-dev", "ulysses=4,offload=text+vae"),
+        ("sd21", "asyncdiff=2,warmup=1,stride=2"),
+        ("sd3-medium", "parastep=2,cfg=2,warmup=1"),
+    ],
+)
+def test_graph_is_valid_and_nothing_else_changes(name: str, spec: str) -> None:
+    alone, split = graph_of(name, spec), graph_of(name, f"{spec},vae=split")
+    split.validate()
+    assert parse_graph(split.text()) == split
+    assert split.fingerprint() == split.unroll().fingerprint()
+    assert split.world_size == alone.world_size
+    loops = [[s for s in g.sections if s.name not in ("decode", "encode")] for g in (alone, split)]
+    assert loops[0] == loops[1]
+    assert split.staleness() == alone.staleness()
+    work = [op.work for op in decode_ops(alone) if op.work and op.work.stage == "vae"]
+    strips = [op.work for op in decode_ops(split) if op.call == "decode" and op.work]
+    ends = [w for w in strips if w.ranges[0][0] == 0]
+    assert sum(w.shape.r for w in ends) == sum(w.shape.r for w in work)
+
+
+def test_as_many_decode_as_divide_the_rows() -> None:
+    """125 latent rows: five of eight ranks, the first of them with the root."""
+    ops = decode_ops(graph_of("sdxl", "parastep=8,warmup=1,vae=split", 1000))
+    assert {op.ranks[0] for op in ops if op.call == "decode"} == {0, 1, 2, 3, 4}
+    assert not facts(parse_spec("parastep=8,warmup=1,vae=split"), Workload(8, 8, 1, 9)).exact
+    assert facts(parse_spec("cfg=2,vae=split"), Workload(8, 8, 1, 9)).exact
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_activations_are_divided(n: int) -> None:
+    """The peak lies in the last level, where all that is alive is rows of the strip; weights are whole."""
+    spec = {2: "cfg=2", 4: "cfg=2,patch=2"}[n]
+    peaks = []
+    for each in (spec, f"{spec},vae=split"):
+        peak = peak_memory(
+            graph_of("sdxl", each, 4096), shipped("sdxl"), "bf16", phases=("decode",)
+        )
+        peaks.append(peak[0])
+    assert peaks[1].activations == pytest.approx(peaks[0].activations / n)
+    assert peaks[1].vae == peaks[0].vae
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "words"),
+    [
+        ("svd", "cfg=2", "AutoencoderKLTemporalDecoder of svd decodes several frames"),
+        ("latte", "cfg=2", "decodes several frames"),
+        ("sdxl", "serial", "one rank"),
+        ("sdxl", "data=4", "one rank"),
+    ],
+)
+def test_what_cannot_be_split(name: str, spec: str, words: str) -> None:
+    workload = Workload(512, 512, shipped(name).defaults["frames"], 2)
+    with pytest.raises(Infeasible, match=words):
+        build(parse_spec(f"{spec},vae=split"), shipped(name), workload)
+    with pytest.raises(SpecError, match="vae=tiles; expected split"):
+        parse_spec("cfg=2,vae=tiles")

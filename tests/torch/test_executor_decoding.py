@@ -1,0 +1,106 @@
+"""The decoder on strips of several ranks: exact, whoever has the latent and however many decode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import plain_loops as plain
+import pytest
+import torch
+
+from paradiff.executor import loading
+from paradiff.executor.decoding import strip_decoder
+from paradiff.executor.interpreter import Request, Result, Unexecutable, run_graph
+from paradiff.executor.loading import Pipeline, load
+from paradiff.executor.outputs import decoder
+from paradiff.graph import ScheduleGraph
+from paradiff.strategies import Workload, build, parse_spec
+from paradiff.trace import check_trace
+
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+
+STEPS = 2
+
+
+@cache
+def pipeline(name: str) -> Pipeline:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "cached_profile", lambda plan: plain.twin(name)[0])
+        where = torch.device("cpu")
+        return load(f"tiny-{name}", random_weights=True, dtype=torch.float64, device=where)
+
+
+def graph_of(name: str, spec: str) -> ScheduleGraph:
+    profile = pipeline(name).network.profile
+    return build(parse_spec(spec), profile, Workload(*plain.size_of(profile), STEPS, 1, "fp64"))
+
+
+def execute(name: str, spec: str) -> Result:
+    ours, graph = pipeline(name), graph_of(name, spec)
+    request = Request(
+        conditioning=[plain.given(name, r) for r in range(parse_spec(spec).degree("data"))],
+        scheduler=ours.scheduler,
+        decode=decoder(ours),
+        strips=strip_decoder(ours),
+    )
+    result = run_graph(graph, ours.network, request)
+    check_trace(graph, result.trace)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "decoding"),
+    [
+        ("sdxl", "cfg=2", {0, 1}),
+        ("sdxl", "patch=4", {0, 1, 2, 3}),  # an end, two middles, an end
+        ("sd3-medium", "ulysses=2", {0, 1}),  # no convolution before the first
+        (
+            "pixart-alpha",
+            "pipefusion=2,patches=4",
+            {0, 1},
+        ),  # the last stage has the latent, in parts
+        ("sd21", "asyncdiff=3,warmup=1,cuts=balanced", {0, 1}),  # 16 rows: not over three
+        ("flux1-dev", "parastep=4,warmup=1", {0, 1, 2, 3}),  # the first rank's latent is the one
+        ("audioldm2-large", "cfg=2", {0, 1}),  # a spectrogram: rows are moments of time
+    ],
+)
+def test_strips_equal_the_unmodified_decoder(name: str, spec: str, decoding: set[int]) -> None:
+    alone, split = execute(name, spec), execute(name, f"{spec},vae=split")
+    assert torch.equal(split.latents[0], alone.latents[0])
+    expected = decoder(pipeline(name))(alone.latents[0])
+    assert torch.equal(alone.decoded[0], expected)
+    assert split.decoded[0].shape == expected.shape
+    assert plain.relative(split.decoded[0], expected) < 1e-10
+    assert {span.rank for span in split.trace.spans if span.call == "decode"} == decoding
+
+
+def test_every_replica_decodes_its_own() -> None:
+    split = execute("sdxl", "data=2,cfg=2,vae=split")
+    for replica in range(2):
+        expected = decoder(pipeline("sdxl"))(split.latents[replica])
+        assert plain.relative(split.decoded[replica], expected) < 1e-10
+    assert plain.relative(split.decoded[0], split.decoded[1]) > 0.01
+
+
+def test_half_precision_keeps_its_moments_in_float32() -> None:
+    """In bfloat16, as far from float64 as the unmodified decoder."""
+    narrow = replace(pipeline("sdxl"))
+    latent = execute("sdxl", "cfg=2").latents[0]
+    exact = decoder(narrow)(latent)
+    narrow.vae.to(torch.bfloat16)
+    try:
+        split = execute("sdxl", "cfg=2,vae=split").decoded[0]
+        whole = decoder(narrow)(latent)
+    finally:
+        narrow.vae.to(torch.float64)
+    errors = [plain.relative(found.double(), exact) for found in (split, whole)]
+    assert 1e-4 < errors[0] < 2 * errors[1]
+
+
+def test_a_pipeline_without_such_a_vae_is_refused() -> None:
+    ours = replace(pipeline("sdxl"), vae=None)
+    request = Request(conditioning=[plain.given("sdxl")], scheduler=ours.scheduler)
+    assert strip_decoder(ours) is None
+    with pytest.raises(Unexecutable, match="AutoencoderKL"):
+        run_graph(graph_of("sdxl", "cfg=2,vae=split"), ours.network, request)
