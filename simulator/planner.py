@@ -60,7 +60,8 @@ tried."""
 
 
 REMEDIES = (
-    ("offload=text", "offload=text+vae", "weights=hsdp", "offload=text+vae,weights=hsdp"),
+    ("vae=split", "offload=text", "offload=text+vae", "vae=split,offload=text+vae", "weights=hsdp",
+     "offload=text+vae,weights=hsdp", "vae=split,offload=text+vae,weights=hsdp"),
     ("weights=fp8", "offload=text,weights=fp8", "offload=text+vae,weights=fp8",
      "offload=text+vae,weights=fp8+hsdp"),
 )  # fmt: skip

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from shipped import profile as shipped
+from test_planner import request
 
 from paradiff.graph import Op, ScheduleGraph, parse_graph
 from paradiff.strategies import Infeasible, SpecError, Workload, build, facts, parse_spec
 from simulator.memory import peak_memory
+from simulator.planner import plan
 
 E = 2
 """Bytes of a bf16 element."""
@@ -93,7 +96,7 @@ def test_as_many_decode_as_divide_the_rows() -> None:
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_activations_are_divided(n: int) -> None:
-    """The peak lies in the last level, where all that is alive is rows of the strip; weights are whole."""
+    """The peak lies in the last level: all that is alive is rows of the strip. Weights are whole."""
     spec = {2: "cfg=2", 4: "cfg=2,patch=2"}[n]
     peaks = []
     for each in (spec, f"{spec},vae=split"):
@@ -120,3 +123,15 @@ def test_what_cannot_be_split(name: str, spec: str, words: str) -> None:
         build(parse_spec(f"{spec},vae=split"), shipped(name), workload)
     with pytest.raises(SpecError, match="vae=tiles; expected split"):
         parse_spec("cfg=2,vae=tiles")
+
+
+def test_the_planner_offers_it_where_decoding_does_not_fit() -> None:
+    """4096 pixels take 24 GB of activations while decoding; half of that fits beside the weights."""
+    asked = replace(
+        request("sdxl", "pcie2-3090", specs=("cfg=2",)), workload=Workload(4096, 4096, 1, 2)
+    )
+    (refused,) = plan(asked).rejected
+    assert "while decoding" in str(refused.reason)
+    assert refused.nearest == "cfg=2,vae=split"
+    (found,) = plan(replace(asked, specs=(refused.nearest,))).ranked
+    assert found.exact
