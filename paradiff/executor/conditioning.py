@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from paradiff.executor.loading import Pipeline, component_class, load_module, read_config
+from paradiff.executor.loading import Pipeline, component_class, load_module, quiet, read_config
 from paradiff.executor.network import LATENT_NAMES, Conditioning, Network, random_conditioning
 
 POSITIONS = ("timestep", "img_ids", "txt_ids", "image_rotary_emb", "return_dict")
@@ -57,8 +57,9 @@ def encode_prompt(
             "a prompt needs text encoders, allowed: the directory of a whole pipeline, embeddings"
             " from a file, or random ones"
         )
-    pipe = pipeline.diffusers_class(**_components(pipeline, folder))
-    pipe.set_progress_bar_config(disable=True)
+    with quiet():
+        pipe = pipeline.diffusers_class(**_components(pipeline, folder))
+        pipe.set_progress_bar_config(disable=True)
     network = pipeline.network
     call = inspect.signature(pipe.__call__).parameters
     height, width, frames = size
@@ -77,7 +78,9 @@ def encode_prompt(
     }
     if network.profile.geometry.guidance == "embedded":
         wanted["guidance_scale"] = guidance_scale or pipeline.guidance_scale
-    given = _first_call(network.model, lambda: pipe(**{k: wanted[k] for k in wanted if k in call}))
+    with quiet():
+        inputs = {name: wanted[name] for name in wanted if name in call}
+        given = _first_call(network.model, lambda: pipe(**inputs))
     return checked(network, _without_latent(network, given), shape, "the prompt")
 
 

@@ -91,7 +91,11 @@ def load(
     with ``random_weights`` a configuration. Raises ValueError: a name that is not known, a file that is
     missing, is a pickle or does not fit its configuration, a class that cannot be executed.
     """
-    place = _Place(dtype, device, seed)
+    with quiet():
+        return _load(source, _Place(dtype, device, seed), random_weights=random_weights)
+
+
+def _load(source: str, place: _Place, *, random_weights: bool) -> Pipeline:
     base = source.removeprefix("tiny-")
     if source != base and base in TINY:
         return _twin(base, place)
@@ -358,7 +362,7 @@ def load_module(folder: Path, kind: Any, dtype: torch.dtype, device: torch.devic
     variant, file = _weights(folder, stem)
     settings = {"torch_dtype": dtype} if ours else {"dtype": dtype, "ignore_mismatched_sizes": True}
     try:
-        with _quiet():
+        with quiet():
             model, info = kind.from_pretrained(
                 str(folder),
                 variant=variant,
@@ -403,7 +407,7 @@ def _weights(folder: Path, stem: str) -> tuple[str | None, Path]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the progress bars and reports of both libraries: what is wrong is said in one message."""
     logs = [diffusers.utils.logging, transformers.utils.logging]
     before = [log.get_verbosity() for log in logs]

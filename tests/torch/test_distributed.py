@@ -29,6 +29,7 @@ CASES: dict[int, list[tuple[str, str]]] = {
         ("sd21", "pcpp=2,warmup=1"),
         ("sd21", "asyncdiff=2,warmup=1"),
         ("sd21", "parastep=2,warmup=1"),
+        ("sdxl", "cfg=2,vae=split"),
         ("svd", "distrifusion=2,warmup=1"),
         ("pixart-alpha", "distrifusion=2,warmup=1"),
         ("pixart-alpha", "pipefusion=2,patches=4"),
@@ -44,6 +45,7 @@ CASES: dict[int, list[tuple[str, str]]] = {
     4: [
         ("sd21", "cfg=2,distrifusion=2,warmup=1"),
         ("sd21", "patch=4"),
+        ("sd21", "patch=4,vae=split"),
         ("sd21", "pcpp=4,warmup=1"),
         ("sd21", "pcpp=4,warmup=1,slice=receiver"),
         ("sd21", "asyncdiff=3,warmup=1,stride=2"),
