@@ -238,7 +238,8 @@ def parse_spec(text: str) -> Spec:
 
 def _check_options(spec: Spec) -> None:
     allowed = dict.fromkeys((*AXES, spec.name), INTEGER) | dict(spec.strategy.parameters)
-    allowed |= PLACES | DECODE
+    allowed |= PLACES
+    allowed |= DECODE
     for name in spec.strategy.passes & spec.options.keys():
         allowed |= {name: INTEGER} | dict(STRATEGIES[name].parameters)
     if spec.name == "serial":
