@@ -28,6 +28,9 @@ FRAMES_PER_S: Mapping[str, int] = {
     "UNetSpatioTemporalConditionModel": 7,
     "CogVideoXTransformer3DModel": 8,
     "LatteTransformer3DModel": 8,
+    "WanTransformer3DModel": 16,
+    "HunyuanVideoTransformer3DModel": 24,
+    "MochiTransformer3DModel": 30,
 }
 """What each video model was trained on, as its model card says."""
 VIDEO_QUALITY = {"crf": "18", "preset": "medium"}
@@ -84,11 +87,12 @@ def needs_float32(pipeline: Pipeline) -> bool:
 def unscaled(vae: Any, latent: Tensor) -> Tensor:
     """The latent as the VAE takes it: channels are the third dimension from the end."""
     c = vae.config
+    scale = getattr(c, "scaling_factor", None) or 1.0
     mean, std = (getattr(c, f"latents_{name}", None) for name in ("mean", "std"))
     if mean is not None and std is not None:
         mean, std = (latent.new_tensor(each).view(-1, 1, 1) for each in (mean, std))
-        return latent * std / c.scaling_factor + mean
-    z = latent / c.scaling_factor
+        return latent * std / scale + mean
+    z = latent / scale
     shift = getattr(c, "shift_factor", None)
     return z if shift is None else z + shift
 
@@ -105,6 +109,13 @@ def _cogvideox(_: Pipeline, vae: Any, latent: Tensor) -> Tensor:
     return video
 
 
+def _video(_: Pipeline, vae: Any, latent: Tensor) -> Tensor:
+    """Latents (b, c, f, r, w), as the pipelines of these models have them."""
+    z = unscaled(vae, latent.to(vae.dtype).transpose(1, 2)).transpose(1, 2)
+    video: Tensor = vae.decode(z, return_dict=False)[0]
+    return video
+
+
 def _sound(vocoder: Any, mel: Tensor) -> Tensor:
     """As long as asked for: the vocoder's last convolutions add a little."""
     samples = mel.shape[1] * prod(vocoder.config.upsample_rates)
@@ -116,6 +127,9 @@ _DECODE: Mapping[str, Callable[[Pipeline, nn.Module, Tensor], Tensor]] = {
     "AutoencoderKL": _image,
     "AutoencoderKLTemporalDecoder": _svd,
     "AutoencoderKLCogVideoX": _cogvideox,
+    "AutoencoderKLWan": _video,
+    "AutoencoderKLHunyuanVideo": _video,
+    "AutoencoderKLMochi": _video,
 }
 
 

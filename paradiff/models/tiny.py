@@ -160,6 +160,13 @@ TINY_VAES: Mapping[str, Mapping[str, Any]] = {
     "kl-audio": {**VAES["kl-audio"][1], **_KL, "block_out_channels": [16] * 3},
     "svd": {**VAES["svd"][1], "block_out_channels": [32] * 4, "layers_per_block": 1},
     "cogvideox": {**_KL, "scaling_factor": 1.15258426},
+    "wan": {"base_dim": 8, "num_res_blocks": 1},
+    "hunyuan-video": {**_KL, "scaling_factor": 0.476986},
+    "mochi": {
+        "encoder_block_out_channels": [32] * 4,
+        "decoder_block_out_channels": [32] * 4,
+        "layers_per_block": [1] * 5,
+    },
 }
 """Instead of ``VAES``: as many levels, so that images are as large for their latents."""
 

@@ -23,6 +23,8 @@ from torch import Tensor
 from paradiff.executor.loading import Pipeline
 from paradiff.executor.network import Network
 from paradiff.executor.outputs import decoder, write_outputs
+from paradiff.models.catalogue import CATALOGUE
+from paradiff.models.encoders import VAES
 from paradiff.models.tiny import TINY_VAES, TINY_VOCODER, tiny_model, tiny_scheduler
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
@@ -99,6 +101,56 @@ def test_decoding_equals_cogvideox_and_audioldm2() -> None:
     found = decoder(ours_of(audio, "audioldm2-large"))(latent)
     assert found.shape == (2, 4 * 4 * 160)  # four mel frames a latent row, 160 samples each
     assert plain.relative(found, wave) < 1e-6
+
+
+def words(tokens: int, width: int, pooled: int = 0) -> tuple[Tensor, ...]:
+    """Embeddings of a prompt, a mask of them, and a pooled embedding."""
+    draw = torch.Generator().manual_seed(2)
+    mask = torch.ones(1, tokens, dtype=torch.bool)
+    return (
+        torch.randn(1, tokens, width, generator=draw),
+        mask,
+        torch.randn(1, pooled, generator=draw),
+    )
+
+
+def video_pipeline(name: str) -> tuple[Any, dict[str, Any]]:
+    """The pipeline of a twin without text encoders, and the embeddings to call it with."""
+    entry = CATALOGUE[name]
+    vae = seeded(lambda: getattr(diffusers, VAES[entry.vae][0]).from_config(TINY_VAES[entry.vae]))
+    parts = {"vae": vae, "scheduler": tiny_scheduler(name), "text_encoder": None, "tokenizer": None}
+    parts["transformer"] = tiny_model(name, torch.float32)
+    embeddings, mask, pooled = words(6, 24, 12)
+    given: dict[str, Any] = {"prompt_embeds": embeddings}
+    if name == "hunyuanvideo":
+        parts |= {"text_encoder_2": None, "tokenizer_2": None}
+        given |= {"pooled_prompt_embeds": pooled, "prompt_attention_mask": mask}
+        return diffusers.HunyuanVideoPipeline(**parts), given
+    given["negative_prompt_embeds"] = embeddings
+    if name == "mochi":
+        given |= {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
+        return diffusers.MochiPipeline(**parts), given
+    vae.double()  # its pipeline divides by 1 / std: in float32 that shows in the seventh digit
+    return diffusers.WanPipeline(**parts), given
+
+
+@pytest.mark.parametrize("name", ["wan2.1-1.3b", "hunyuanvideo", "mochi"])
+def test_decoding_equals_the_pipeline_of_videos(name: str) -> None:
+    pipe, given = video_pipeline(name)
+    pipe.set_progress_bar_config(disable=True)
+
+    def run(output: str) -> Any:
+        generator = torch.Generator().manual_seed(1)
+        frames = 7 if name == "mochi" else 9
+        return pipe(
+            **given, height=64, width=64, num_frames=frames, num_inference_steps=2,
+            output_type=output, generator=generator,
+        ).frames  # fmt: skip
+
+    latent, expected = run("latent"), run("np")
+    found = decoder(ours_of(pipe, name))(latent)
+    pictures = (found / 2 + 0.5).clamp(0, 1).movedim(1, -1).numpy()
+    np.testing.assert_allclose(pictures, expected, rtol=0, atol=1e-6)
 
 
 def test_statistics_of_the_latent_are_put_back() -> None:
