@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from paradiff.executor.loading import Pipeline, component_class, load_module, quiet, read_config
 from paradiff.executor.network import LATENT_NAMES, Conditioning, Network, random_conditioning
@@ -27,12 +29,12 @@ POSITIONS = ("timestep", "img_ids", "txt_ids", "image_rotary_emb", "return_dict"
 NOT_USED = ("safety_checker", "requires_safety_checker")
 
 
-class _Reached(Exception):
-    """No error: the pipeline has come to its first network call."""
+APART = ("WanTransformer3DModel",)
+"""Networks that their pipeline calls once for each guidance branch, first with the prompt."""
 
-    def __init__(self, given: dict[str, Any]) -> None:
-        super().__init__()
-        self.given = given
+
+class _Reached(Exception):
+    """No error: the pipeline has called its network for the first step."""
 
 
 def encode_prompt(
@@ -80,8 +82,10 @@ def encode_prompt(
         wanted["guidance_scale"] = guidance_scale or pipeline.guidance_scale
     with quiet():
         inputs = {name: wanted[name] for name in wanted if name in call}
-        given = _first_call(network.model, lambda: pipe(**inputs))
-    return checked(network, _without_latent(network, given), shape, "the prompt")
+        calls = _first_calls(network, lambda: pipe(**inputs))
+    given = [_without_latent(network, call) for call in reversed(calls)]
+    merged = tree_map(_along_batch, *given) if len(given) > 1 else given[0]
+    return checked(network, merged, shape, "the prompt")
 
 
 def read_conditioning(
@@ -182,24 +186,40 @@ def _component(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device
         raise ValueError(f"{folder}: does not load as {kind.__name__}: {cause}") from None
 
 
-def _first_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
-    """Arguments of the first forward of ``model`` in ``run``, which goes no further."""
+def _first_calls(network: Network, run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """Arguments of the network in the first step of ``run``, which goes no further."""
+    model, calls = network.model, list[dict[str, Any]]()
     signature = inspect.signature(type(model).forward)
+    wanted = 2 if network.class_name in APART else 1
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        raise _Reached(dict(signature.bind(model, *args, **kwargs).arguments))
+        calls.append(dict(signature.bind(model, *args, **kwargs).arguments))
+        if len(calls) == wanted:
+            raise _Reached
+        return (torch.zeros_like(_latent_of(calls[-1])),)
 
-    try:
-        with torch.no_grad(), mock.patch.object(model, "forward", forward):
-            run()
-    except _Reached as reached:
-        return reached.given
-    raise AssertionError("the pipeline has not called its denoiser")
+    with (
+        suppress(_Reached),
+        torch.no_grad(),
+        mock.patch.object(model, "forward", forward),
+    ):
+        run()
+    assert len(calls) == wanted, "the pipeline has not called its denoiser"
+    return calls
+
+
+def _latent_of(given: Mapping[str, Any]) -> Tensor:
+    latent: Tensor = next(given[name] for name in LATENT_NAMES if name in given)
+    return latent
+
+
+def _along_batch(*parts: Any) -> Any:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
 
 
 def _without_latent(network: Network, given: dict[str, Any]) -> dict[str, Any]:
     """What is left of a call's arguments without those that the executor makes itself."""
-    latent = next(given[name] for name in LATENT_NAMES if name in given)
+    latent = _latent_of(given)
     left = {
         name: value
         for name, value in given.items()

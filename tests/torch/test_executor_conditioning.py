@@ -74,12 +74,14 @@ def diffusers_latents(pipe: Any, start: Tensor, **inputs: Any) -> Tensor:
     return latents
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3-medium", "flux1-dev", "pixart-alpha", "svd"])
+@pytest.mark.parametrize(
+    "name", ["sdxl", "sd3-medium", "flux1-dev", "pixart-alpha", "svd", "wan2.1-1.3b"]
+)
 def test_a_run_equals_the_pipeline(loaded: Any, name: str) -> None:
     """From the prompt (SVD: an image) to the latents, with the same noise, in float32."""
     ours = loaded(name)
     profile = ours.network.profile
-    frames = 3 if name == "svd" else 1
+    frames = {"svd": 3, "wan2.1-1.3b": 9}.get(name, 1)
     workload = Workload(SIZE, SIZE, frames, STEPS, 1, "fp32")
     shape = profile.latent_shape(SIZE, SIZE, frames, 1)
     prompt: Any = PROMPT
@@ -91,6 +93,8 @@ def test_a_run_equals_the_pipeline(loaded: Any, name: str) -> None:
         scales = {"min_guidance_scale": 4.0, "max_guidance_scale": 4.0}
         generator = torch.Generator().manual_seed(7)
         inputs = {"image": prompt, "num_frames": 3, "generator": generator, **scales}
+    if name == "wan2.1-1.3b":
+        inputs["num_frames"] = frames
     given = encode_prompt(
         ours, shape, (SIZE, SIZE, frames), prompt, negative_prompt=NEGATIVE, guidance_scale=4.0,
         seed=7,

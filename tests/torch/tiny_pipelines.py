@@ -42,6 +42,13 @@ def t5() -> Any:
     return transformers.T5EncoderModel(config).eval()
 
 
+def umt5() -> Any:
+    config = transformers.UMT5Config(
+        d_model=24, d_ff=32, d_kv=8, num_heads=2, num_layers=2, vocab_size=30,
+    )  # fmt: skip
+    return transformers.UMT5EncoderModel(config).eval()
+
+
 def tiny_pipeline(name: str) -> Any:
     """The diffusers pipeline of twin ``name`` in float32, weights drawn from one seed."""
     with torch.random.fork_rng(devices=[]):
@@ -67,6 +74,9 @@ def _build(name: str) -> Any:
         )
     if name == "pixart-alpha":
         return diffusers.PixArtAlphaPipeline(t5_tokenizer(), t5(), kl["kl-4"], model, scheduler)
+    if name == "wan2.1-1.3b":
+        vae = diffusers.AutoencoderKLWan.from_config(TINY_VAES["wan"])
+        return diffusers.WanPipeline(t5_tokenizer(), umt5(), vae, scheduler, model)
     assert name == "svd", name
     vision = transformers.CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
