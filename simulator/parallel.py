@@ -7,6 +7,7 @@ nothing with it: what it had not finished is given to new ones.
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -66,6 +67,27 @@ def _one_pool(
                 yield running.pop(future), future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def ray_results(
+    function: Callable[[Input], Output], inputs: Sequence[Input], address: str
+) -> Iterator[tuple[int, Output]]:
+    """As ``results``, on the Ray cluster at ``address`` (``local`` starts one on this machine).
+
+    Ray gives the work of a worker that died to another. Raises ModuleNotFoundError without Ray,
+    ConnectionError where no cluster answers.
+    """
+    import ray
+
+    ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+    try:
+        remote = ray.remote(max_retries=TRIES)(function)
+        running = {remote.remote(each): index for index, each in enumerate(inputs)}
+        while running:
+            (done, *_), _ = ray.wait(list(running), num_returns=1)
+            yield running.pop(done), ray.get(done)
+    finally:
+        ray.shutdown()
 
 
 def _few_collections() -> None:

@@ -13,7 +13,7 @@ PLAN = {
     "--topology", "--model", "--height", "--width", "--frames", "--steps", "--batch", "--dtype",
     "--gpus", "--strategy", "--runtime", "--measured-latency", "--scope", "--objective",
     "--exact-only", "--max-staleness", "--max-quality-loss", "--set", "--top", "--format",
-    "--output-dir",
+    "--output-dir", "--sweep", "--processes", "--ray",
 }  # fmt: skip
 IMPORT = {
     "--gpu", "--nvidia-smi", "--p2p", "--nccl-xml", "--nccl-log", "--nvbandwidth", "--p2p-test",
@@ -91,6 +91,8 @@ def test_choices() -> None:
     assert {name: choices.split("|") for name, choices in found.items()} == CHOICES
 
 
-def test_only_the_topology_is_required() -> None:
+def test_a_topology_or_a_sweep_is_required() -> None:
     command = typer.main.get_command(plan_app)
-    assert [p.opts[0] for p in command.params if p.required] == ["--topology"]
+    assert [p.opts[0] for p in command.params if p.required] == []
+    done = CliRunner().invoke(plan_app, ["--model", "sdxl"])
+    assert (done.exit_code, "--topology is missing" in done.stderr) == (2, True)

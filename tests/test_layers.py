@@ -19,7 +19,7 @@ L1 = ("paradiff.strategies",)
 MODELS = ("paradiff.models", "paradiff.executor")
 L3 = (
     "analysis", "simulator.planner", "simulator.service", "simulator.cuts", "simulator.search",
-    "simulator.capacity",
+    "simulator.capacity", "simulator.sweep",
 )  # fmt: skip
 L2 = ("simulator",)
 

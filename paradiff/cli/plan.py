@@ -23,17 +23,21 @@ from paradiff.cli.common import (
     staged,
     workload_of,
 )
+from paradiff.cli.sweep import refuse_others, run_sweep
 
 if TYPE_CHECKING:
     from simulator.planner import Plan, Request
 
+SWEEP_OPTIONS = ("sweep", "output_dir", "processes", "ray")
 STALE_OUTPUT = re.compile(r"\d\d-.*\.plan\.yaml")
 
 
 def plan(
+    context: typer.Context,
     topology: Annotated[
-        str, typer.Option(help="Box: a shipped name (pcie8) or a YAML file.", show_default=False)
-    ],
+        str | None,
+        typer.Option(help="Box: a shipped name (pcie8) or a YAML file.", show_default=False),
+    ] = None,
     model: Annotated[str, typer.Option(help="Shipped model, or a profile file.")] = "sdxl",
     height: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
@@ -83,13 +87,33 @@ def plan(
         Path | None,
         typer.Option(metavar="DIR", help="Write plan.json, NN-SPEC.plan.yaml, trace.json.gz."),
     ] = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Plan every combination of a YAML file instead."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Of a sweep; default: one a core.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Sweep on a Ray cluster; local: start one here."),
+    ] = None,
 ) -> None:
     """Rank the parallel strategies for one model on one box."""
+    if sweep is not None:
+        with one_message():
+            refuse_others(context, SWEEP_OPTIONS)
+        run_sweep(sweep, output_dir, processes, ray)
+        return
     with one_message():
         from paradiff.config import ConfigError
         from simulator import planner
         from simulator.topology import load_topology
 
+        if topology is None:
+            raise ConfigError("--topology is missing, allowed: a shipped name, a YAML file")
+        if processes is not None or ray is not None:
+            raise ConfigError("--processes and --ray go with --sweep FILE")
         check_output_dir(output_dir)
         box = load_topology(topology, set_ or [])
         profile = load_model(model)

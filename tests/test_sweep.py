@@ -1,0 +1,177 @@
+"""Sweeps: the same bytes on one process, on two, on Ray, after a kill, after a worker's death."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from paradiff.cli import app
+from simulator.sweep import COLUMNS
+
+SWEEP = """
+models: [sdxl, pixart-alpha]
+topologies: [pcie2-3090]
+resolutions: [512x512, 1024x512]
+degrees: [1, 2, 4]
+strategies: [serial, cfg=2, ulysses=2]
+steps: 4
+"""
+COMBINATIONS = 2 * 2 * 3
+
+
+def sweep(folder: Path, *more: str, text: str = SWEEP) -> Result:
+    file = folder / "sweep.yaml"
+    file.write_text(text)
+    arguments = ["plan", "--sweep", str(file), "--output-dir", str(folder / "out"), *more]
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """On one process, undisturbed."""
+    folder = tmp_path_factory.mktemp("one")
+    done = sweep(folder, "--processes", "1")
+    assert done.exit_code == 0, done.stderr
+    assert [path.name for path in (folder / "out").iterdir()] == ["sweep.csv"], "no parts are left"
+    return (folder / "out" / "sweep.csv").read_bytes()
+
+
+def test_rows_are_plans_in_the_order_of_the_file(expected: bytes) -> None:
+    """12 combinations; at degree 4 the box has too few GPUs and there is one row with the reason."""
+    rows = list(csv.DictReader(expected.decode().splitlines()))
+    assert tuple(rows[0]) == COLUMNS
+    order = list(dict.fromkeys((r["model"], r["width"], r["height"], r["gpus"]) for r in rows))
+    assert order == [
+        (model, width, "512", gpus)
+        for model in ("sdxl", "pixart-alpha")
+        for width in ("512", "1024")
+        for gpus in ("1", "2", "4")
+    ]
+    best = [r for r in rows if r["rank"] == "1"]
+    assert len(best) == 8
+    assert {r["reason"] for r in rows if not r["spec"]} == {"4 GPUs of 2"}
+    two = [r for r in rows if (r["model"], r["width"], r["gpus"]) == ("pixart-alpha", "512", "2")]
+    times = [float(r["latency_s"]) for r in two if r["rank"]]
+    assert times == sorted(times)
+    assert len(times) == 3
+    unet = [r for r in rows if r["model"] == "sdxl" and r["spec"] == "ulysses=2"]
+    assert all(r["feasible"] == "False" and r["reason"] for r in unet)
+    stages = ("stages_text_encoder_s", "stages_denoise_s", "stages_vae_s")
+    assert sum(float(best[0][s]) for s in stages) == pytest.approx(float(best[0]["latency_s"]))
+
+
+def test_two_processes_write_the_same_bytes(expected: bytes, tmp_path: Path) -> None:
+    assert sweep(tmp_path, "--processes", "2").exit_code == 0
+    assert (tmp_path / "out" / "sweep.csv").read_bytes() == expected
+
+
+def test_a_local_ray_writes_the_same_bytes(expected: bytes, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (the [ray] extra)")
+    done = start(tmp_path, "--ray", "local")
+    assert done.wait(300) == 0
+    assert (tmp_path / "out" / "sweep.csv").read_bytes() == expected
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
+    """The sweep as a process of its own."""
+    (folder / "sweep.yaml").write_text(SWEEP)
+    arguments = ["plan", "--sweep", "sweep.yaml", "--output-dir", "out", *more]
+    root = str(Path(__file__).parent.parent)
+    return subprocess.Popen(
+        [sys.executable, "-c", "from paradiff.cli import main; main()", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": root, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def parts(folder: Path) -> list[Path]:
+    return sorted((folder / "out" / "sweep.parts").glob("[!.]*.json"))
+
+
+def wait_for_parts(running: subprocess.Popen[bytes], folder: Path, count: int) -> None:
+    while len(parts(folder)) < count:
+        assert running.poll() is None, "it ended before it could be disturbed"
+        time.sleep(0.005)
+
+
+def test_a_killed_sweep_goes_on_where_it_stopped(expected: bytes, tmp_path: Path) -> None:
+    running = start(tmp_path, "--processes", "1")
+    wait_for_parts(running, tmp_path, 2)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    kept = {path: path.stat().st_mtime_ns for path in parts(tmp_path)}
+    assert 2 <= len(kept) < COMBINATIONS
+    assert not (tmp_path / "out" / "sweep.csv").exists()
+    again = start(tmp_path, "--processes", "1")
+    wait_for_parts(again, tmp_path, len(kept) + 1)
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
+    assert again.wait(300) == 0
+    assert (tmp_path / "out" / "sweep.csv").read_bytes() == expected
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep.csv"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds workers in /proc")
+def test_killing_a_worker_loses_nothing(expected: bytes, tmp_path: Path) -> None:
+    running = start(tmp_path, "--processes", "2")
+    wait_for_parts(running, tmp_path, 1)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    workers = [int(pid) for pid in children if "spawn_main" in command_of(pid)]
+    assert workers
+    os.kill(workers[0], signal.SIGKILL)
+    assert running.wait(300) == 0
+    assert (tmp_path / "out" / "sweep.csv").read_bytes() == expected
+
+
+def command_of(pid: str) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def test_parquet_holds_the_same(expected: bytes, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    done = sweep(tmp_path, "--processes", "1", text=SWEEP + "format: parquet\n")
+    assert done.exit_code == 0, done.stderr
+    found = parquet.read_table(tmp_path / "out" / "sweep.parquet").to_pylist()
+    rows = csv.DictReader(expected.decode().splitlines())
+    for one, other in zip(found, rows, strict=True):
+        assert {k: "" if v is None else str(v) for k, v in one.items()} == other
+
+
+# ------------------------------------------------------------------------------------------ messages
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "message"),
+    [
+        (SWEEP + "resolution: 5\n", [], "sweep.yaml:8:1: resolution: unknown key"),
+        (SWEEP.replace("512x512", "wide"), [], "not a resolution ('wide')"),
+        (SWEEP.replace("serial", "seriel"), [], "sweep.yaml:6:"),
+        (SWEEP.replace("[1, 2, 4]", "[0]"), [], "sweep.yaml:5:"),
+        (SWEEP.replace("sdxl", "sdxk"), [], "sdxk: no such file in models"),
+        (SWEEP.replace("pcie2-3090", "pcie3"), [], "pcie3: no such file in topologies"),
+        (SWEEP, ["--topology", "pcie8", "--top", "3"], "--topology, --top: not with --sweep"),
+    ],
+)
+def test_bad_input_is_one_message(tmp_path: Path, text: str, more: list[str], message: str) -> None:
+    done = sweep(tmp_path, *more, text=text)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_belongs_to_a_sweep_needs_one() -> None:
+    runner = CliRunner()
+    done = runner.invoke(app, ["plan", "--topology", "pcie8", "--ray", "local"])
+    assert (done.exit_code, "go with --sweep" in done.stderr) == (2, True)
+    done = runner.invoke(app, ["plan"])
+    assert (done.exit_code, "--topology is missing" in done.stderr) == (2, True)
