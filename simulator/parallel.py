@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import multiprocessing
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +17,11 @@ from typing import TypeVar
 
 TRIES = 3
 """Pools in a row that may break without one result more before it is given up."""
+
+
+class WorkersDied(RuntimeError):
+    """Worker processes were killed again and again: too little memory for so many, as a rule."""
+
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
@@ -26,7 +32,7 @@ def results(
 ) -> Iterator[tuple[int, Output]]:
     """(index, function(input)) of every input, in the order in which they are done.
 
-    ``function`` and its inputs must be picklable. Raises what ``function`` raises, and RuntimeError
+    ``function`` and its inputs must be picklable. Raises what ``function`` raises, and WorkersDied
     where workers keep dying.
     """
     if processes <= 1 or len(inputs) <= 1:
@@ -43,7 +49,7 @@ def results(
         except BrokenProcessPool:
             broken += 1
     if left:
-        raise RuntimeError(f"workers died {TRIES} times in a row (out of memory?)")
+        raise WorkersDied(f"worker processes died {TRIES} times in a row; fewer may fit in memory")
 
 
 def _one_pool(
@@ -74,12 +80,18 @@ def ray_results(
 ) -> Iterator[tuple[int, Output]]:
     """As ``results``, on the Ray cluster at ``address`` (``local`` starts one on this machine).
 
-    Ray gives the work of a worker that died to another. Raises ModuleNotFoundError without Ray,
-    ConnectionError where no cluster answers.
+    Ray gives the work of a worker that died to another. Raises ModuleNotFoundError without Ray, OSError
+    (ConnectionError) where no cluster answers.
     """
     import ray
 
-    ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        # Ray itself tries for minutes.
+        socket.create_connection((host, int(port)), timeout=5).close()
+    ray.init(
+        address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
+    )
     try:
         remote = ray.remote(max_retries=TRIES)(function)
         running = {remote.remote(each): index for index, each in enumerate(inputs)}

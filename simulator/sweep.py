@@ -200,9 +200,9 @@ def run(
 ) -> list[Row]:
     """All rows in the order of ``work``, the same wherever and in however many attempts they are made.
 
-    ``parts``: folder of what is finished; made if missing, left for the caller to remove.
+    ``parts``: folder of what is finished, left for the caller to remove. Raises OSError where it cannot
+    be written or no Ray cluster answers.
     """
-    parts.mkdir(parents=True, exist_ok=True)
     files = [parts / f"{_key(each)}.json" for each in work]
     left = [i for i, file in enumerate(files) if not file.exists()]
     done = len(work) - len(left)
@@ -222,6 +222,7 @@ def run(
 
 def _write(file: Path, text: str) -> None:
     """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     staged = file.with_name(f".{file.name}.{os.getpid()}")
     staged.write_text(text, encoding="utf-8")
     staged.replace(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import signal
@@ -73,10 +74,15 @@ def test_two_processes_write_the_same_bytes(expected: bytes, tmp_path: Path) -> 
     assert (tmp_path / "out" / "sweep.csv").read_bytes() == expected
 
 
-def test_a_local_ray_writes_the_same_bytes(expected: bytes, tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds workers in /proc")
+def test_a_local_ray_writes_the_same_bytes_though_a_worker_is_killed(
+    expected: bytes, tmp_path: Path
+) -> None:
     pytest.importorskip("ray", reason="Ray is not installed (the [ray] extra)")
-    done = start(tmp_path, "--ray", "local")
-    assert done.wait(300) == 0
+    running = start(tmp_path, "--ray", "local")
+    wait_for_parts(running, tmp_path, 1)
+    kill_a_worker(running, "ray::rows")
+    assert running.wait(300) == 0
     assert (tmp_path / "out" / "sweep.csv").read_bytes() == expected
 
 
@@ -124,16 +130,29 @@ def test_a_killed_sweep_goes_on_where_it_stopped(expected: bytes, tmp_path: Path
 def test_killing_a_worker_loses_nothing(expected: bytes, tmp_path: Path) -> None:
     running = start(tmp_path, "--processes", "2")
     wait_for_parts(running, tmp_path, 1)
-    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-    workers = [int(pid) for pid in children if "spawn_main" in command_of(pid)]
-    assert workers
-    os.kill(workers[0], signal.SIGKILL)
+    kill_a_worker(running, "spawn_main")
     assert running.wait(300) == 0
     assert (tmp_path / "out" / "sweep.csv").read_bytes() == expected
 
 
-def command_of(pid: str) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
+def kill_a_worker(running: subprocess.Popen[bytes], name: str) -> None:
+    """Kill one of its descendants whose command has ``name`` in it."""
+    while running.poll() is None:
+        for pid in descendants(running.pid):
+            with contextlib.suppress(OSError):
+                if name in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(pid, signal.SIGKILL)
+                    return
+    pytest.fail("it ended before a worker was seen")
+
+
+def descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                found += [child, *descendants(child)]
+    return found
 
 
 def test_parquet_holds_the_same(expected: bytes, tmp_path: Path) -> None:
@@ -166,6 +185,14 @@ def test_bad_input_is_one_message(tmp_path: Path, text: str, more: list[str], me
     assert done.exit_code == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_ray_cluster_is_one_message(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (the [ray] extra)")
+    done = sweep(tmp_path, "--ray", "127.0.0.1:1")
+    assert done.exit_code == 2
+    assert "--ray 127.0.0.1:1: Connection refused" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -131,6 +131,7 @@ def capacity(
         from paradiff.config import ConfigError
         from simulator.capacity import Question, answer
         from simulator.outcome import Budget
+        from simulator.parallel import WorkersDied
         from simulator.planner import Goal
         from simulator.search import Demand
         from simulator.topology import load_topology
@@ -178,7 +179,10 @@ def capacity(
             goal=Goal(exact_only=exact_only, max_staleness=max_staleness),
         )  # fmt: skip
         with progress(enabled=format_ == "table") as advance:
-            found = answer(question, processes or os.cpu_count() or 1, advance)
+            try:
+                found = answer(question, processes or os.cpu_count() or 1, advance)
+            except WorkersDied as error:
+                raise ConfigError(f"--processes {processes}: {error}") from None
         if output_dir is not None:
             with staged(output_dir) as folder:
                 _stage(folder, found)

@@ -25,6 +25,7 @@ def run_sweep(
     with one_message():
         from paradiff.config import ConfigError, load_yaml
         from simulator import sweep
+        from simulator.parallel import WorkersDied
         from simulator.topology import load_topology
 
         if output_dir is None:
@@ -45,10 +46,12 @@ def run_sweep(
                 found = sweep.run(
                     work, parts, processes or os.cpu_count() or 1, ray_address, advance
                 )
-            except ConnectionError as error:
-                raise ConfigError(f"--ray {ray_address}: {error}") from None
+            except WorkersDied as error:
+                raise ConfigError(f"--processes {processes}: {error}") from None
             except OSError as error:
-                raise ConfigError(f"--output-dir {output_dir}: {error.strerror or error}") from None
+                lost = ray_address is not None and isinstance(error, ConnectionError | TimeoutError)
+                where = f"--ray {ray_address}" if lost else f"--output-dir {output_dir}"
+                raise ConfigError(f"{where}: {error.strerror or error}") from None
         name = f"sweep.{asked.format}"
         with staged(output_dir) as folder:
             make = sweep.to_parquet if asked.format == "parquet" else sweep.to_csv
