@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from paradiff.graph import BufferKind, Op, ScheduleGraph, Shape
 from paradiff.profiles import Profile
 from paradiff.strategies.builder import DTYPE_BYTES
-from paradiff.strategies.places import PER_STEP, held_params
+from paradiff.strategies.places import PER_STEP, blocks_of, held_params
 from simulator.gpu import Gpu
 
 Phase = Literal["encode", "denoise", "decode"]
@@ -208,9 +208,8 @@ def _rank_memory(
     for name, use in used.items():
         phase, segments = _phase(name, before), use.segments
         if name == "denoiser" and gathered:
-            blocks = {i for cut in profile.denoiser.cuts for i in range(cut.lo, cut.hi)}
             weights[phase] += gathered
-            segments = segments - blocks
+            segments = segments - blocks_of(profile)
         size = param_bytes.get(name, itemsize)
         weights[phase] += size * held_params(profile.stages[name], segments)
         live[phase] = max(live[phase], float(itemsize * use.live))

@@ -70,6 +70,21 @@ def test_offload_adds_the_loads_of_a_request(offload: str, loaded: tuple[str, ..
     assert run_s(f"serial,offload={offload}", topology) == exactly(alone + seconds)
 
 
+def test_a_sharded_denoiser_loads_its_shards() -> None:
+    """Ulysses over 2, 4 blocks of 192 parameters: half of them, embedding and head (16 each) whole."""
+
+    def loads(spec: str) -> dict[str, int]:
+        graph = build(parse_spec(spec), DIT, TOY)
+        graph.validate()
+        return {op.name: op.nbytes for s in graph.sections for op in s.ops if op.call == "load"}
+
+    rest = sum(DIT.stages[name].params for name in ("scheduler", "guidance"))
+    whole = loads("ulysses=2,offload=vae")["load.denoiser@r0"]
+    assert whole == ELEMENT * (DIT.denoiser.params + rest)
+    shared = loads("ulysses=2,offload=vae,weights=hsdp")
+    assert shared["load.denoiser@r1"] == ELEMENT * (4 * 192 // 2 + 2 * 16 + rest)
+
+
 def test_gpus_share_their_host_memory() -> None:
     """Four replicas load at once: a quarter of 4 B/s each, though each link has 4 B/s."""
     one = run_s("serial,offload=text", box(1, 4.0, 4.0)) - run_s("serial", box(1, 4.0, 4.0))
@@ -78,11 +93,17 @@ def test_gpus_share_their_host_memory() -> None:
 
 
 def test_routes_from_host_memory() -> None:
-    """pcie8: 26 GB/s to one GPU, 80 GB/s of host memory for all; without a word on it, PCIe 4 x16."""
-    network = Network(load_topology("pcie8"))
+    """pcie8: its own link for one GPU, for all at once at most an eighth of host memory each; without a
+    word on what memory hangs on, PCIe 4 x16."""
+    box = load_topology("pcie8")
+    network = Network(box)
     routes = tuple(network.route(HOST, d).id for d in range(8))
-    assert network.rates(routes[:1]) == (26e9,)
-    assert network.rates(routes) == pytest.approx((10e9,) * 8)
+    link = next(k.bandwidth_bytes_per_s for k in box.links if "gpu0" in (k.a, k.b))
+    (node,) = box.nodes
+    assert network.rates(routes[:1]) == (link,)
+    assert network.rates(routes) == pytest.approx(
+        (min(link, node.host_memory_bytes_per_s / 8),) * 8
+    )
     plain = Network(Topology.uniform(2))
     assert plain.rates((plain.route(HOST, 1).id,)) == (HOST_LINK_BYTES_PER_S,)
 

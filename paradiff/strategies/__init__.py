@@ -306,8 +306,6 @@ def _placed(
     param_bytes = 1 if "fp8" in weights else element_bytes
     if "fp8" in weights:
         graph = stored_in_fp8(graph)
-    if offload:
-        graph = in_turns(graph, profile, offload, (param_bytes, element_bytes))
     if "hsdp" in weights:
         lanes = [lane for groups in spec.mesh.step_groups() for group in groups for lane in group]
         stages = spec.name == "pipefusion"
@@ -319,6 +317,8 @@ def _placed(
                 "weights=fp8",
             )
         graph = sharded(graph, profile, together, param_bytes)
+    if offload:
+        graph = in_turns(graph, profile, offload, (param_bytes, element_bytes))
     return graph
 
 

@@ -37,6 +37,11 @@ def held_params(stage: Stage, segments: Collection[int]) -> int:
     return sum(stage.segments[i].weights for i in segments)
 
 
+def blocks_of(profile: Profile) -> frozenset[int]:
+    """Segments of the denoiser's blocks."""
+    return frozenset(i for c in profile.denoiser.cuts for i in range(c.lo, c.hi))
+
+
 def segments_run(graph: ScheduleGraph) -> list[dict[str, set[int]]]:
     """Per rank: stage -> segments that any of its ops computes."""
     used: list[dict[str, set[int]]] = [{} for _ in range(graph.world_size)]
@@ -88,8 +93,8 @@ def in_turns(
 
 @dataclass
 class _Turns:
-    """What is on each GPU in turn: ``text``, then ``denoiser`` (with all that is not offloaded but
-    comes after it), then ``vae``."""
+    """What is on each GPU in turn: ``text``, then ``denoiser`` (its shard, where it is sharded, and all
+    that is not offloaded but comes after it), then ``vae``."""
 
     graph: ScheduleGraph
     profile: Profile
@@ -102,6 +107,8 @@ class _Turns:
         names = list(self.profile.stages)
         self.before = names[: names.index("denoiser")]
         self.used = segments_run(self.graph)
+        self.shards = {b.rank: b.nbytes for b in self.graph.buffers if b.id == f"shard@r{b.rank}"}
+        self.blocks = blocks_of(self.profile) if self.shards else frozenset()
 
     def turn_of(self, stage: str) -> str | None:
         """When ``stage`` is loaded; None if it never leaves."""
@@ -117,12 +124,13 @@ class _Turns:
 
     def load(self, rank: int, turn: str) -> Iterator[Op]:
         """The load of one turn on one rank, if there is something to load and it was not yet."""
-        stages = [name for name in self.used[rank] if self.turn_of(name) == turn]
-        nbytes = sum(
-            self.sizes[name != "denoiser"]
-            * held_params(self.profile.stages[name], self.used[rank][name])
-            for name in stages
-        )
+        nbytes = self.shards.get(rank, 0) if turn == "denoiser" else 0
+        for name, segments in self.used[rank].items():
+            if self.turn_of(name) == turn:
+                held = segments - self.blocks if name == "denoiser" else segments
+                nbytes += self.sizes[name != "denoiser"] * held_params(
+                    self.profile.stages[name], held
+                )
         if nbytes and (rank, turn) not in self.loaded:
             self.loaded.add((rank, turn))
             yield Op(
@@ -140,8 +148,10 @@ class _Turns:
         """``ops`` with the loads that they need, each reading what it runs on."""
         out: list[Op] = []
         for op in ops:
-            turn = None if op.work is None else self.turn_of(op.work.stage)
-            if op.work is None or turn is None or not self.profile.stages[op.work.stage].params:
+            turn = "denoiser" if op.call == "shard" else None
+            if op.work is not None and self.profile.stages[op.work.stage].params:
+                turn = self.turn_of(op.work.stage)
+            if turn is None:
                 out.append(op)
                 continue
             out += self.load(op.ranks[0], turn)
