@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 from paradiff.graph import Ref
@@ -143,9 +144,9 @@ def whole(build: Builder, options: Options) -> None:
         with build.section(f"steps{number}", first, count, stride):
             for step, is_whole in enumerate(computed):
                 old = None if is_whole else (0, False) if computed[0] else (last, True)
+                latent = partial(build.x, step=step)
                 for lanes in build.mesh.replicas():
-                    x = lambda rank, step=step: build.x(rank, step)  # noqa: E731
-                    for rank, eps in reuse.predict(lanes, step, x, old).items():
+                    for rank, eps in reuse.predict(lanes, step, latent, old).items():
                         build.update(rank, [eps], [build.x(rank, step + 1)], step=step)
         if computed[0]:
             last = first + (count - 1) * stride
