@@ -367,6 +367,15 @@ def test_batchstep_reads_what_parasteps_ranks_read(p: int, w: int) -> None:
     assert {(k, t) for k, t in batch if t < last} == {(k, t) for k, t in ranks if t < last}
 
 
+def test_what_a_cached_step_holds() -> None:
+    """The hidden state after the last block but one, b (s/n + text) h e; 6 words are on each of 4."""
+    for spec, words in (("cache=2", 6), ("ulysses=2,cache=2", 3), ("ulysses=4,cache=2", 6)):
+        n = parse_spec(spec).n_gpus
+        graph = graph_of(JOINT, spec)
+        sizes = {b.nbytes for b in graph.buffers if b.id.startswith("cache.")}
+        assert sizes == {2 * (TOKENS // n + words) * HIDDEN * ELEMENT}
+
+
 @pytest.mark.parametrize("profile", [DIT, UNET], ids=["dit", "unet"])
 @pytest.mark.parametrize(
     ("spec", "reused"), [("cache=3", {1, 2, 4, 5, 7, 8}), ("skip=2:3:8", {2, 3, 8})]

@@ -71,16 +71,15 @@ class Reuse:
 
     def held(self, rank: int, step: int, *, fixed: bool = False) -> list[Ref]:
         """Outputs of the reused modules as computed in ``step``."""
-        shards = self.sp.degree
-        return [
-            Ref(
-                self.build.buffer(f"cache.{name}", rank, size // shards, "hidden", module=name),
-                step,
-                None,
-                fixed,
-            )
-            for name, size in self.kept.modules
-        ]
+        shape = local_shape(self.build, self.sp, self.build.rows)
+        outputs = {cut.name: cut.out for cut in self.build.denoiser.cuts}
+        found = []
+        for name, size in self.kept.modules:
+            if self.sp.degree > 1:  # a transformer's blocks, of which a rank has a share
+                size = self.build.nbytes(outputs[name], shape)
+            buffer = self.build.buffer(f"cache.{name}", rank, size, "hidden", module=name)
+            found.append(Ref(buffer, step, None, fixed))
+        return found
 
     def predict(
         self, lanes: Sequence[Lane], step: int, latent: Latent, old: tuple[int, bool] | None
