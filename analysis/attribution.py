@@ -139,6 +139,30 @@ def _activity(
     return _union(compute), _union(host), transfers
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankTime:
+    """The whole run of one rank: the three add up to the makespan. ``communication_s`` is what of its
+    transfers no compute hides, ``waiting_s`` the rest: for other ranks, or at the end."""
+
+    rank: int
+    compute_s: float
+    communication_s: float
+    waiting_s: float
+
+
+def by_rank(trace: Trace) -> Iterable[RankTime]:
+    """Where each rank's time went, ascending by rank."""
+    wall = _Wall(trace)
+    for rank in trace.ranks():
+        compute, _, transfers = _activity(s for s in trace.spans if s.rank == rank)
+        exposed = _minus(_union(interval for _, interval in transfers), compute)
+        compute_s, communication_s = wall.total(compute), wall.total(exposed)
+        rest = max(trace.makespan_s - compute_s - communication_s, 0.0)
+        yield RankTime(
+            rank=rank, compute_s=compute_s, communication_s=communication_s, waiting_s=rest
+        )
+
+
 def _utilisation(trace: Trace, wall: _Wall) -> Iterable[tuple[int, float]]:
     by_rank: Mapping[int, list[Span]] = {rank: [] for rank in trace.ranks()}
     for span in trace.spans:

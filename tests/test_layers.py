@@ -15,12 +15,13 @@ PACKAGES = ("paradiff", "simulator", "analysis", "hardware_profiles")
 TORCH_SIDE = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "greenlet"}
 L0_LIBRARIES = {"pydantic", "pydantic_core", "ruamel"}
 L0 = ("paradiff.graph", "paradiff.trace", "paradiff.profiles", "paradiff.units", "paradiff.config")
-L1 = ("paradiff.strategies",)
+L1 = ("paradiff.strategies", "paradiff.planfile")
 MODELS = ("paradiff.models", "paradiff.executor")
 L3 = (
     "analysis", "simulator.planner", "simulator.service", "simulator.cuts", "simulator.search",
     "simulator.capacity", "simulator.sweep",
 )  # fmt: skip
+L4 = ("paradiff.cli", "paradiff.__main__")
 L2 = ("simulator",)
 
 
@@ -49,7 +50,9 @@ def layer(name: str) -> int:
         return 3
     if under(name, L2) or under(name, MODELS):
         return 2
-    assert under(name, ("paradiff.cli",)), f"{name} has no layer: say where it belongs"
+    assert under(name, ("paradiff.cli", "paradiff.__main__")), (
+        f"{name} has no layer: say where it belongs"
+    )
     return 4
 
 

@@ -17,10 +17,12 @@ from paradiff.cli import profile, topology, validate
 from paradiff.cli.capacity import capacity
 from paradiff.cli.common import INTERRUPTED, group
 from paradiff.cli.plan import plan
+from paradiff.cli.run import run
 
 app = group("Which parallel strategy should run this diffusion model on this box, and how fast?")
 plan_app = group("Rank the parallel strategies for one model on one box.")
 app.command()(plan)
+app.command()(run)
 plan_app.command()(plan)
 app.command()(capacity)
 app.add_typer(profile.app, name="profile")

@@ -36,8 +36,8 @@ def run_rank(
     session: Session,
     doing: Doing | None = None,
 ) -> Result:
-    """Run this rank's ops of ``graph``. The result holds the latents of replicas that end here, and (the
-    same on all ranks) the trace of all ranks on rank 0's clock.
+    """Run this rank's ops of ``graph``. The result is the same on all ranks: the latents of every
+    replica, wherever it ended, and the trace of all ranks on rank 0's clock.
 
     ``doing`` is kept at the op that each stream has in hand. Raises Unexecutable and InvalidGraph
     before anything runs, RunFailed.
@@ -53,7 +53,11 @@ def run_rank(
         return _threads(steps, run.perform, session, doing)
 
     result = run.run(walk)
-    return replace(result, trace=merged_trace(session, graph, result.trace.spans))
+    return Result(
+        _collected(session, result.latents),
+        merged_trace(session, graph, result.trace.spans),
+        _collected(session, result.decoded),
+    )
 
 
 def run_timed(
@@ -159,7 +163,7 @@ def _begun(span: Span, arrival_s: float) -> Span:
     return span._replace(start_s=start, busy_s=span.end_s - start)
 
 
-def collected(session: Session, own: Mapping[int, Tensor]) -> dict[int, Tensor]:
+def _collected(session: Session, own: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Tensors by replica, each of which one rank has, on all ranks."""
     payload = tuple(Piece((0, 0), value.cpu(), point=replica) for replica, value in own.items())
     headers = session.gather_text(header_of([payload]))

@@ -33,7 +33,7 @@ from paradiff.executor.payload import (
     take_rows,
 )
 from paradiff.executor.schedulers import Schedule
-from paradiff.executor.streams import Step, on_cuda, program, take_turns
+from paradiff.executor.streams import Progress, Step, on_cuda, program, take_turns
 from paradiff.executor.transfers import transfer
 from paradiff.graph import Instance, Op, Ref, ScheduleGraph
 from paradiff.models.interception import intercept
@@ -94,12 +94,18 @@ Key = tuple[str, int | None, int, int]
 """A version of a buffer or of a part: buffer, part, absolute step, number within the step."""
 
 
-def run_graph(graph: ScheduleGraph, network: Network, request: Request) -> Result:
+def run_graph(
+    graph: ScheduleGraph, network: Network, request: Request, progress: Progress | None = None
+) -> Result:
     """Run ``graph`` on ``network``. Raises Unexecutable before anything runs, InvalidGraph for a graph
     that breaks the rules, ScheduleMismatch where network and graph part."""
     check_executable(graph, network, request)
     graph.validate()
-    return _Run(graph, network, request).run()
+    run = _Run(graph, network, request)
+    device = run.blank.device
+    if device.type == "cuda":
+        return run.run(lambda steps: on_cuda(steps, run.perform, device, None, run.tensors))
+    return run.run(lambda steps: take_turns(steps, run.perform, progress))
 
 
 def check_executable(graph: ScheduleGraph, network: Network, request: Request) -> None:
@@ -191,9 +197,9 @@ class _Run:
             "scheduler": self._scheduler,
         }
 
-    def run(self, walk: Callable[[list[Step]], list[Span]] | None = None) -> Result:
+    def run(self, walk: Callable[[list[Step]], list[Span]]) -> Result:
         """Everything, under one interception and one ``no_grad``: both must not leak between
-        coroutines. ``walk`` runs the ops; default: all ranks take turns."""
+        coroutines. ``walk`` says when the ops run."""
         words = next(i.op.work.shape.t for i in self.graph.instances() if i.op.call == "forward")
         kv = self.network.kv({**self.shape, "t": words})
         model, units, strips = self.network.model, self.units, self.request.strips
@@ -202,16 +208,10 @@ class _Run:
             stack.enter_context(intercept(model, self.router, kv=kv, units=units))
             if strips is not None and any(plan.stage == "vae" for plan in self.plans.values()):
                 stack.enter_context(intercept(strips.model, self.router, kv=strips.kv(self.shape)))
-            spans = (walk or self._walk)(self.steps)
+            spans = walk(self.steps)
         end = max((span.end_s for span in spans), default=0.0)
         trace = Trace(tuple(spans), end, (), self.graph.meta)
         return Result(self.latents, trace, self.decoded)
-
-    def _walk(self, steps: list[Step]) -> list[Span]:
-        device = self.blank.device
-        if device.type == "cuda":
-            return on_cuda(steps, self.perform, device, self.rank, self.tensors)
-        return take_turns(steps, self.perform)
 
     def perform(self, number: int, instance: Instance) -> None:
         """Carry out one op. Threads may do so for ops of different streams at once."""

@@ -77,6 +77,11 @@ class Session:
     def world_size(self) -> int:
         return self.place.world_size
 
+    @property
+    def backend(self) -> str:
+        """The library that moves bytes."""
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
     @classmethod
     def join(cls, place: Place, timeout_s: float, device: torch.device, hello: str) -> Session:
         """Meet the others. ``hello`` must be the same on all ranks (the graph's fingerprint).
@@ -167,9 +172,8 @@ class Session:
         """The process group of ``ranks`` for one stream; all ranks ask for all groups, in one order."""
         key = (stream, tuple(ranks))
         if key not in self._groups:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
             timeout = timedelta(seconds=self.timeout_s)
-            self._groups[key] = dist.new_group(sorted(ranks), timeout=timeout, backend=backend)
+            self._groups[key] = dist.new_group(sorted(ranks), timeout=timeout, backend=self.backend)
         return self._groups[key]
 
     # ------------------------------------------------------------------------------ clocks

@@ -32,6 +32,7 @@ class Step(NamedTuple):
 
 
 Perform = Callable[[int, Instance], None]
+Progress = Callable[[int, int], None]
 
 
 def program(graph: ScheduleGraph, rank: int | None) -> list[Step]:
@@ -67,15 +68,19 @@ def spans_of(
         )
 
 
-def take_turns(steps: Sequence[Step], perform: Perform) -> list[Span]:
-    """One op after another, on the host."""
+def take_turns(
+    steps: Sequence[Step], perform: Perform, progress: Progress | None = None
+) -> list[Span]:
+    """One op after another, on the host. ``progress`` gets (ops done, all ops)."""
     spans: list[Span] = []
     start = perf_counter()
-    for number, instance, _ in steps:
+    for index, (number, instance, _) in enumerate(steps, 1):
         begin = perf_counter() - start
         _performed(perform, number, instance, instance.op.ranks[0])
         end = perf_counter() - start
         spans += spans_of(instance, instance.op.ranks, begin, begin, end)
+        if progress is not None:
+            progress(index, len(steps))
     return spans
 
 

@@ -21,7 +21,7 @@ It does not know devices, ranks or costs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -77,6 +77,8 @@ BLOCK_LISTS = (
     "blocks",
 )
 """Names under which transformers keep their blocks."""
+EMBEDDINGS = ("PatchEmbed", "CogVideoXPatchEmbed")
+"""Modules that add positions of their own to patches."""
 TOKEN_AXIS = {"WanRotaryPosEmbed": 1, "HunyuanVideoRotaryPosEmbed": 0, "MochiRoPE": 0}
 """Modules that compute rotary tables: the axis of the tables that counts tokens."""
 
@@ -238,6 +240,32 @@ def exchange_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
+def compile_between_points(
+    model: nn.Module, points: Collection[str], backend: str = "inductor"
+) -> int:
+    """Let torch compile, each on its own, the largest modules that no exchange point lies in.
+
+    ``points`` are those of the profile. What is wrapped or paused in stays eager: a compiled region
+    cannot be left half-way. Returns how many modules there were.
+    """
+    fixed = {*points, *self_attention_names(model), *(s.name for s in exchange_sites(model))}
+    fixed |= {n for n, m in model.named_modules() if type(m).__name__ in (*EMBEDDINGS, *TOKEN_AXIS)}
+    fixed |= set(unit_parents(model))
+    compiled = 0
+
+    def visit(name: str, module: nn.Module) -> None:
+        nonlocal compiled
+        if name in fixed or any(other.startswith(f"{name}." if name else "") for other in fixed):
+            for child, inner in module.named_children():
+                visit(f"{name}.{child}" if name else child, inner)
+        elif len(list(module.modules())) > 1 and any(True for _ in module.parameters()):
+            module.compile(backend=backend)
+            compiled += 1
+
+    visit("", model)
+    return compiled
+
+
 class _KeyCounts(Handler):
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -300,7 +328,7 @@ def intercept(
             make = _with_halo if site.kind == "halo" else _with_moments
             wrap(site.name, partial(make, handler, site, modules[site.name]))
         for name, module in modules.items():
-            if type(module).__name__ in ("PatchEmbed", "CogVideoXPatchEmbed"):
+            if type(module).__name__ in EMBEDDINGS:
                 wrap(name, partial(_with_positions, handler, module))
             elif type(module).__name__ in TOKEN_AXIS:
                 axis = TOKEN_AXIS[type(module).__name__]

@@ -1,0 +1,542 @@
+"""``paradiff run``: in this process, as one rank of several, or by launching them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+from paradiff.cli.common import (
+    INFEASIBLE,
+    INTERRUPTED,
+    MALFORMED,
+    check_output_dir,
+    json_text,
+    load_model,
+    one_message,
+    parsed_specs,
+    progress,
+    staged,
+    workload_of,
+)
+
+if TYPE_CHECKING:
+    from paradiff.executor.interpreter import Result
+    from paradiff.executor.job import Job, Prepared
+    from paradiff.executor.session import Place, Session
+    from paradiff.graph import Instance, ScheduleGraph
+    from paradiff.planfile import PlanFile
+    from paradiff.trace import Trace
+
+FAILED = 1
+WORKLOAD = ("height", "width", "frames", "steps", "batch", "dtype")
+TIMEOUT_S = 25.0
+
+
+def run(
+    plan: Annotated[
+        Path | None, typer.Argument(metavar="[PLAN.yaml]", help="A plan file; else --model.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model of the catalogue, or a twin.")] = None,
+    strategy: Annotated[str | None, typer.Option(metavar="SPEC", help="What to run.")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Local directory of the model, as from_pretrained reads it."
+        ),
+    ] = None,
+    random_weights: Annotated[
+        bool,
+        typer.Option("--random-weights", help="The real size with random weights, not the twin."),
+    ] = False,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Default: the plan's or model's.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images or clips per request.")] = 1,
+    dtype: Annotated[
+        Literal["fp16", "bf16", "fp32", "fp64"] | None,
+        typer.Option(help="Precision; default: the plan's at real size, else fp32."),
+    ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="All ranks in this process (the default).")
+    ] = False,
+    launch: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Start N processes through torchrun.")
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where ranks run.")] = "cpu",
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="torch.compile what lies between exchange points.")
+    ] = False,
+    kernels: Annotated[
+        Literal["real", "timed"],
+        typer.Option(help="timed: compute sleeps for its modelled time, transfers are real."),
+    ] = "real",
+    topology: Annotated[
+        str | None,
+        typer.Option(help="Box whose kernel times timed kernels take; default: the plan's."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise and of random weights.")] = 0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0.0, metavar="X", help="Default: the pipeline's.")
+    ] = None,
+    scheduler: Annotated[
+        Literal["ddim", "euler", "dpmsolver++", "flow-match-euler"] | None,
+        typer.Option(help="In place of the model's own."),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(min=1.0, metavar="SECONDS", help="The longest that a transfer may wait."),
+    ] = TIMEOUT_S,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write trace.json.gz, summary.json and the outputs."),
+    ] = None,
+    format_: Annotated[
+        Literal["table", "json"], typer.Option("--format", help="Output on stdout.")
+    ] = "table",
+) -> None:
+    """Run one strategy on real processes and show where each rank's time went (needs [run])."""
+    arguments = dict(locals())
+    with one_message():
+        from paradiff.config import ConfigError
+
+        given = _Given(arguments)
+        if in_process and launch is not None:
+            raise ConfigError("--in-process and --launch: give one of them")
+        if launch is not None:
+            given.check_world(launch, "--launch")
+            check_output_dir(output_dir)
+            _launch(given, launch, timeout)
+            return
+        place = _place()
+        if place is not None:
+            given.check_world(place.world_size, "WORLD_SIZE")
+            _as_rank(given, place)
+        elif kernels == "timed":
+            raise ConfigError("--kernels timed: needs transfers between processes, add --launch N")
+        else:
+            _in_process(given)
+
+
+class _Given:
+    """The options, completed by the plan file."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        from paradiff.config import ConfigError
+        from paradiff.planfile import load_plan
+
+        self.options = options
+        self.plan: PlanFile | None = None
+        if options["plan"] is not None:
+            self.plan = load_plan(options["plan"])
+            for name in ("model", "strategy"):
+                if options[name] is not None:
+                    raise ConfigError(f"--{name}: the plan {options['plan']} has its own")
+        elif options["model"] is None and options["weights"] is None:
+            raise ConfigError("nothing to run, allowed: a plan file, --model NAME or --weights DIR")
+        if options["random_weights"] and options["weights"] is not None:
+            raise ConfigError("--random-weights and --weights: give one of them")
+        (self.spec,) = parsed_specs(
+            [self.plan.spec if self.plan else options["strategy"] or "serial"]
+        )
+
+    @property
+    def model(self) -> str | None:
+        return self.plan.model if self.plan else self.options["model"]
+
+    @property
+    def is_real_size(self) -> bool:
+        """The model that the plan speaks of, not its twin."""
+        return self.options["random_weights"] or self.options["weights"] is not None
+
+    @property
+    def source(self) -> str:
+        if self.options["weights"] is not None:
+            return str(self.options["weights"])
+        name = str(self.model)
+        return name if self.is_real_size or name.startswith("tiny-") else f"tiny-{name}"
+
+    def check_world(self, ranks: int, where: str) -> None:
+        """Raises ConfigError unless ``ranks`` is what the strategy takes."""
+        from paradiff.config import ConfigError
+        from paradiff.strategies import parse_spec
+
+        needed = parse_spec(self.spec).n_gpus
+        if ranks != needed:
+            raise ConfigError(f"{where} {ranks}: {self.spec} takes {needed} ranks")
+
+    def sizes(self, *, planned: bool) -> dict[str, int | None]:
+        """Height, width, frames and steps: as asked, else the plan's where they hold here."""
+        asked = {name: self.options[name] for name in ("height", "width", "frames", "steps")}
+        if self.plan is None:
+            return asked
+        of_plan = self.plan.workload.model_dump()
+        kept = asked if planned else ("steps",)
+        return {n: of_plan[n] if v is None and n in kept else v for n, v in asked.items()}
+
+    @property
+    def batch(self) -> int:
+        own = self.options["batch"]
+        return self.plan.workload.batch if self.plan and own == 1 else int(own)
+
+    def dtype(self, *, planned: bool) -> str:
+        return self.options["dtype"] or (
+            self.plan.workload.dtype if self.plan and planned else "fp32"
+        )
+
+    def job(self, local_rank: int | None) -> Job:
+        import torch
+
+        from paradiff.config import ConfigError
+        from paradiff.executor.job import Job
+
+        real, options = self.is_real_size, self.options
+        device = torch.device(options["device"])
+        if device.type == "cuda" and local_rank is not None:
+            device = torch.device("cuda", local_rank)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch sees no GPU here, allowed: cpu")
+        names = ("height", "width", "frames", "steps", "dtype")
+        is_planned = real and self.plan is not None and all(options[name] is None for name in names)
+        return Job(
+            source=self.source,
+            spec=self.spec,
+            random_weights=options["random_weights"],
+            **self.sizes(planned=real),
+            batch=self.batch,
+            dtype=self.dtype(planned=real),
+            device=device,
+            is_compiled=options["compile_"],
+            seed=options["seed"],
+            guidance_scale=options["guidance_scale"],
+            scheduler=options["scheduler"],
+            fingerprint=self.plan.fingerprint if self.plan and is_planned else None,
+        )
+
+
+def _place() -> Place | None:
+    if "RANK" not in os.environ:
+        return None
+    from paradiff.config import ConfigError
+
+    _needs_torch()
+    from paradiff.executor.session import Place
+
+    try:
+        return Place.of_environment()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _needs_torch() -> None:
+    from importlib.util import find_spec
+
+    from paradiff.config import ConfigError
+
+    for name in ("torch", "diffusers", "greenlet"):
+        if find_spec(name) is None:
+            raise ConfigError(
+                f"running needs {name}: pip install 'paradiff[run]' (planning does not)"
+            )
+
+
+# ------------------------------------------------------------------------------------- in process
+
+
+def _in_process(given: _Given) -> None:
+    """All ranks here."""
+    _needs_torch()
+    check_output_dir(given.options["output_dir"])
+    prepared = _prepared(given, None)
+    from paradiff.executor.faults import RunFailed
+
+    try:
+        with progress("running", enabled=given.options["format_"] == "table") as advance:
+            result = prepared.in_process(advance)
+    except RunFailed as error:
+        typer.echo(f"paradiff: {error}", err=True)
+        raise typer.Exit(FAILED) from None
+    _report(given, prepared.graph, result.trace, "all ranks in one process", prepared, result)
+
+
+def _prepared(given: _Given, local_rank: int | None) -> Prepared:
+    """Raises ConfigError for whatever is wrong with the input; exits 3 where the model cannot."""
+    import warnings
+
+    from paradiff.config import ConfigError
+
+    warnings.simplefilter("ignore")
+    for name in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{name}_VERBOSITY", "error")
+    from paradiff.executor.job import prepare
+    from paradiff.strategies import Infeasible
+
+    try:
+        return prepare(given.job(local_rank))
+    except Infeasible as error:
+        typer.echo(f"paradiff: {given.spec}: {error}", err=True)
+        raise typer.Exit(INFEASIBLE) from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+
+
+# --------------------------------------------------------------------------------- one rank of many
+
+
+def _as_rank(given: _Given, place: Place) -> None:
+    """This process is one rank: report to the launcher if there is one, and leave at once on failure,
+    since a thread may still wait in a transfer that nobody will answer."""
+    from paradiff.executor.launch import STATUS, die_with_parent, status_path
+    from paradiff.executor.session import Heartbeat
+
+    doing: dict[str, str] = {}
+    beat = None
+    if STATUS in os.environ:
+        die_with_parent()
+        path = status_path(os.environ[STATUS], place.rank)
+        beat = Heartbeat(path, place.rank, lambda: dict(doing))
+        beat.start()
+
+    def leave(code: int, state: str, message: str, **more: Any) -> NoReturn:
+        if beat is not None:
+            beat.finish(state, message, **more)
+        elif message:
+            typer.echo(f"paradiff: {message}", err=True)
+        sys.stdout.flush()
+        os._exit(code)
+
+    def terminated(*_: object) -> None:
+        leave(143, "terminated", "")
+
+    signal.signal(signal.SIGTERM, terminated)
+    with _leaving(leave, place.rank):
+        _run_rank(given, place, doing)
+    if beat is not None:
+        beat.finish("done")
+
+
+@contextmanager
+def _leaving(leave: Callable[..., NoReturn], rank: int) -> Iterator[None]:
+    """Turn whatever ends a rank early into its last word and exit code."""
+    from paradiff.config import ConfigError
+    from paradiff.executor.faults import RunFailed, is_out_of_memory
+
+    try:
+        yield
+    except ConfigError as error:
+        leave(MALFORMED, "refused", " ".join(str(error).split()), code=MALFORMED)
+    except typer.Exit as error:
+        leave(error.exit_code, "refused", "", code=error.exit_code)
+    except RunFailed as error:
+        leave(FAILED, "failed", str(error), symptom=error.symptom)
+    except KeyboardInterrupt:
+        leave(INTERRUPTED, "interrupted", "")
+    except Exception as error:
+        if not is_out_of_memory(error):
+            traceback.print_exc()
+        what = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+        leave(FAILED, "failed", f"rank {rank}: {what}", symptom=False)
+
+
+def _run_rank(given: _Given, place: Place, doing: dict[str, str]) -> None:
+    import torch
+
+    from paradiff.executor import distributed
+    from paradiff.executor.session import Session
+
+    options = given.options
+    check_output_dir(options["output_dir"] if place.rank == 0 else None)
+    if options["kernels"] == "timed":
+        graph, seconds = _timed(given)
+        session = Session.join(place, options["timeout"], torch.device("cpu"), graph.fingerprint())
+        trace = distributed.run_timed(graph, seconds, session, doing)
+        _finish_rank(given, session, graph, trace)
+        return
+    prepared = _prepared(given, place.local_rank)
+    fingerprint = prepared.graph.fingerprint()
+    session = Session.join(place, options["timeout"], prepared.device, fingerprint)
+    result = distributed.run_rank(
+        prepared.graph, prepared.pipeline.network, prepared.request, session, doing
+    )
+    _finish_rank(given, session, prepared.graph, result.trace, prepared, result)
+
+
+def _finish_rank(
+    given: _Given, session: Session, graph: ScheduleGraph, trace: Trace, *more: Any
+) -> None:
+    how = f"{session.world_size} processes over {session.backend}"
+    if session.rank == 0:
+        _report(given, graph, trace, how, *more)
+    session.leave()
+
+
+def _timed(given: _Given) -> tuple[ScheduleGraph, Callable[[Instance], float]]:
+    """The real model's schedule, and what its compute ops take on the box. Raises ConfigError."""
+    from paradiff.config import ConfigError
+    from paradiff.strategies import Infeasible, build, parse_spec
+    from simulator.costs import CostModel
+    from simulator.gpu import load_gpu
+    from simulator.topology import load_topology
+
+    options, plan = given.options, given.plan
+    name = options["topology"] or (plan.topology if plan else None)
+    if name is None:
+        raise ConfigError("--kernels timed: which box? give --topology")
+    if options["weights"] is not None:
+        raise ConfigError("--kernels timed: nothing is computed, give --model instead of --weights")
+    box = load_topology(name, plan.set if plan and options["topology"] is None else ())
+    profile = load_model(str(given.model))
+    workload = workload_of(
+        profile, given.sizes(planned=True), given.batch, given.dtype(planned=True)
+    )
+    try:
+        graph = build(parse_spec(given.spec), profile, workload)
+    except Infeasible as error:
+        typer.echo(f"paradiff: {given.spec}: {error}", err=True)
+        raise typer.Exit(INFEASIBLE) from None
+    placement = plan.placement if plan and plan.placement else tuple(range(graph.world_size))
+    if len(box.gpus) < graph.world_size:
+        raise ConfigError(f"--topology {box.name}: {len(box.gpus)} GPUs, {given.spec} takes more")
+    runtime = plan.runtime if plan else "eager"
+    costs = CostModel(profile, [load_gpu(name) for name in box.profiles], workload.dtype, runtime)
+
+    def seconds(instance: Instance) -> float:
+        op = instance.op
+        if op.work is None:
+            return 0.0
+        cost = costs.compute(op.work, placement[op.ranks[0]])
+        return max(cost.device_s, cost.host_s)
+
+    return graph, seconds
+
+
+# ------------------------------------------------------------------------------------- launching
+
+
+def _launch(given: _Given, ranks: int, timeout_s: float) -> None:
+    _needs_torch()
+    from paradiff.executor.launch import launch
+
+    with progress("starting", enabled=given.options["format_"] == "table") as advance:
+        shown = None if advance is None else partial(_show_steps, given, advance)
+        try:
+            outcome = launch(_arguments(given.options), ranks, timeout_s, shown)
+        except KeyboardInterrupt:
+            typer.echo("paradiff: interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+    if outcome.code:
+        if outcome.message:
+            typer.echo(f"paradiff: {outcome.message}", err=True)
+        raise typer.Exit(outcome.code)
+
+
+def _arguments(options: Mapping[str, Any]) -> list[str]:
+    """The options again, for the ranks."""
+    arguments = ["run"] if options["plan"] is None else ["run", str(options["plan"])]
+    for name, value in options.items():
+        if name in ("plan", "launch", "in_process") or value is None or value is False:
+            continue
+        flag = f"--{name.strip('_').replace('_', '-')}"
+        arguments += [flag] if value is True else [flag, str(value)]
+    return arguments
+
+
+def _show_steps(
+    given: _Given, advance: Callable[[int, int], None], found: Mapping[int, Mapping[str, Any]]
+) -> None:
+    """Progress of a launch: the step that the slowest rank is in."""
+    total = given.sizes(planned=True)["steps"]
+    at = [op[1:].partition("/")[0] for s in found.values() for op in s["doing"].values()]
+    steps = [int(step) for step in at if step.isdecimal()]
+    if steps and total:
+        advance(min(steps), total)
+
+
+# -------------------------------------------------------------------------------------- the report
+
+
+def _report(
+    given: _Given,
+    graph: ScheduleGraph,
+    trace: Trace,
+    how: str,
+    prepared: Prepared | None = None,
+    result: Result | None = None,
+) -> None:
+    """What is printed and written of a run that has ended well."""
+    from analysis.attribution import attribute, by_rank
+    from paradiff.trace import write_chrome_trace
+
+    broken = attribute(trace)
+    meta = dict(trace.meta)
+    summary = {
+        "schema": "paradiff.run/1",
+        "model": meta["model"],
+        "spec": given.spec,
+        "how": how,
+        "kernels": given.options["kernels"],
+        "device": given.options["device"],
+        "workload": {key: _number(meta[key]) for key in WORKLOAD},
+        "fingerprint": graph.fingerprint(),
+        "latency_s": trace.makespan_s,
+        "stages": asdict(broken.stages),
+        "predicted_latency_s": given.plan.predicted_latency_s if given.plan else None,
+        "clock_residual_s": float(meta.get("clock_residual_s", 0.0)),
+        "ranks": [asdict(each) for each in by_rank(trace)],
+        "files": [],
+    }
+    target = given.options["output_dir"]
+    if target is not None:
+        with staged(target) as folder:
+            write_chrome_trace(trace, folder / "trace.json.gz")
+            if prepared is not None and result is not None:
+                prepared.save(result, folder)
+            names = sorted({*(path.name for path in folder.iterdir()), "summary.json"})
+            summary["files"] = names
+            (folder / "summary.json").write_text(json_text(summary), encoding="utf-8")
+    if given.options["format_"] == "json":
+        typer.echo(json_text(summary), nl=False)
+    else:
+        _print_summary(given, summary)
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _print_summary(given: _Given, summary: Mapping[str, Any]) -> None:
+    from analysis.text import plain, seconds
+
+    typer.echo(f"{_what(given, summary)}: {summary['spec']}, {summary['how']}\n")
+    header = ["rank", "compute", "communication", "waiting"]
+    rows = [
+        [str(r["rank"]), *(seconds(r[f"{name}_s"]) for name in header[1:])]
+        for r in summary["ranks"]
+    ]
+    typer.echo("\n".join(plain(header, rows)) + "\n")
+    loop = seconds(summary["stages"]["denoise_s"])
+    typer.echo(f"Took {seconds(summary['latency_s'])}, of that the denoising loop {loop}.")
+    if summary["files"]:
+        typer.echo(f"Written to {given.options['output_dir']}: {', '.join(summary['files'])}.")
+
+
+def _what(given: _Given, summary: Mapping[str, Any]) -> str:
+    size = "{height}x{width}, {steps} steps, batch {batch}, {dtype}".format(**summary["workload"])
+    name = f"{summary['model']} ({size})"
+    if given.options["kernels"] == "timed":
+        return f"{name}, timed kernels"
+    if not given.is_real_size:
+        return f"{name}, a twin: the classes of the model, four blocks, random weights"
+    return f"{name}, random weights" if given.options["random_weights"] else name

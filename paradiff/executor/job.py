@@ -1,0 +1,124 @@
+"""One request made ready: model, graph, inputs; then run in one process, or as one rank of several.
+
+Everything that can be wrong with the input is found here, before any process group is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from paradiff.executor.interpreter import Request, Result, check_executable, run_graph
+from paradiff.executor.loading import Pipeline, load
+from paradiff.executor.network import random_conditioning
+from paradiff.executor.schedulers import check_scheduler, scheduler_named
+from paradiff.executor.streams import Progress
+from paradiff.graph import ScheduleGraph
+from paradiff.models.interception import compile_between_points
+from paradiff.profiles import Profile
+from paradiff.strategies import Workload, build, parse_spec
+
+DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+SIZES = ("height", "width", "frames", "steps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is to be run, as it was asked for. Sizes that are None are the model's own.
+
+    ``source``: a twin (``tiny-sdxl``), a local directory, or with ``random_weights`` a model of the
+    catalogue. ``fingerprint``: what the schedule's must be, where a plan was made for this very model.
+    """
+
+    source: str
+    spec: str
+    random_weights: bool = False
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    steps: int | None = None
+    batch: int = 1
+    dtype: str = "fp32"
+    device: torch.device
+    is_compiled: bool = False
+    seed: int = 0
+    guidance_scale: float | None = None
+    scheduler: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job with nothing left to go wrong but the run."""
+
+    pipeline: Pipeline
+    graph: ScheduleGraph
+    request: Request
+    device: torch.device
+
+    def in_process(self, progress: Progress | None = None) -> Result:
+        """All ranks in this process, one op after another. Raises RunFailed."""
+        return run_graph(self.graph, self.pipeline.network, self.request, progress)
+
+    def save(self, result: Result, folder: Path) -> None:
+        """The final latents of every replica, as safetensors. Raises OSError."""
+        tensors = {f"latents.{n}": x.contiguous().cpu() for n, x in sorted(result.latents.items())}
+        (folder / "latents.safetensors").write_bytes(save(tensors))
+
+
+def prepare(job: Job) -> Prepared:
+    """Load the model, build the graph, draw the inputs. Raises ValueError: what is wrong, and what is
+    allowed (Infeasible, with the nearest legal choice, for a strategy that the model cannot run)."""
+    pipeline = load(
+        job.source,
+        random_weights=job.random_weights,
+        dtype=DTYPES[job.dtype],
+        device=job.device,
+        seed=job.seed,
+    )
+    network, spec = pipeline.network, parse_spec(job.spec)
+    workload = workload_of(job, network.profile)
+    graph = build(spec, network.profile, workload)
+    if job.fingerprint not in (None, graph.fingerprint()):
+        raise ValueError(
+            f"{job.source}: the schedule of {job.spec} has fingerprint {graph.fingerprint()[:12]}, the"
+            f" plan {str(job.fingerprint)[:12]}: it was made for another model, size or version"
+        )
+    scheduler = pipeline.scheduler
+    if job.scheduler is not None:
+        scheduler = scheduler_named(job.scheduler, scheduler)
+    shape = network.profile.latent_shape(
+        workload.height, workload.width, workload.frames, workload.batch
+    )
+    shape["b"] = workload.batch * (2 if network.profile.geometry.guidance == "cfg" else 1)
+    check_scheduler(scheduler, workload.steps)
+    scale = pipeline.guidance_scale if job.guidance_scale is None else job.guidance_scale
+    request = Request(
+        conditioning=[
+            random_conditioning(network, shape, job.seed + replica, DTYPES[job.dtype])
+            for replica in range(spec.degree("data"))
+        ],
+        scheduler=scheduler,
+        seed=job.seed,
+        guidance_scale=scale,
+        dtype=DTYPES[job.dtype],
+    )
+    check_executable(graph, network, request)
+    if job.is_compiled:
+        compile_between_points(network.model, network.point_of)
+    return Prepared(pipeline, graph, request, job.device)
+
+
+def workload_of(job: Job, profile: Profile) -> Workload:
+    """What was asked for, the rest as the model has it by default."""
+    asked = {name: getattr(job, name) for name in SIZES}
+    sizes = {name: profile.defaults[name] if n is None else n for name, n in asked.items()}
+    return Workload(**sizes, batch=job.batch, dtype=job.dtype)
