@@ -130,6 +130,10 @@ def run(
             _in_process(given)
 
 
+class _CannotRun(Exception):
+    """Well formed, but the model cannot run it: exit 3."""
+
+
 class _Given:
     """The options, completed by the plan file."""
 
@@ -192,9 +196,8 @@ class _Given:
         return self.plan.workload.batch if self.plan and own == 1 else int(own)
 
     def dtype(self, *, planned: bool) -> str:
-        return self.options["dtype"] or (
-            self.plan.workload.dtype if self.plan and planned else "fp32"
-        )
+        own = "bf16" if self.options["kernels"] == "timed" else "fp32"
+        return self.options["dtype"] or (self.plan.workload.dtype if self.plan and planned else own)
 
     def job(self, local_rank: int | None) -> Job:
         import torch
@@ -259,20 +262,27 @@ def _in_process(given: _Given) -> None:
     """All ranks here."""
     _needs_torch()
     check_output_dir(given.options["output_dir"])
-    prepared = _prepared(given, None)
-    from paradiff.executor.faults import RunFailed
-
     try:
+        prepared = _prepared(given, None)
+        from paradiff.executor.faults import RunFailed
+
         with progress("running", enabled=given.options["format_"] == "table") as advance:
             result = prepared.in_process(advance)
+    except _CannotRun as error:
+        _exit(INFEASIBLE, str(error))
     except RunFailed as error:
-        typer.echo(f"paradiff: {error}", err=True)
-        raise typer.Exit(FAILED) from None
+        _exit(FAILED, str(error))
     _report(given, prepared.graph, result.trace, "all ranks in one process", prepared, result)
 
 
+def _exit(code: int, message: str) -> NoReturn:
+    if message:
+        typer.echo(f"paradiff: {message}", err=True)
+    raise typer.Exit(code)
+
+
 def _prepared(given: _Given, local_rank: int | None) -> Prepared:
-    """Raises ConfigError for whatever is wrong with the input; exits 3 where the model cannot."""
+    """Raises ConfigError for whatever is wrong with the input, _CannotRun where the model cannot."""
     import warnings
 
     from paradiff.config import ConfigError
@@ -286,8 +296,7 @@ def _prepared(given: _Given, local_rank: int | None) -> Prepared:
     try:
         return prepare(given.job(local_rank))
     except Infeasible as error:
-        typer.echo(f"paradiff: {given.spec}: {error}", err=True)
-        raise typer.Exit(INFEASIBLE) from None
+        raise _CannotRun(f"{given.spec}: {error}") from None
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
 
@@ -309,9 +318,9 @@ def _as_rank(given: _Given, place: Place) -> None:
         beat = Heartbeat(path, place.rank, lambda: dict(doing))
         beat.start()
 
-    def leave(code: int, state: str, message: str, **more: Any) -> NoReturn:
+    def leave(code: int, state: str, message: str, *, symptom: bool = False) -> NoReturn:
         if beat is not None:
-            beat.finish(state, message, **more)
+            beat.finish(state, message, code=code, symptom=symptom)
         elif message:
             typer.echo(f"paradiff: {message}", err=True)
         sys.stdout.flush()
@@ -336,9 +345,9 @@ def _leaving(leave: Callable[..., NoReturn], rank: int) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        leave(MALFORMED, "refused", " ".join(str(error).split()), code=MALFORMED)
-    except typer.Exit as error:
-        leave(error.exit_code, "refused", "", code=error.exit_code)
+        leave(MALFORMED, "refused", " ".join(str(error).split()))
+    except _CannotRun as error:
+        leave(INFEASIBLE, "refused", str(error))
     except RunFailed as error:
         leave(FAILED, "failed", str(error), symptom=error.symptom)
     except KeyboardInterrupt:
@@ -347,7 +356,7 @@ def _leaving(leave: Callable[..., NoReturn], rank: int) -> Iterator[None]:
         if not is_out_of_memory(error):
             traceback.print_exc()
         what = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
-        leave(FAILED, "failed", f"rank {rank}: {what}", symptom=False)
+        leave(FAILED, "failed", f"rank {rank}: {what}")
 
 
 def _run_rank(given: _Given, place: Place, doing: dict[str, str]) -> None:
@@ -383,7 +392,10 @@ def _finish_rank(
 
 
 def _timed(given: _Given) -> tuple[ScheduleGraph, Callable[[Instance], float]]:
-    """The real model's schedule, and what its compute ops take on the box. Raises ConfigError."""
+    """The real model's schedule, and what its compute ops take on the box.
+
+    Raises ConfigError and _CannotRun.
+    """
     from paradiff.config import ConfigError
     from paradiff.strategies import Infeasible, build, parse_spec
     from simulator.costs import CostModel
@@ -404,8 +416,7 @@ def _timed(given: _Given) -> tuple[ScheduleGraph, Callable[[Instance], float]]:
     try:
         graph = build(parse_spec(given.spec), profile, workload)
     except Infeasible as error:
-        typer.echo(f"paradiff: {given.spec}: {error}", err=True)
-        raise typer.Exit(INFEASIBLE) from None
+        raise _CannotRun(f"{given.spec}: {error}") from None
     placement = plan.placement if plan and plan.placement else tuple(range(graph.world_size))
     if len(box.gpus) < graph.world_size:
         raise ConfigError(f"--topology {box.name}: {len(box.gpus)} GPUs, {given.spec} takes more")
@@ -434,12 +445,9 @@ def _launch(given: _Given, ranks: int, timeout_s: float) -> None:
         try:
             outcome = launch(_arguments(given.options), ranks, timeout_s, shown)
         except KeyboardInterrupt:
-            typer.echo("paradiff: interrupted", err=True)
-            raise typer.Exit(INTERRUPTED) from None
+            _exit(INTERRUPTED, "interrupted")
     if outcome.code:
-        if outcome.message:
-            typer.echo(f"paradiff: {outcome.message}", err=True)
-        raise typer.Exit(outcome.code)
+        _exit(outcome.code, outcome.message)
 
 
 def _arguments(options: Mapping[str, Any]) -> list[str]:

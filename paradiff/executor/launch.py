@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,11 +68,10 @@ def launch(
             )
             try:
                 _watch(runner, folder, ranks, timeout_s, progress)
+                said = log.read_text(errors="replace")
             finally:
                 _end(runner, statuses(folder))
-        if runner.returncode == 0:
-            return Outcome(0)
-        return judged(statuses(folder), ranks, log.read_text(errors="replace"))
+        return Outcome(0) if runner.returncode == 0 else judged(statuses(folder), ranks, said)
 
 
 def die_with_parent() -> None:
@@ -152,11 +152,8 @@ def judged(found: Mapping[int, Status], ranks: int, log: str) -> Outcome:
         return Outcome(1, f"rank{many} {names} never started{waits or _last_line(log)}")
     for status in by_time:
         if status["state"] == "running":
-            silent_s = time.time() - status["time_s"]
             return Outcome(
-                1,
-                f"rank {status['rank']} was killed, crashed or stalled: its last word was"
-                f" {silent_s:.0f} s ago, {doing(status)}{waits}",
+                1, f"rank {status['rank']} {_end_of(status, log)}, {doing(status)}{waits}"
             )
     if symptoms:
         at = [f"rank {s['rank']} is {doing(s)}" for s in by_time if s["state"] != "failed"]
@@ -164,14 +161,24 @@ def judged(found: Mapping[int, Status], ranks: int, log: str) -> Outcome:
     return Outcome(1, f"the ranks ended without a word{_last_line(log)}")
 
 
+def _end_of(status: Status, log: str) -> str:
+    """How a rank ended that has said nothing of it: torchrun knows the exit code, if it ended at all."""
+    found = re.search(rf"exitcode: (-?\d+)\) local_rank: {status['rank']} ", log)
+    if found is None:
+        return f"has stalled: its last word was {time.time() - status['time_s']:.0f} s ago"
+    code = int(found[1])
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+
+
 def doing(status: Status) -> str:
-    """Where a rank was, in words."""
-    ops = sorted(status["doing"].values())
+    """Where a rank was, in words: its compute, if it was computing, or the earliest op in hand."""
+    ops = status["doing"]
     if not ops:
         return "outside of any op"
-    step = ops[0].partition("/")[0]
+    op = ops.get("compute", min(ops.values()))
+    step = op.partition("/")[0]
     where = f"step {int(step[1:])}, " if step[1:].isdecimal() and step[0] == "t" else ""
-    return f"in {where}op {', '.join(ops)}"
+    return f"in {where}op {op}"
 
 
 def _last_line(log: str) -> str:

@@ -1,0 +1,211 @@
+"""Runs that go wrong, on real processes: they end soon, say what and where in one message, leave nothing.
+
+A rank that is killed, stalls, never starts, has another graph, runs out of memory or meets NaN; a full
+disk; Ctrl-C. Each launch is one of the product's own, watched through its status files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from paradiff.executor.launch import STATUS, Status, statuses
+
+pytestmark = [pytest.mark.torch]
+
+ROOT = Path(__file__).parents[2]
+LONG = ["--model", "sd21", "--strategy", "distrifusion=2,warmup=1", "--steps", "900"]
+ENDS_WITHIN_S = 30.0
+
+
+def environment(status: Path, **more: str) -> dict[str, str]:
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), STATUS: str(status)}
+    return own | more
+
+
+@contextmanager
+def launched(folder: Path, *arguments: str, **more: str) -> Iterator[subprocess.Popen[str]]:
+    """``paradiff run ... --launch 2``, ended whatever the test does."""
+    (folder / "status").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "paradiff", "run", *arguments, "--launch", "2", "--timeout", "15"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+        env=environment(folder / "status", **more),
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def in_the_loop(folder: Path) -> dict[int, Status]:
+    """The status of both ranks once they denoise."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        found = statuses(folder / "status")
+        ops = [op for status in found.values() for op in status["doing"].values()]
+        if len(found) == 2 and any(re.match(r"t00[1-9]/", op) for op in ops):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"the ranks never denoised: {statuses(folder / 'status')}")
+
+
+def ended(process: subprocess.Popen[str], found: dict[int, Status]) -> str:
+    """The one message of a launch that fails within the time that is promised; no rank is left."""
+    begin = time.monotonic()
+    _, errors = process.communicate(timeout=120)
+    assert time.monotonic() - begin < ENDS_WITHIN_S
+    assert process.returncode == 1, errors
+    assert len(errors.splitlines()) == 1, errors
+    assert not any(alive(status["pid"]) for status in found.values())
+    return errors
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_killed_rank_is_named(tmp_path: Path) -> None:
+    with launched(tmp_path, *LONG, "--output-dir", "out") as process:
+        found = in_the_loop(tmp_path)
+        os.kill(found[1]["pid"], signal.SIGKILL)
+        message = ended(process, found)
+    assert re.search(r"rank 1 was ended by SIGKILL, in step \d+, op t\d+/\S+", message), message
+    assert [p.name for p in tmp_path.iterdir()] == ["status"]
+
+
+def test_stalled_rank_is_named(tmp_path: Path) -> None:
+    with launched(tmp_path, *LONG) as process:
+        found = in_the_loop(tmp_path)
+        os.kill(found[0]["pid"], signal.SIGSTOP)
+        message = ended(process, found)
+    assert re.search(r"rank 0 has stalled: .* in step \d+, op t\d+/\S+", message), message
+    assert re.search(r"op t\d+/\S+, rank 1: waits for rank 0 in vain", message), message
+
+
+def test_memory_that_ends_is_named(tmp_path: Path) -> None:
+    with launched(tmp_path, *LONG) as process:
+        found = in_the_loop(tmp_path)
+        pid = found[1]["pid"]
+        used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(pid, resource.RLIMIT_AS, (used // 2, used // 2))
+        message = ended(process, found)
+    assert re.search(r"step \d+, op t\d+/\S+, rank 1: out of memory", message), message
+
+
+def test_ctrl_c_ends_all(tmp_path: Path) -> None:
+    with launched(tmp_path, *LONG, "--output-dir", "out") as process:
+        found = in_the_loop(tmp_path)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=ENDS_WITHIN_S)
+    assert process.returncode == 130
+    assert errors == "paradiff: interrupted\n"
+    assert not any(alive(status["pid"]) for status in found.values())
+    assert [p.name for p in tmp_path.iterdir()] == ["status"]
+
+
+def test_killed_launcher_leaves_no_rank(tmp_path: Path) -> None:
+    with launched(tmp_path, *LONG) as process:
+        found = in_the_loop(tmp_path)
+        process.kill()
+        deadline = time.monotonic() + ENDS_WITHIN_S
+        while any(alive(s["pid"]) for s in found.values()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert not any(alive(status["pid"]) for status in found.values())
+
+
+def test_nan_is_found_in_its_step(tmp_path: Path) -> None:
+    """Embeddings with one NaN: the first latent is the first that is checked."""
+    tensors = {"encoder_hidden_states": torch.zeros(2, 6, 24)}
+    tensors["encoder_hidden_states"][0, 0, 0] = torch.nan
+    save_file(tensors, tmp_path / "nan.safetensors")
+    arguments = ["--model", "sd21", "--strategy", "cfg=2", "--steps", "3"]
+    with launched(tmp_path, *arguments, "--embeddings", "nan.safetensors") as process:
+        _, message = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert re.fullmatch(
+        r"paradiff: step 0, op t000/scheduler@r[01], rank [01]: the latent is not finite: \d+ NaN .*\n",
+        message,
+    ), message
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system of its own needs root")
+def test_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)], check=True)
+    try:
+        arguments = ["--model", "sd21", "--strategy", "cfg=2", "--steps", "30"]
+        with launched(tmp_path, *arguments, "--output-dir", "disk/out") as process:
+            _, message = process.communicate(timeout=240)
+        assert process.returncode == 2
+        assert re.search(r"--output-dir .*disk/out: No space left on device\n$", message), message
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# ------------------------------------------------------------------- ranks that somebody else starts
+
+
+def rank_alone(
+    folder: Path, port: int, rank: int, strategy: str, steps: int
+) -> subprocess.Popen[str]:
+    """One rank of two, as a plain script with the environment that any launcher sets."""
+    place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    own = environment(folder, **place, MASTER_PORT=str(port))
+    del own[STATUS]
+    return subprocess.Popen(
+        [sys.executable, "-m", "paradiff", "run", "--model", "sd21", "--strategy", strategy,
+         "--steps", str(steps), "--timeout", "15"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=own,
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def test_rank_that_never_starts_is_named(tmp_path: Path) -> None:
+    rank = rank_alone(tmp_path, free_port(), 0, "cfg=2", 2)
+    _, errors = rank.communicate(timeout=240)
+    assert rank.returncode == 1
+    assert errors == "paradiff: rank 1 did not come within 15 s\n"
+
+
+def test_ranks_with_different_graphs_say_so(tmp_path: Path) -> None:
+    port = free_port()
+    ranks = [rank_alone(tmp_path, port, r, s, 2) for r, s in enumerate(["cfg=2", "patch=2"])]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=240)
+        assert rank.returncode == 1
+        assert re.search(r"paradiff: rank 1 would run another graph than rank 0", errors), errors
+
+
+def test_status_files_are_whole(tmp_path: Path) -> None:
+    """A reader in a loop never sees half a file."""
+    with launched(tmp_path, "--model", "sd21", "--strategy", "cfg=2", "--steps", "2") as process:
+        while process.poll() is None:
+            for path in (tmp_path / "status").glob("rank-*.json"):
+                json.loads(path.read_text())
+        assert process.returncode == 0
