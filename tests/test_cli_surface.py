@@ -27,6 +27,12 @@ CAPACITY = {
     "--runtime", "--strategy", "--exact-only", "--max-staleness", "--processes", "--format",
     "--output-dir",
 }  # fmt: skip
+RUN = {
+    "--model", "--strategy", "--weights", "--random-weights", "--height", "--width", "--frames",
+    "--steps", "--batch", "--dtype", "--in-process", "--launch", "--device", "--compile", "--kernels",
+    "--topology", "--seed", "--guidance-scale", "--scheduler", "--embeddings", "--prompt",
+    "--negative-prompt", "--timeout", "--output-dir", "--format",
+}  # fmt: skip
 CHOICES = {
     "--dtype": ["fp16", "bf16", "fp32"],
     "--runtime": ["eager", "compiled", "cuda-graph"],

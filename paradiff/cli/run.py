@@ -95,6 +95,14 @@ def run(
         Literal["ddim", "euler", "dpmsolver++", "flow-match-euler"] | None,
         typer.Option(help="In place of the model's own."),
     ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Safetensors with the network's arguments by name."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Encoded by the text encoders of --weights.")
+    ] = None,
+    negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="For guidance.")] = "",
     timeout: Annotated[
         float,
         typer.Option(min=1.0, metavar="SECONDS", help="The longest that a transfer may wait."),
@@ -150,6 +158,8 @@ class _Given:
                     raise ConfigError(f"--{name}: the plan {options['plan']} has its own")
         elif options["model"] is None and options["weights"] is None:
             raise ConfigError("nothing to run, allowed: a plan file, --model NAME or --weights DIR")
+        if options["embeddings"] is not None and options["prompt"] is not None:
+            raise ConfigError("--embeddings and --prompt: give one of them")
         if options["random_weights"] and options["weights"] is not None:
             raise ConfigError("--random-weights and --weights: give one of them")
         (self.spec,) = parsed_specs(
@@ -225,6 +235,9 @@ class _Given:
             seed=options["seed"],
             guidance_scale=options["guidance_scale"],
             scheduler=options["scheduler"],
+            embeddings=options["embeddings"],
+            prompt=options["prompt"],
+            negative_prompt=options["negative_prompt"],
             fingerprint=self.plan.fingerprint if self.plan and is_planned else None,
         )
 
@@ -244,9 +257,15 @@ def _place() -> Place | None:
 
 
 def _needs_torch() -> None:
+    """Raises ConfigError where it is not installed; keeps the advice of the libraries to themselves."""
+    import warnings
     from importlib.util import find_spec
 
     from paradiff.config import ConfigError
+
+    warnings.simplefilter("ignore")
+    for name in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{name}_VERBOSITY", "error")
 
     for name in ("torch", "diffusers", "greenlet"):
         if find_spec(name) is None:
@@ -283,13 +302,7 @@ def _exit(code: int, message: str) -> NoReturn:
 
 def _prepared(given: _Given, local_rank: int | None) -> Prepared:
     """Raises ConfigError for whatever is wrong with the input, _CannotRun where the model cannot."""
-    import warnings
-
     from paradiff.config import ConfigError
-
-    warnings.simplefilter("ignore")
-    for name in ("DIFFUSERS", "TRANSFORMERS"):
-        os.environ.setdefault(f"{name}_VERBOSITY", "error")
     from paradiff.executor.job import prepare
     from paradiff.strategies import Infeasible
 
@@ -454,7 +467,7 @@ def _arguments(options: Mapping[str, Any]) -> list[str]:
     """The options again, for the ranks."""
     arguments = ["run"] if options["plan"] is None else ["run", str(options["plan"])]
     for name, value in options.items():
-        if name in ("plan", "launch", "in_process") or value is None or value is False:
+        if name in ("plan", "launch", "in_process") or value in (None, False, ""):
             continue
         flag = f"--{name.strip('_').replace('_', '-')}"
         arguments += [flag] if value is True else [flag, str(value)]

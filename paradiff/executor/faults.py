@@ -47,7 +47,7 @@ class OpFailed(RunFailed):
 def cause_of(instance: Instance, rank: int, error: BaseException) -> str:
     """The cause in words that a user knows."""
     if is_out_of_memory(error):
-        return "out of memory"
+        return f"out of memory ({' '.join(str(error).split())[:80] or 'allocation failed'})"
     if is_lost_peer(error):
         others = [r for r in instance.op.ranks if r != rank]
         return f"waits for {ranks_text(others)} in vain ({' '.join(str(error).split())[:120]})"
@@ -57,12 +57,13 @@ def cause_of(instance: Instance, rank: int, error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether host or device had no memory left."""
+    """Whether host or device had no memory left (oneDNN then cannot create its primitives)."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "could not create a primitive", "bad_alloc")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
+from paradiff.executor.conditioning import encode_prompt, read_conditioning
 from paradiff.executor.interpreter import Request, Result, check_executable, run_graph
 from paradiff.executor.loading import Pipeline, load
-from paradiff.executor.network import random_conditioning
+from paradiff.executor.network import Conditioning, random_conditioning
+from paradiff.executor.outputs import decoder, write_outputs
 from paradiff.executor.schedulers import check_scheduler, scheduler_named
 from paradiff.executor.streams import Progress
 from paradiff.graph import ScheduleGraph
@@ -52,6 +53,9 @@ class Job:
     seed: int = 0
     guidance_scale: float | None = None
     scheduler: str | None = None
+    embeddings: Path | None = None
+    prompt: str | None = None
+    negative_prompt: str = ""
     fingerprint: str | None = None
 
 
@@ -69,9 +73,8 @@ class Prepared:
         return run_graph(self.graph, self.pipeline.network, self.request, progress)
 
     def save(self, result: Result, folder: Path) -> None:
-        """The final latents of every replica, as safetensors. Raises OSError."""
-        tensors = {f"latents.{n}": x.contiguous().cpu() for n, x in sorted(result.latents.items())}
-        (folder / "latents.safetensors").write_bytes(save(tensors))
+        """Latents and what they decode to, as files. Raises OSError; none is left then."""
+        write_outputs(folder, self.pipeline, result.latents, result.decoded)
 
 
 def prepare(job: Job) -> Prepared:
@@ -95,26 +98,45 @@ def prepare(job: Job) -> Prepared:
     scheduler = pipeline.scheduler
     if job.scheduler is not None:
         scheduler = scheduler_named(job.scheduler, scheduler)
-    shape = network.profile.latent_shape(
-        workload.height, workload.width, workload.frames, workload.batch
-    )
-    shape["b"] = workload.batch * (2 if network.profile.geometry.guidance == "cfg" else 1)
     check_scheduler(scheduler, workload.steps)
-    scale = pipeline.guidance_scale if job.guidance_scale is None else job.guidance_scale
     request = Request(
         conditioning=[
-            random_conditioning(network, shape, job.seed + replica, DTYPES[job.dtype])
+            _conditioning(job, pipeline, workload, job.seed + replica)
             for replica in range(spec.degree("data"))
         ],
         scheduler=scheduler,
         seed=job.seed,
-        guidance_scale=scale,
+        guidance_scale=(
+            pipeline.guidance_scale if job.guidance_scale is None else job.guidance_scale
+        ),
         dtype=DTYPES[job.dtype],
+        decode=decoder(pipeline),
     )
     check_executable(graph, network, request)
     if job.is_compiled:
         compile_between_points(network.model, network.point_of)
     return Prepared(pipeline, graph, request, job.device)
+
+
+def _conditioning(job: Job, pipeline: Pipeline, workload: Workload, seed: int) -> Conditioning:
+    """What the network is given beside the latent: of a file, of a prompt, or drawn from ``seed``."""
+    network, dtype = pipeline.network, DTYPES[job.dtype]
+    size = workload.height, workload.width, workload.frames
+    shape = network.profile.latent_shape(*size, workload.batch)
+    if job.embeddings is not None:
+        return read_conditioning(job.embeddings, network, shape, dtype)
+    if job.prompt is not None:
+        return encode_prompt(
+            pipeline,
+            shape,
+            size,
+            job.prompt,
+            negative_prompt=job.negative_prompt,
+            guidance_scale=job.guidance_scale,
+            seed=seed,
+        )
+    branches = 2 if network.profile.geometry.guidance == "cfg" else 1
+    return random_conditioning(network, {**shape, "b": branches * shape["b"]}, seed, dtype)
 
 
 def workload_of(job: Job, profile: Profile) -> Workload:

@@ -1,4 +1,4 @@
-"""Runs that go wrong, on real processes: they end soon, say what and where in one message, leave nothing.
+"""Runs that go wrong, on real processes: they end soon, say what and where, and leave nothing.
 
 A rank that is killed, stalls, never starts, has another graph, runs out of memory or meets NaN; a full
 disk; Ctrl-C. Each launch is one of the product's own, watched through its status files.
