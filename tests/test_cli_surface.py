@@ -48,8 +48,7 @@ def options(command: object) -> set[str]:
 
 def test_commands() -> None:
     group = typer.main.get_command(app)
-    assert sorted(group.commands) == ["capacity", "plan", "profile", "topology", "validate"]  # type: ignore[attr-defined]
-    assert sorted(group.commands["profile"].commands) == ["kernels", "network", "trace"]  # type: ignore[attr-defined]
+    assert sorted(group.commands) == ["capacity", "kernels", "network", "plan", "profile", "run", "topology", "trace", "validate"]  # type: ignore[attr-defined]
     assert sorted(group.commands["topology"].commands) == ["doctor", "import", "show"]  # type: ignore[attr-defined]
     assert sorted(group.commands["validate"].commands) == ["published"]  # type: ignore[attr-defined]
 
@@ -64,6 +63,12 @@ def test_plan_options_are_the_same_under_both_names() -> None:
     group = typer.main.get_command(app)
     assert options(group.commands["plan"]) == PLAN  # type: ignore[attr-defined]
     assert options(typer.main.get_command(plan_app)) == PLAN
+
+
+def test_run_options() -> None:
+    command = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]
+    assert options(command) == RUN
+    assert [p.name for p in command.params if p.param_type_name == "argument"] == ["plan"]
 
 
 def test_topology_options() -> None:

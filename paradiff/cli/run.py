@@ -156,6 +156,7 @@ class _Given:
             for name in ("model", "strategy"):
                 if options[name] is not None:
                     raise ConfigError(f"--{name}: the plan {options['plan']} has its own")
+            _check_plan(self.plan, options["plan"])
         elif options["model"] is None and options["weights"] is None:
             raise ConfigError("nothing to run, allowed: a plan file, --model NAME or --weights DIR")
         if options["embeddings"] is not None and options["prompt"] is not None:
@@ -223,6 +224,7 @@ class _Given:
             raise ConfigError("--device cuda: torch sees no GPU here, allowed: cpu")
         names = ("height", "width", "frames", "steps", "dtype")
         is_planned = real and self.plan is not None and all(options[name] is None for name in names)
+        params = load_model(self.plan.model).denoiser.params if self.plan else 0
         return Job(
             source=self.source,
             spec=self.spec,
@@ -238,7 +240,25 @@ class _Given:
             embeddings=options["embeddings"],
             prompt=options["prompt"],
             negative_prompt=options["negative_prompt"],
-            fingerprint=self.plan.fingerprint if self.plan and is_planned else None,
+            planned=(self.plan.fingerprint, params) if self.plan and is_planned else None,
+        )
+
+
+def _check_plan(plan: PlanFile, file: Path) -> None:
+    """Raises ConfigError unless this version makes the same schedule of what the plan says."""
+    from paradiff.config import ConfigError
+    from paradiff.strategies import Infeasible, Workload, build, parse_spec
+
+    (spec,) = parsed_specs([plan.spec])
+    try:
+        workload = Workload(**plan.workload.model_dump())
+        found = build(parse_spec(spec), load_model(plan.model), workload).fingerprint()
+    except (Infeasible, ValueError) as error:
+        raise ConfigError(f"{file}: {error}") from None
+    if found != plan.fingerprint:
+        raise ConfigError(
+            f"{file}: the schedule of {spec} on {plan.model} has fingerprint {found[:12]}, the plan"
+            f" {plan.fingerprint[:12]}: it was made for another model, size or version"
         )
 
 
@@ -281,10 +301,10 @@ def _in_process(given: _Given) -> None:
     """All ranks here."""
     _needs_torch()
     check_output_dir(given.options["output_dir"])
+    from paradiff.executor.faults import RunFailed
+
     try:
         prepared = _prepared(given, None)
-        from paradiff.executor.faults import RunFailed
-
         with progress("running", enabled=given.options["format_"] == "table") as advance:
             result = prepared.in_process(advance)
     except _CannotRun as error:

@@ -36,7 +36,8 @@ class Job:
     """What is to be run, as it was asked for. Sizes that are None are the model's own.
 
     ``source``: a twin (``tiny-sdxl``), a local directory, or with ``random_weights`` a model of the
-    catalogue. ``fingerprint``: what the schedule's must be, where a plan was made for this very model.
+    catalogue. ``planned``: fingerprint of the schedule and parameters of the denoiser of the plan that
+    was made for this very model.
     """
 
     source: str
@@ -56,7 +57,7 @@ class Job:
     embeddings: Path | None = None
     prompt: str | None = None
     negative_prompt: str = ""
-    fingerprint: str | None = None
+    planned: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +91,11 @@ def prepare(job: Job) -> Prepared:
     network, spec = pipeline.network, parse_spec(job.spec)
     workload = workload_of(job, network.profile)
     graph = build(spec, network.profile, workload)
-    if job.fingerprint not in (None, graph.fingerprint()):
+    found = graph.fingerprint(), network.profile.denoiser.params
+    if job.planned not in (None, found):
         raise ValueError(
-            f"{job.source}: the schedule of {job.spec} has fingerprint {graph.fingerprint()[:12]}, the"
-            f" plan {str(job.fingerprint)[:12]}: it was made for another model, size or version"
+            f"{job.source}: {found[1]} parameters, schedule {found[0][:12]}; the plan's are"
+            f" {job.planned[1]} and {job.planned[0][:12]}: it was made for another model or size"
         )
     scheduler = pipeline.scheduler
     if job.scheduler is not None:

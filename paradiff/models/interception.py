@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial, update_wrapper, wraps
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -335,9 +335,9 @@ def intercept(
                 wrap(name, partial(_with_rotation, handler, model.config.patch_size, axis))
         for name in units:
             wrap(name, partial(_unit_scope, handler, name))
-        sdpa = partial(
-            _attend, handler, inside, kv or {}, text_first, F.scaled_dot_product_attention
-        )
+        original = F.scaled_dot_product_attention
+        sdpa = partial(_attend, handler, inside, kv or {}, text_first, original)
+        update_wrapper(sdpa, original)  # torch.compile asks every function of torch for its name
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", sdpa))
         stack.enter_context(_tables(handler))
         yield

@@ -10,6 +10,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Tiny models on tiny tensors: threads of two test processes would only wait for each other."""
+for library in ("DIFFUSERS", "TRANSFORMERS"):
+    os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
