@@ -48,7 +48,8 @@ def options(command: object) -> set[str]:
 
 def test_commands() -> None:
     group = typer.main.get_command(app)
-    assert sorted(group.commands) == ["capacity", "kernels", "network", "plan", "profile", "run", "topology", "trace", "validate"]  # type: ignore[attr-defined]
+    assert sorted(group.commands) == ["capacity", "plan", "profile", "run", "topology", "validate"]  # type: ignore[attr-defined]
+    assert sorted(group.commands["profile"].commands) == ["kernels", "network", "trace"]  # type: ignore[attr-defined]
     assert sorted(group.commands["topology"].commands) == ["doctor", "import", "show"]  # type: ignore[attr-defined]
     assert sorted(group.commands["validate"].commands) == ["published"]  # type: ignore[attr-defined]
 

@@ -211,17 +211,12 @@ class _Given:
         return self.options["dtype"] or (self.plan.workload.dtype if self.plan and planned else own)
 
     def job(self, local_rank: int | None) -> Job:
-        import torch
-
-        from paradiff.config import ConfigError
         from paradiff.executor.job import Job
 
         real, options = self.is_real_size, self.options
-        device = torch.device(options["device"])
-        if device.type == "cuda" and local_rank is not None:
-            device = torch.device("cuda", local_rank)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device cuda: torch sees no GPU here, allowed: cpu")
+        device = options["device"]
+        if device == "cuda" and local_rank is not None:
+            device = f"cuda:{local_rank}"
         names = ("height", "width", "frames", "steps", "dtype")
         is_planned = real and self.plan is not None and all(options[name] is None for name in names)
         params = load_model(self.plan.model).denoiser.params if self.plan else 0
@@ -393,8 +388,6 @@ def _leaving(leave: Callable[..., NoReturn], rank: int) -> Iterator[None]:
 
 
 def _run_rank(given: _Given, place: Place, doing: dict[str, str]) -> None:
-    import torch
-
     from paradiff.executor import distributed
     from paradiff.executor.session import Session
 
@@ -402,7 +395,7 @@ def _run_rank(given: _Given, place: Place, doing: dict[str, str]) -> None:
     check_output_dir(options["output_dir"] if place.rank == 0 else None)
     if options["kernels"] == "timed":
         graph, seconds = _timed(given)
-        session = Session.join(place, options["timeout"], torch.device("cpu"), graph.fingerprint())
+        session = Session.join(place, options["timeout"], "cpu", graph.fingerprint())
         trace = distributed.run_timed(graph, seconds, session, doing)
         _finish_rank(given, session, graph, trace)
         return

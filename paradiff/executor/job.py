@@ -49,7 +49,7 @@ class Job:
     steps: int | None = None
     batch: int = 1
     dtype: str = "fp32"
-    device: torch.device
+    device: str = "cpu"
     is_compiled: bool = False
     seed: int = 0
     guidance_scale: float | None = None
@@ -67,7 +67,7 @@ class Prepared:
     pipeline: Pipeline
     graph: ScheduleGraph
     request: Request
-    device: torch.device
+    device: str
 
     def in_process(self, progress: Progress | None = None) -> Result:
         """All ranks in this process, one op after another. Raises RunFailed."""
@@ -81,11 +81,13 @@ class Prepared:
 def prepare(job: Job) -> Prepared:
     """Load the model, build the graph, draw the inputs. Raises ValueError: what is wrong, and what is
     allowed (Infeasible, with the nearest legal choice, for a strategy that the model cannot run)."""
+    if job.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {job.device}: torch sees no GPU here, allowed: cpu")
     pipeline = load(
         job.source,
         random_weights=job.random_weights,
         dtype=DTYPES[job.dtype],
-        device=job.device,
+        device=torch.device(job.device),
         seed=job.seed,
     )
     network, spec = pipeline.network, parse_spec(job.spec)

@@ -83,7 +83,7 @@ class Session:
         return "nccl" if self.device.type == "cuda" else "gloo"
 
     @classmethod
-    def join(cls, place: Place, timeout_s: float, device: torch.device, hello: str) -> Session:
+    def join(cls, place: Place, timeout_s: float, device: str, hello: str) -> Session:
         """Meet the others. ``hello`` must be the same on all ranks (the graph's fingerprint).
 
         Raises RanksMissing, naming them, after ``timeout_s``; OtherGraph where a rank says another
@@ -105,7 +105,8 @@ class Session:
                 f" ({' '.join(str(error).split())[:80]})"
             ) from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        session = cls(place, timeout_s, device, dist.PrefixStore(f"paradiff/{attempt}", hub))
+        own = torch.device(device)
+        session = cls(place, timeout_s, own, dist.PrefixStore(f"paradiff/{attempt}", hub))
         said = session.agree("hello", hello)
         others = [rank for rank, text in said.items() if text != said[0]]
         if others:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import plain_loops as plain
-import torch
 from test_executor_decoding import pipeline
 from test_executor_strips import graph_of, request_of
 
@@ -29,7 +28,7 @@ def main(cases: list[tuple[str, str]]) -> None:
     warnings.simplefilter("ignore")
     place = Place.of_environment()
     assert place is not None
-    session = Session.join(place, 120.0, torch.device("cpu"), "tests")
+    session = Session.join(place, 120.0, "cpu", "tests")
     for name, spec in cases:
         graph = graph_of(name, spec, steps=4)
         profile, model = plain.twin(name)
