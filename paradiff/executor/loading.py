@@ -210,7 +210,7 @@ def _local(path: Path, place: _Place, *, random_weights: bool) -> Pipeline:
     folder = _denoiser_folder(path, index)
     kind = getattr(diffusers, class_name)
     if random_weights:
-        model = place.random(kind, config)
+        model = _built(place, kind, config, folder / "config.json")
     else:
         model = load_module(folder, kind, place.dtype, place.device)
     if index is None:
@@ -303,11 +303,22 @@ def _component(
     if kind is None:
         return None
     if random_weights:
-        config: Any = read_config(path / name / "config.json")
+        file = path / name / "config.json"
+        config: Any = read_config(file)
         if hasattr(kind, "config_class"):
             config = kind.config_class.from_dict(config)
-        return place.random(kind, config)
+        return _built(place, kind, config, file)
     return load_module(path / name, kind, place.dtype, place.device)
+
+
+def _built(place: _Place, kind: Any, config: Any, file: Path) -> nn.Module:
+    """A module with random weights from the configuration in ``file``."""
+    try:
+        return place.random(kind, config)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{file}: does not build as {kind.__name__}: {_cause(error)}") from None
 
 
 def _scheduler(folder: Path) -> Any:

@@ -225,6 +225,9 @@ def test_configurations_that_name_something_else(broken: Path) -> None:
     file.write_text("{")
     says(broken, str(file), "not JSON")
     config = broken / "transformer" / "config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"norm_type": "none of these"}))
+    says(broken, str(config), "does not build", random=True)
     config.write_text(json.dumps({"_class_name": "PriorTransformer"}))
     says(broken, str(config), "PriorTransformer", "PixArtTransformer2DModel")
     says(broken / "vae", "AutoencoderKL")
