@@ -179,6 +179,7 @@ def _output_sentence(plan: Plan) -> str:
     fresh = _count(best.synchronous_steps or 0, "synchronous step")
     changes = [f"values up to {_count(steps, 'step')} old are read after {fresh}"] * (steps > 0)
     changes += ["weights are stored in 8 bits"] * ("fp8" in best.spec)
+    changes += ["the picture is decoded in tiles"] * ("vae=tiled" in best.spec)
     what = " and ".join(changes) or "nothing is exchanged"
     exact = next((c for c in plan.ranked if c.exact), None)
     instead = (

@@ -62,8 +62,9 @@ tried."""
 REMEDIES = (
     ("vae=split", "offload=text", "offload=text+vae", "vae=split,offload=text+vae", "weights=hsdp",
      "offload=text+vae,weights=hsdp", "vae=split,offload=text+vae,weights=hsdp"),
-    ("weights=fp8", "offload=text,weights=fp8", "offload=text+vae,weights=fp8",
-     "offload=text+vae,weights=fp8+hsdp"),
+    ("vae=tiled", "vae=tiled,offload=text", "vae=tiled,offload=text+vae", "weights=fp8",
+     "offload=text,weights=fp8", "offload=text+vae,weights=fp8",
+     "vae=tiled,offload=text+vae,weights=fp8", "vae=tiled,offload=text+vae,weights=fp8+hsdp"),
 )  # fmt: skip
 """What makes a schedule fit, gentlest first: that which keeps the picture, that which may change it."""
 

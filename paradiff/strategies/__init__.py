@@ -24,6 +24,7 @@ from paradiff.strategies.pipefusion import pipefusion
 from paradiff.strategies.places import PLACES, in_turns, sharded, stored_in_fp8
 from paradiff.strategies.reuse import whole
 from paradiff.strategies.stream import streambatch
+from paradiff.strategies.tiling import tiled_decode
 
 __all__ = [
     "AXES",
@@ -240,6 +241,8 @@ def _check_options(spec: Spec) -> None:
     allowed = dict.fromkeys((*AXES, spec.name), INTEGER) | dict(spec.strategy.parameters)
     allowed |= PLACES
     allowed |= DECODE
+    if spec.options.get("vae") == "tiled":
+        allowed["tile"] = INTEGER
     for name in spec.strategy.passes & spec.options.keys():
         allowed |= {name: INTEGER} | dict(STRATEGIES[name].parameters)
     if spec.name == "serial":
@@ -279,7 +282,8 @@ def facts(spec: Spec, workload: Workload) -> Facts:
     Exact up to floating-point association (STRATEGIES section 21).
     """
     s, o = spec.strategy, spec.options
-    exact = s.exact(o, workload.steps) and "fp8" not in spec.places("weights")
+    kept = "fp8" not in spec.places("weights") and o.get("vae") != "tiled"
+    exact = s.exact(o, workload.steps) and kept
     return Facts(spec.n_gpus, s.synchronous(o, workload.steps), exact)
 
 
@@ -300,8 +304,11 @@ def _placed(
     graph: ScheduleGraph, spec: Spec, profile: Profile, element_bytes: int
 ) -> ScheduleGraph:
     """``graph`` decoded by as many, and with its weights stored, spread and loaded, as the spec asks."""
-    if "vae" in spec.options:
-        graph = split_decode(graph, profile, spec.mesh.dp, dict(graph.meta)["dtype"])
+    dtype = dict(graph.meta)["dtype"]
+    if spec.options.get("vae") == "split":
+        graph = split_decode(graph, profile, spec.mesh.dp, dtype)
+    elif "vae" in spec.options:
+        graph = tiled_decode(graph, profile, int(spec.options.get("tile", "64")), dtype)
     weights, offload = spec.places("weights"), spec.places("offload")
     param_bytes = 1 if "fp8" in weights else element_bytes
     if "fp8" in weights:

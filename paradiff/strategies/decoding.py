@@ -21,7 +21,7 @@ from paradiff.strategies.builder import (
     widest_strips,
 )
 
-DECODE: Mapping[str, str] = {"vae": "split"}
+DECODE: Mapping[str, str] = {"vae": "split|tiled"}
 """Spec parameter -> pattern of its values."""
 
 
