@@ -67,6 +67,7 @@ REMEDIES = (
      "vae=tiled,offload=text+vae,weights=fp8", "vae=tiled,offload=text+vae,weights=fp8+hsdp"),
 )  # fmt: skip
 """What makes a schedule fit, gentlest first: that which keeps the picture, that which may change it."""
+NEAREST = 32
 
 
 class Contradiction(ValueError):
@@ -261,8 +262,8 @@ class _Planner:
         self.costs = CostModel(request.profile, self.gpus, request.workload.dtype, request.runtime)
         self.wire = Wire(self.network)
         self.runs: dict[str, _Run] = {}
-        self.misfits: list[str] = []
-        """Specs that need more memory than there is."""
+        self.misfits: list[tuple[int, str]] = []
+        """Bytes that the fullest rank needs, and the spec, of all that do not fit."""
         self.choices: dict[str, list[Placement]] = {}
         if request.measured is not None:
             self.costs = self._calibrated(*request.measured)
@@ -356,7 +357,7 @@ class _Planner:
             placement=choices[0],
         )
         if misfits is not None:
-            self.misfits.append(text)
+            self.misfits.append((peak, text))
             near = next(self._fitting(text), None) if self.request.specs else None
             base = replace(base, nearest=near)
             misfits += f"; nearest: {near}" if near else ""
@@ -382,8 +383,12 @@ class _Planner:
                     break
 
     def made_to_fit(self) -> list[Candidate]:
-        """Where nothing fits as it is: what does with its weights offloaded, sharded or in fp8."""
-        return [self.candidate(spec) for text in list(self.misfits) for spec in self._fitting(text)]
+        """Where nothing fits as it is: what does with its weights offloaded, sharded or in fp8.
+
+        Of the NEAREST that need least, as building every variant of a large schedule takes seconds.
+        """
+        near = [text for _, text in sorted(self.misfits)[:NEAREST]]
+        return [self.candidate(spec) for text in near for spec in self._fitting(text)]
 
     def what_fitting_costs(self, ranked: Sequence[Candidate]) -> Iterator[str]:
         """Seconds that the first pays for weights that are elsewhere: against the run without."""
