@@ -372,14 +372,18 @@ class _Planner:
         """``text`` with its weights elsewhere, so that it fits: what keeps the picture first."""
         if PLACES.keys() & parse_spec(text).options.keys():
             return
+        found: list[str] = []
         for remedies in REMEDIES:
-            for spec in (f"{text},{remedy}" for remedy in remedies):
+            for remedy in remedies:
+                if found and set(remedy.split(",")) > set(found):
+                    continue  # what keeps the picture does already, and more is asked
                 try:
-                    graph = self._build(spec)
+                    graph = self._build(f"{text},{remedy}")
                 except Infeasible:
                     continue
                 if self._memory(graph, [tuple(range(graph.world_size))])[1] is None:
-                    yield spec
+                    found = remedy.split(",")
+                    yield f"{text},{remedy}"
                     break
 
     def made_to_fit(self) -> list[Candidate]:
