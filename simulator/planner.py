@@ -372,17 +372,20 @@ class _Planner:
         """``text`` with its weights elsewhere, so that it fits: what keeps the picture first."""
         if PLACES.keys() & parse_spec(text).options.keys():
             return
-        found: list[str] = []
+        found: set[str] = set()
         for remedies in REMEDIES:
             for remedy in remedies:
-                if found and set(remedy.split(",")) > set(found):
-                    continue  # what keeps the picture does already, and more is asked
+                places = {f"{key}={part}" for key, _, value in
+                          (each.partition("=") for each in remedy.split(","))
+                          for part in value.split("+")}  # fmt: skip
+                if found and places > found:
+                    continue  # what keeps the picture does already with less
                 try:
                     graph = self._build(f"{text},{remedy}")
                 except Infeasible:
                     continue
                 if self._memory(graph, [tuple(range(graph.world_size))])[1] is None:
-                    found = remedy.split(",")
+                    found = places
                     yield f"{text},{remedy}"
                     break
 
