@@ -176,7 +176,7 @@ def read_document(
     once its aliases are expanded.
     """
     file = str(path)
-    root = _compose(_read_text(Path(path), file), file)
+    root = _compose(read_text(path, MAX_FILE_BYTES), file)
     reader = _Reader(file)
     data = reader.plain(root, (), 0) if root is not None else None
     if not isinstance(data, dict):
@@ -186,16 +186,18 @@ def read_document(
     return Document(file=file, data=data, places=reader.places, keys=reader.keys, overrides=written)
 
 
-def _read_text(path: Path, file: str) -> str:
+def read_text(path: str | Path, most_bytes: int) -> str:
+    """A UTF-8 file of at most ``most_bytes``. Raises ConfigError."""
+    file = str(path)
     try:
-        if path.is_dir():
-            raise ConfigError(f"{file}: is a directory, allowed: a YAML file")
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_FILE_BYTES + 1)
+        if Path(path).is_dir():
+            raise ConfigError(f"{file}: is a directory, allowed: a file")
+        with Path(path).open("rb") as stream:
+            raw = stream.read(most_bytes + 1)
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise ConfigError(f"{file}: too large, allowed: {MAX_FILE_BYTES} bytes at most")
+    if len(raw) > most_bytes:
+        raise ConfigError(f"{file}: too large, allowed: {most_bytes} bytes at most")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from paradiff.config import ConfigError
 from simulator.importers.assemble import read_facts, to_yaml, topology_data
 from simulator.importers.bandwidth import read_nvbandwidth, read_p2p_test
-from simulator.importers.machine import pcie_bytes_per_s
+from simulator.importers.machine import Facts, Machine, pcie_bytes_per_s
 from simulator.importers.nccl import read_log, read_xml
 from simulator.importers.nccl_tests import read_nccl_tests
 from simulator.importers.reading import Report, read_report
@@ -222,6 +222,48 @@ def test_a_table_of_some_gpus_holds_for_those_where_gpus_differ(tmp_path: Path) 
     assert {table.scope for table in box.collectives} == {("gpu0", "gpu1", "gpu2", "gpu3")}
 
 
+def test_lines_with_time_stamps_and_new_names_of_a_log() -> None:
+    """A time stamp before each line, ``system-bus`` names, a tag of mpirun: the same machine."""
+    text = (BOXES / "four.nccl.log").read_text()
+    plain, _ = read_log(report(text))
+    newer = text.replace("GPU/", "GPU/0-").replace("CPU/", "CPU/0-").replace("PCI/", "PCI/0-")
+    stamped = "\n".join(
+        f"[2025-01-01 10:00:{i:02d}] [1,0]<stdout>:{k}" for i, k in enumerate(newer.split("\n"))
+    )
+    found, access = read_log(report(stamped))
+    assert plain is not None
+    assert found is not None
+    shape = [(v.name, v.kind, v.parent, v.pcie and v.pcie.bytes_per_s) for v in plain.vertices]
+    assert [
+        (v.name, v.kind, v.parent, v.pcie and v.pcie.bytes_per_s) for v in found.vertices
+    ] == shape
+    assert len(access) == 3
+
+
+@pytest.mark.parametrize(
+    ("columns", "ratio", "kind"),
+    [
+        ("float sum -1", 2 * 7 / 8, "all_reduce"),
+        ("float sum -1", 7 / 8, "reduce_scatter"),
+        ("float none 0", 1.0, "broadcast"),
+        ("float none -1", 7 / 8, None),  # all_gather or alltoall
+    ],
+)
+def test_a_table_without_a_name_is_told_by_its_columns(
+    columns: str, ratio: float, kind: str | None
+) -> None:
+    """busbw / algbw is 2 (n-1)/n for all_reduce, (n-1)/n for reduce_scatter, 1 for broadcast."""
+    ranks = [f"#  Rank {i:2d} Pid 1 on host device {i:2d} [0x1b] NVIDIA L40S" for i in range(8)]
+    numbers = f"100.0 40.00 {40 * ratio:.2f} 0"
+    row = f" 4194304 1048576 {columns} {numbers} {numbers}"
+    text = report("\n".join([*ranks, row]))
+    if kind is None:
+        with pytest.raises(ConfigError, match="which collective is this"):
+            read_nccl_tests(text)
+    else:
+        assert read_nccl_tests(text)[0].kind == kind
+
+
 # ------------------------------------------------------------------------------------- broken files
 
 
@@ -279,7 +321,7 @@ TOPO = "\tGPU0\tGPU1\tCPU Affinity\tNUMA Affinity\nGPU0\t X \tPHB\t0-7\t0\nGPU1\
         (read_nccl_tests, "# sendrecv_perf", "file:1: sendrecv_perf is not used, allowed: all_gather"),
         (
             read_nccl_tests,
-            " 1024 256 float sum -1 9.1 0.1 0.1 0 9.1 0.1 0.1 0",
+            " 1024 256 float none -1 9.1 0.1 0.1 0 9.1 0.1 0.1 0",
             "file:1: which collective is this?",
         ),
         (
@@ -315,7 +357,7 @@ def test_binary_empty_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "bin").write_bytes(b"ok\n\xff\xfe")
     (tmp_path / "empty").write_text("\n")
     for name, message in (
-        ("bin", ":2: not text"),
+        ("bin", ":2:1: not text"),
         ("empty", ":1: empty"),
         ("none", "cannot be read"),
     ):
@@ -346,7 +388,11 @@ def test_damaged_files_are_read_or_refused(fixture: str, cut: int, length: int, 
         from simulator.importers.lstopo import read_lstopo as reader
     complaint = ""
     try:
-        reader(damaged)
+        found = reader(damaged)
+        machine = found[0] if isinstance(found, tuple) else found
+        if isinstance(machine, Machine):
+            facts = Facts(machine=machine, access={}, bandwidths=(), runs=())
+            topology_data(facts, "box", "h100-sxm")
     except ConfigError as error:
         complaint = str(error)
     assert not complaint or complaint.startswith("file:")

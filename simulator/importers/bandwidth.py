@@ -37,7 +37,8 @@ def read_nvbandwidth(report: Report) -> Bandwidths:
     gpus = 0
     for case in cases:
         name = str(case["name"])
-        if case.get("status", "Passed") != "Passed" or name not in {*_HOST, *_PEER, *_ALL_TO_HOST}:
+        passed = str(case.get("status", "passed")).lower() == "passed"
+        if not passed or name not in {*_HOST, *_PEER, *_ALL_TO_HOST}:
             continue
         line = _line_of(report, name)
         cells = _cells(report, line, case)

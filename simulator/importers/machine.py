@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from paradiff.config import ConfigError
+
 Kind = Literal["socket", "root", "switch", "gpu", "nic"]
 Pair = tuple[int, int]
 """Two device indices, source first."""
@@ -107,7 +109,14 @@ class Machine:
     def pruned(self) -> Machine:
         """Without what no GPU hangs on, and without bridges that join nothing: a bridge with one
         child is spliced out, and the slower of its two links is kept. What remains is numbered anew.
+
+        Raises ConfigError where a GPU is missing or hangs on no socket: in a file that was cut, say.
         """
+        known = {vertex.name for vertex in self.vertices}
+        for gpu in self.gpus:
+            if gpu not in known or [*self.above(gpu)][-1].kind != "socket":
+                what = f"{gpu} is on no socket, allowed: the whole file of one machine"
+                raise ConfigError(f"{self.at}: {what}")
         wanted = {v.name for gpu in self.gpus for v in self.above(gpu)}
         vertices = {v.name: v for v in self.vertices if v.name in wanted}
         for name in [n for n, v in vertices.items() if v.kind in ("root", "switch")][::-1]:

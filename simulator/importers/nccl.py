@@ -151,7 +151,7 @@ class _XmlReader:
         ).pruned()
 
 
-_PREFIX = re.compile(r"^(?P<who>.*?\S+:\d+:\d+ \[\d+\]) NCCL INFO (?P<text>.*)$")
+_PREFIX = re.compile(r"(?P<who>\S+:\d+:\d+ \[\d+\]) NCCL INFO (?P<text>.*)$")
 _SYSTEM = re.compile(r"=== System : maxBw")
 _SOCKET = re.compile(r"CPU/([\da-fA-F-]+) \((\d+)/(\d+)/(-?\d+)\)")
 _BRANCH = re.compile(
@@ -167,7 +167,7 @@ def read_log(report: Report) -> tuple[Machine | None, dict[Pair, tuple[bool, str
     who, block = "", list[tuple[int, str]]()
     access: dict[Pair, tuple[bool, str]] = {}
     for line, text in report.numbered():
-        found = _PREFIX.match(text)
+        found = _PREFIX.search(text)
         if found is None:
             continue
         said = found["text"]
@@ -208,6 +208,9 @@ def _log_tree(report: Report, block: list[tuple[int, str]]) -> Machine:
             rate = number(report, line, branch["rate"], f"{branch['type']}[...]") * 1e9
             device = far.partition("/")[0]
             if branch["type"] == "PCI" and device in ("PCI", "GPU"):
+                if above[-1][1] in ranks:
+                    what = f"{far} hangs on {above[-1][1]}, allowed: indented as NCCL prints it"
+                    raise report.error(line, what)
                 kind: Kind = "gpu" if device == "GPU" else "switch"
                 link = Pcie(bytes_per_s=rate * NCCL_PCIE, at=report.at(line))
                 vertices.append(

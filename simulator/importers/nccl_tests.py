@@ -32,11 +32,14 @@ class _Run:
     line: int = 0
     ranks: dict[int, tuple[str, int]] = field(default_factory=dict)
     rows: list[tuple[int, float, float, int]] = field(default_factory=list)
+    shape: tuple[str, bool, float] = ("", False, 0.0)
+    """Of the last row: redop, whether a root is named, busbw over algbw."""
 
 
 def read_nccl_tests(report: Report) -> tuple[CollectiveRun, ...]:
     """Every table of a file. The collective is named by a line with ``NAME_perf`` (the command, or
-    the header of newer versions), else by the file's name. Raises ConfigError."""
+    the header of newer versions), else by the file's name, else told by its columns where they can only
+    be one's. Raises ConfigError."""
     runs = [_Run()]
     for line, text in report.numbered():
         program, rank, row = _PROGRAM.search(text), _RANK.search(text), _ROW.fullmatch(text)
@@ -68,15 +71,26 @@ def _kind(report: Report, line: int, name: str) -> str:
     raise report.error(line, f"{name}_perf is not used, allowed: {', '.join(KINDS)}")
 
 
+def _told_by(run: _Run) -> str:
+    """The one collective with these columns; nothing for all_gather and alltoall, which look alike."""
+    redop, rooted, ratio = run.shape
+    if redop == "sum" and not rooted and len(run.ranks) > 2:
+        half = (len(run.ranks) - 1) / len(run.ranks)
+        return "all_reduce" if abs(ratio - 2 * half) < abs(ratio - half) else "reduce_scatter"
+    return "broadcast" if redop == "none" and rooted else ""
+
+
 def _add_row(report: Report, line: int, row: re.Match[str], run: _Run) -> None:
     """Columns from the end: time, algbw, busbw and #wrong, out of place and then in place."""
     size, words = int(row[1]), row[4].split()
-    time, _, busbw, wrong = words[-8:-4]
+    time, algbw, busbw, wrong = words[-8:-4]
     if wrong not in ("0", "N/A") and number(report, line, wrong, "#wrong") > 1e-3:
         raise report.error(line, f"{wrong} wrong results, allowed: 0")
     seconds = number(report, line, time, "time") * 1e-6
     if size and seconds:
-        run.rows.append((size, seconds, number(report, line, busbw, "busbw") * 1e9, line))
+        bus, rate = (number(report, line, w, "GB/s") for w in (busbw, algbw))
+        run.shape = (words[0], len(words) > 9 and words[1].isdecimal(), bus / rate if rate else 0.0)
+        run.rows.append((size, seconds, bus * 1e9, line))
 
 
 def _finished(report: Report, run: _Run) -> CollectiveRun:
@@ -84,7 +98,7 @@ def _finished(report: Report, run: _Run) -> CollectiveRun:
     kind = run.kind
     if not kind:
         name = Path(report.file).name.replace("all_to_all", "alltoall")
-        kind = next((k for known, k in KINDS.items() if known in name), "")
+        kind = next((k for known, k in KINDS.items() if known in name), "") or _told_by(run)
     if not kind:
         what = "which collective is this? allowed: a line with its command (all_gather_perf ...)"
         raise report.error(first, f"{what}, or its name in the file's name")

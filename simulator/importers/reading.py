@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
-from paradiff.config import ConfigError
+from paradiff.config import ConfigError, read_text
 
 MAX_BYTES = 64 * 2**20
 MAX_XML_DEPTH = 200
@@ -59,20 +59,7 @@ class Element:
 
 def read_report(path: str | Path) -> Report:
     """The file at ``path``. Raises ConfigError where it cannot be read or is not UTF-8 text."""
-    file = str(path)
-    try:
-        with Path(path).open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
-    if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{file}: too large, allowed: {MAX_BYTES} bytes at most")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        byte = f"byte 0x{raw[error.start]:02x}"
-        raise ConfigError(f"{file}:{line}: not text ({byte}), allowed: UTF-8") from None
+    file, text = str(path), read_text(path, MAX_BYTES)
     if not text.strip():
         raise ConfigError(f"{file}:1: empty file, allowed: the output of the tool")
     lines = _TERMINAL_CODES.sub("", text).replace("\r\n", "\n").replace("\r", "\n").split("\n")

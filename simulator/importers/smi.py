@@ -164,6 +164,8 @@ def read_p2p(report: Report) -> dict[Pair, tuple[bool, str]]:
     """Whether each pair of an ``nvidia-smi topo -p2p`` has peer access, and the words for it."""
     matrix = _matrix(report, "nvidia-smi topo -p2p rw")
     gpus = _gpus(report, matrix)
+    if len(gpus) < len(matrix.names):
+        raise report.error(matrix.line, f"columns {', '.join(matrix.names)}, allowed: GPUs alone")
     access = {}
     for (row, column), (code, line) in matrix.cells.items():
         if row == column:
