@@ -49,7 +49,7 @@ def options(command: object) -> set[str]:
 def test_commands() -> None:
     group = typer.main.get_command(app)
     assert sorted(group.commands) == ["capacity", "plan", "profile", "run", "topology", "validate"]  # type: ignore[attr-defined]
-    assert sorted(group.commands["profile"].commands) == ["kernels", "network", "trace"]  # type: ignore[attr-defined]
+    assert sorted(group.commands["profile"].commands) == ["fit", "kernels", "network", "trace"]  # type: ignore[attr-defined]
     assert sorted(group.commands["topology"].commands) == ["doctor", "import", "show"]  # type: ignore[attr-defined]
     assert sorted(group.commands["validate"].commands) == ["published"]  # type: ignore[attr-defined]
 
@@ -91,6 +91,7 @@ def test_profile_options() -> None:
     assert options(commands["kernels"]) == {
         "--model", "--device", "--dtype", "--budget", "--gpu", "--output-dir",
     }  # fmt: skip
+    assert options(commands["fit"]) == {"--gpu", "--output", "--runtime"}
     assert options(commands["network"]) == {
         "--topology", "--output", "--device", "--min-bytes", "--max-bytes", "--timeout",
         "--output-dir",

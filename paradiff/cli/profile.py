@@ -262,3 +262,41 @@ def network(
             f"{output}: {topology} with "
             f"{len({row[:2] for row in rows if row.way == 'all'})} measured tables"
         )
+
+
+@app.command()
+def fit(
+    traces: Annotated[
+        list[Path], typer.Argument(metavar="TRACE...", help="trace.json.gz of paradiff run.")
+    ],
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="GPU profile to correct.")],
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="The corrected profile; its name is the file's.")
+    ],
+    runtime: Annotated[
+        Literal["eager", "compiled", "cuda-graph"], typer.Option(help="How the runs were executed.")
+    ] = "eager",
+) -> None:
+    """Correct a GPU profile's rates by measured traces, and say how far it is then off elsewhere.
+
+    Plan with it: paradiff-plan --topology BOX --set gpu=FILE.
+    """
+    with one_message():
+        from paradiff.config import ConfigError
+        from simulator import calibrate
+        from simulator.gpu import load_gpu
+
+        if output.suffix != ".yaml":
+            raise ConfigError(f"--output {output}: allowed: a name that ends in .yaml")
+        base = load_gpu(gpu)
+        seen: list[calibrate.Seen] = []
+        for number, path in enumerate(traces):
+            trace = calibrate.load_trace(path)
+            profile = load_model(dict(trace.meta)["model"])
+            seen += calibrate.observations(number, path, trace, profile)
+        found = calibrate.fit(seen, base, runtime)
+        files = ", ".join(path.name for path in traces)
+        source = f"fitted with its siblings to the ops of {files}"
+        write_file(output, calibrate.corrected_yaml(gpu, output.stem, found, source))
+    typer.echo(f"{output}: {gpu} corrected by {len(seen)} ops of {len(traces)} traces")
+    typer.echo("\n".join(calibrate.summary(found)))
