@@ -7,9 +7,11 @@ step no strip reads another's new data (``sync_gn`` apart, which is run again un
 
 from __future__ import annotations
 
+import os
 import warnings
 from functools import cache
 from inspect import signature
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -25,7 +27,7 @@ from torch import Tensor
 from paradiff.executor.network import Network, random_conditioning
 from paradiff.models.interception import Handler, Site, image_attentions, intercept
 from paradiff.models.tiny import tiny_model, tiny_plan, tiny_scheduler
-from paradiff.models.trace import trace_plan
+from paradiff.models.trace import cached_profile
 from paradiff.profiles import Profile
 
 NAMES = (
@@ -54,10 +56,12 @@ torch.set_num_threads(1)  # tensors are so small that threads only wait for each
 
 @cache
 def twin(name: str) -> tuple[Profile, Any]:
-    """Profile and model of ``tiny-<name>``, traced and built once."""
-    with warnings.catch_warnings():
+    """Profile and model of ``tiny-<name>``. A trace is kept for other processes and later runs: it is
+    another one's under other tracing code, configurations or versions."""
+    kept = str(Path(__file__).parents[2] / ".pytest_cache" / "twins")
+    with warnings.catch_warnings(), mock.patch.dict(os.environ, XDG_CACHE_HOME=kept):
         warnings.simplefilter("ignore")
-        return trace_plan(tiny_plan(name)), tiny_model(name)
+        return cached_profile(tiny_plan(name)), tiny_model(name)
 
 
 def size_of(profile: Profile) -> tuple[int, int, int]:

@@ -41,6 +41,11 @@ CASES: dict[int, list[tuple[str, str]]] = {
         ("flux1-dev", "parastep=2,warmup=1"),
         ("cogvideox-2b", "ulysses=2"),
         ("cogvideox-2b", "asyncdiff=2,warmup=1"),
+        ("sd15", "patch=2"),
+        ("wan2.1-1.3b", "ring=2"),
+        ("hunyuanvideo", "ulysses=2"),
+        ("hunyuandit", "pipefusion=2,patches=4"),
+        ("mochi", "pipefusion=2,patches=2"),
     ],
     4: [
         ("sd21", "cfg=2,distrifusion=2,warmup=1"),
@@ -59,6 +64,8 @@ CASES: dict[int, list[tuple[str, str]]] = {
         ("cogvideox-2b", "cfg=2,ulysses=2"),
         ("cogvideox-2b", "pipefusion=4,patches=4"),
         ("cogvideox-2b", "ring=4"),
+        ("hunyuandit", "pipefusion=4,patches=2,stages=1:1:2:2"),
+        ("latte", "pipefusion=2,patches=4,ulysses=2"),
     ],
     8: [
         ("sd21", "cfg=2,distrifusion=4,warmup=1"),
