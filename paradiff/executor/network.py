@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from paradiff.executor.payload import Span
-from paradiff.models.interception import TEXT_FIRST, UNET_CLASSES, rotary_tables
+from paradiff.models.interception import TEXT_FIRST, UNET_CLASSES, rotary_tables, table_rows
 from paradiff.models.stages import DENOISERS, latent_sizes
 from paradiff.profiles import Profile, Stage
 
@@ -156,12 +156,27 @@ class Network:
             times = timestep.expand(x.shape[0])
             if self.class_name in TIMESTEP_CAST:
                 times = times.to(x.dtype)
-            rotary = rotary_tables(self.model, x, total_rows, spans)
-            if rotary is not None:
+            rotary = self._rotary(x, total_rows, spans)
+            if rotary:
                 rest["image_rotary_emb"] = rotary
             out = self.model(hidden_states=x, timestep=times, **rest, return_dict=False)[0]
         result: Tensor = out
         return result
+
+    def _rotary(self, x: Tensor, total_rows: int, spans: Sequence[Span]) -> tuple[Tensor, ...]:
+        """Rows ``spans`` of the tables that the class is given, for a latent of ``total_rows``."""
+        sizes = (x.shape[1], total_rows, x.shape[-1])
+        if (*sizes, x.device) not in self._tables:
+            self._tables[*sizes, x.device] = rotary_tables(self.model, *sizes, x.device)
+        patch = self.profile.geometry.row_multiple
+        grid = total_rows // patch, x.shape[-1] // patch
+        whole = self._tables[*sizes, x.device]
+        return tuple(table_rows(table, 0, grid, spans, patch) for table in whole)
+
+    @cached_property
+    def _tables(self) -> dict[tuple[Any, ...], tuple[Tensor, ...]]:
+        """Rotary tables by the sizes and the device of a latent: every forward needs the same."""
+        return {}
 
     def _call_flux(
         self, x: Tensor, rest: dict[str, Any], timestep: Tensor, spans: Sequence[Span]

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from paradiff.executor.payload import Span
+from paradiff.models.interception import TorchWith
 
 NAMES: Mapping[str, str] = {
     "ddim": "DDIMScheduler",
@@ -111,15 +111,6 @@ def _misfit(name: str, own: Any) -> str | None:
     return None
 
 
-class _Wide(ModuleType):
-    """``torch`` in whose eyes float32 is float64."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 @contextmanager
 def _precise(scheduler: Any, dtype: torch.dtype) -> Iterator[None]:
     """Let a float64 latent keep its precision: several schedulers "upcast" what they get to float32."""
@@ -127,7 +118,7 @@ def _precise(scheduler: Any, dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.float64:
         yield
         return
-    with mock.patch.object(module, "torch", _Wide("torch")):
+    with mock.patch.object(module, "torch", TorchWith(float32=torch.float64)):
         yield
 
 

@@ -27,7 +27,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, update_wrapper, wraps
 from importlib import import_module
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -363,6 +363,17 @@ def _attention_scope(
     return run
 
 
+class TorchWith(ModuleType):
+    """``torch`` in whose place a module of diffusers finds some names replaced."""
+
+    def __init__(self, **replaced: Any) -> None:
+        super().__init__("torch")
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
 class _EverySample(int):
     """An index into a batch that is all of it: ``x[i : i + 1]`` is ``x``."""
 
@@ -386,10 +397,9 @@ def _samples_together() -> Iterator[None]:
         return torch.arange(mask.numel(), device=mask.device)[:, None]
 
     processors: Any = diffusers.models.attention_processor
-    everything = SimpleNamespace(**{**vars(torch), "nonzero": nonzero})
     with (
         mock.patch.object(processors, "range", samples, create=True),
-        mock.patch.object(processors, "torch", everything),
+        mock.patch.object(processors, "torch", TorchWith(nonzero=nonzero)),
     ):
         yield
 
@@ -554,12 +564,12 @@ def _with_rotation(
         spans = handler.spans() or ((first, first + own * size),)
 
         grid = (total // size, columns)
-        return tuple(_table_rows(t, axis, grid, spans, size) for t in forward(*whole, **kwargs))
+        return tuple(table_rows(t, axis, grid, spans, size) for t in forward(*whole, **kwargs))
 
     return run
 
 
-def _table_rows(
+def table_rows(
     table: Tensor, axis: int, grid: tuple[int, int], spans: Sequence[tuple[int, int]], size: int
 ) -> Tensor:
     """Entries of the latent rows ``spans`` in a table that counts frames, rows, columns in patches."""
@@ -569,28 +579,25 @@ def _table_rows(
 
 
 def rotary_tables(
-    model: nn.Module, x: Tensor, rows: int, spans: Sequence[tuple[int, int]]
-) -> tuple[Tensor, Tensor] | None:
-    """Cosines and sines that the caller gives, (tokens, width), or None: as the pipeline of the class
-    makes them for a latent of ``rows`` rows, those of ``spans`` kept. ``x`` has the other sizes."""
+    model: nn.Module, frames: int, rows: int, columns: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Cosines and sines that the caller gives, (tokens, width) each, as the pipeline of the class makes
+    them for a latent of these sizes; none where the model has its own."""
     c: Any = model.config
-    name = type(model).__name__
-    if name == "CogVideoXTransformer3DModel" and c.use_rotary_positional_embeddings:
+    if type(model).__name__ == "HunyuanDiT2DModel":
+        module: Any = import_module("diffusers.pipelines.hunyuandit.pipeline_hunyuandit")
+        grid = rows // c.patch_size, columns // c.patch_size
+        crop = module.get_resize_crop_region_for_grid(grid, 512 // 8 // c.patch_size)
+        return tuple(
+            module.get_2d_rotary_pos_embed(
+                c.attention_head_dim, crop, grid, device=device, output_type="pt"
+            )
+        )
+    if getattr(c, "use_rotary_positional_embeddings", False):
         pipeline = SimpleNamespace(transformer=model, vae_scale_factor_spatial=1)
         make = diffusers.CogVideoXPipeline._prepare_rotary_positional_embeddings
-        tables = make(pipeline, rows, x.shape[-1], x.shape[1], x.device)
-    elif name == "HunyuanDiT2DModel":
-        module: Any = import_module("diffusers.pipelines.hunyuandit.pipeline_hunyuandit")
-        size = rows // c.patch_size, x.shape[-1] // c.patch_size
-        crop = module.get_resize_crop_region_for_grid(size, 512 // 8 // c.patch_size)
-        tables = module.get_2d_rotary_pos_embed(
-            c.attention_head_dim, crop, size, device=x.device, output_type="pt"
-        )
-    else:
-        return None
-    grid = rows // c.patch_size, x.shape[-1] // c.patch_size
-    cosine, sine = (_table_rows(t, 0, grid, spans, c.patch_size) for t in tables)
-    return cosine, sine
+        return tuple(make(pipeline, rows, columns, frames, device))
+    return ()
 
 
 @contextmanager

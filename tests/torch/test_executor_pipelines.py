@@ -67,13 +67,17 @@ def embedded(name: str) -> dict[str, Any]:
     if "encoder_attention_mask" in given:
         inputs["prompt_attention_mask"] = given["encoder_attention_mask"]
     if "guidance" in given:
-        inputs["guidance_scale"] = float(given["guidance"]) / 1000  # the pipeline multiplies
+        thousand = 1000 if name == "hunyuanvideo" else 1  # by which its pipeline multiplies
+        inputs["guidance_scale"] = float(given["guidance"]) / thousand
     return inputs
 
 
 CALLS: Mapping[str, Callable[[str], dict[str, Any]]] = {
     "sd15": guided,
+    "sd21": guided,
+    "flux1-dev": embedded,
     "flux1-schnell": embedded,
+    "cogvideox-2b": guided,
     "cogvideox-5b": guided,
     "cogvideox1.5-5b": guided,
     "wan2.1-1.3b": guided,
