@@ -125,6 +125,20 @@ def test_what_cannot_be_split(name: str, spec: str, words: str) -> None:
         parse_spec("cfg=2,vae=tiles")
 
 
+def test_the_planner_says_what_it_would_save() -> None:
+    """What the note says is the difference of the two runs; one GPU and a split decoder get no note."""
+    asked = request("sdxl", "pcie8", specs=("cfg=2",))
+    (note,) = plan(asked).notes
+    seconds = [
+        plan(replace(asked, specs=(spec,))).ranked[0].latency_s or 0.0
+        for spec in ("cfg=2", "cfg=2,vae=split")
+    ]
+    saved = float(note.removesuffix(" s earlier").rpartition(" ")[2])
+    assert saved == pytest.approx(seconds[0] - seconds[1], rel=0.05)
+    for spec in ("serial", "cfg=2,vae=split"):
+        assert plan(replace(asked, specs=(spec,))).notes == ()
+
+
 def test_the_planner_offers_it_where_decoding_does_not_fit() -> None:
     """4096 pixels take 24 GB of activations while decoding; half of that fits beside the weights."""
     asked = replace(
