@@ -441,10 +441,15 @@ class _Run:
             self._write(instance, ref, (Piece(old.span, new),))
 
     def _outside(self, _: int, instance: Instance) -> None:
-        """Encoders and the VAE; the first op that reads a latent after the loop has the result."""
+        """Encoders and the VAE; the first op that reads a latent after the loop has the result. (Those
+        of other tiles come after it.)"""
+        for ref in instance.op.writes:
+            self._write(instance, ref, ())
         pieces = list(chain.from_iterable(self._read(instance, "latent")))
-        if pieces:
-            replica = self.replica[instance.op.ranks[0]]
+        if not pieces:
+            return
+        replica = self.replica[instance.op.ranks[0]]
+        if replica not in self.latents:
             latent = self.latents[replica] = take_rows(pieces, [(0, self.shape["r"])])
             if self.request.decode is not None:
                 self.decoded[replica] = self.request.decode(latent)

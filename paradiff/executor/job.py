@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from paradiff.executor.conditioning import encode_prompt, read_conditioning
+from paradiff.executor.decoding import strip_decoder
 from paradiff.executor.interpreter import Request, Result, check_executable, run_graph
 from paradiff.executor.loading import Pipeline, load
 from paradiff.executor.network import Conditioning, random_conditioning
@@ -20,7 +21,7 @@ from paradiff.executor.streams import Progress
 from paradiff.graph import ScheduleGraph
 from paradiff.models.interception import compile_between_points
 from paradiff.profiles import Profile
-from paradiff.strategies import Workload, build, parse_spec
+from paradiff.strategies import Spec, Workload, build, parse_spec
 
 DTYPES = {
     "fp16": torch.float16,
@@ -114,12 +115,18 @@ def prepare(job: Job) -> Prepared:
             pipeline.guidance_scale if job.guidance_scale is None else job.guidance_scale
         ),
         dtype=DTYPES[job.dtype],
-        decode=decoder(pipeline),
+        decode=decoder(pipeline, tile=_tile(spec)),
+        strips=strip_decoder(pipeline) if spec.options.get("vae") == "split" else None,
     )
     check_executable(graph, network, request)
     if job.is_compiled:
         compile_between_points(network.model, network.point_of)
     return Prepared(pipeline, graph, request, job.device)
+
+
+def _tile(spec: Spec) -> int | None:
+    """Latent rows of a tile where the picture is decoded in tiles."""
+    return int(spec.options.get("tile", "64")) if spec.options.get("vae") == "tiled" else None
 
 
 def _conditioning(job: Job, pipeline: Pipeline, workload: Workload, seed: int) -> Conditioning:

@@ -40,15 +40,20 @@ VIDEO_QUALITY = {"crf": "18", "preset": "medium"}
 # ------------------------------------------------------------------------------------------- decode
 
 
-def decoder(pipeline: Pipeline) -> Callable[[Tensor], Tensor] | None:
+def decoder(pipeline: Pipeline, *, tile: int | None = None) -> Callable[[Tensor], Tensor] | None:
     """What makes of final latents what the user gets; None where there is no VAE for that.
 
+    ``tile``: an AutoencoderKL decodes overlapping squares of so many latent rows, as diffusers does.
     Images (b, 3, h, w) and videos (b, 3, f, h, w) about -1 to 1, sound (b, samples); float32 or wider.
     """
     vae = pipeline.vae
     if vae is None or type(vae).__name__ not in _DECODE:
         return None
     decode = _DECODE[type(vae).__name__]
+    if tile is not None and type(vae).__name__ == "AutoencoderKL":
+        levels = len(vae.config.block_out_channels) - 1
+        vae.enable_tiling()
+        vae.tile_latent_min_size, vae.tile_sample_min_size = tile, tile << levels
 
     @torch.no_grad()
     def run(latent: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import plain_loops as plain
 import pytest
@@ -12,6 +14,7 @@ import torch
 from paradiff.executor import loading
 from paradiff.executor.decoding import strip_decoder
 from paradiff.executor.interpreter import Request, Result, Unexecutable, run_graph
+from paradiff.executor.job import Job, prepare
 from paradiff.executor.loading import Pipeline, load
 from paradiff.executor.outputs import decoder
 from paradiff.graph import ScheduleGraph
@@ -104,3 +107,29 @@ def test_a_pipeline_without_such_a_vae_is_refused() -> None:
     assert strip_decoder(ours) is None
     with pytest.raises(Unexecutable, match="AutoencoderKL"):
         run_graph(graph_of("sdxl", "cfg=2,vae=split"), ours.network, request)
+
+
+def test_a_job_decodes_as_its_spec_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "cached_profile", lambda plan: plain.twin("sdxl")[0])
+    pictures = []
+    for spec in ("cfg=2", "cfg=2,vae=split"):
+        prepared = prepare(Job(source="tiny-sdxl", spec=spec, steps=STEPS, dtype="fp64"))
+        result = prepared.in_process()
+        prepared.save(result, tmp_path)
+        pictures.append(result.decoded[0])
+        assert (tmp_path / "image-0.png").exists()
+    assert plain.relative(*pictures) < 1e-10
+
+
+def test_tiles_are_those_of_diffusers() -> None:
+    """16 latent rows in squares of 8, a quarter of which overlaps: as its own method decodes them."""
+    ours = replace(pipeline("sdxl"), vae=deepcopy(pipeline("sdxl").vae))
+    latent = execute("sdxl", "cfg=2").latents[0]
+    whole = decoder(ours)(latent)
+    found = decoder(ours, tile=8)(latent)
+    other = deepcopy(pipeline("sdxl").vae)
+    other.tile_latent_min_size, other.tile_sample_min_size = 8, 64
+    with torch.no_grad():
+        expected = other.tiled_decode(latent / other.config.scaling_factor).sample
+    assert torch.equal(found, expected)
+    assert plain.relative(found, whole) > 1e-3
