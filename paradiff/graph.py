@@ -61,6 +61,7 @@ class Shape(NamedTuple):
     h: int
     u: int
     j: int
+    p: int = 1
 
 
 class Work(NamedTuple):

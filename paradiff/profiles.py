@@ -15,20 +15,22 @@ Symbols of every expression (all non-negative integers):
 ``k``     latent rows whose keys are visible (``k == r`` when the latent is whole)
 ``t s``   tokens of the first and of the second text stream
 ``h``     how many neighbours lend halo rows: 0, 1 or 2
+``p``     ranks that share heads and channels (tensor parallelism); a shape may leave it out: 1
 ========= =============================================================================
 
 An atom is a symbol with an optional level: ``r4`` is ``ceil(r / 4)``. An expression is a sum or
 difference of products, for example ``320*b*r2*w2 + 64*b*t`` or ``2*f2 - f`` (1 iff f is odd).
+``p`` alone divides: ``1280*b*t/p`` (exactly, at every degree that ``paradiff.strategies`` admits).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 SYMBOLS = "bfrwktsh"
 KERNEL_DIMS: Mapping[str, tuple[str, ...]] = {
@@ -43,6 +45,7 @@ is its implicit GEMM: m output positions (batch included), n output channels, k 
 group x kernel volume."""
 
 PointKind = Literal["kv", "halo", "moments"]
+TotalKind = Literal["sum", "squares"]
 
 
 class InvalidProfile(ValueError):
@@ -61,16 +64,25 @@ class Expr:
         for coefficient, atoms in self.terms:
             product = coefficient
             for symbol, level in atoms:
-                product *= -(-shape[symbol] // level)
+                if symbol == "p":  # comes last
+                    product //= shape.get("p", 1)
+                else:
+                    product *= -(-shape[symbol] // level)
             total += product
         return total
 
     def __str__(self) -> str:
         def term(coefficient: int, atoms: tuple[tuple[str, int], ...]) -> str:
-            names = [f"{symbol}{level if level > 1 else ''}" for symbol, level in atoms]
-            return "*".join([str(coefficient)] * (coefficient != 1 or not names) + names)
+            names = [f"{s}{level if level > 1 else ''}" for s, level in atoms if s != "p"]
+            product = "*".join([str(coefficient)] * (coefficient != 1 or not names) + names)
+            return product + "/p" * (len(atoms) - len(names))
 
         return " + ".join(term(*each) for each in self.terms).replace("+ -", "- ") or "0"
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """Coefficients of the terms that ``p`` divides."""
+        return tuple(c for c, atoms in self.terms if ("p", 1) in atoms)
 
 
 @cache
@@ -79,7 +91,7 @@ def parse_expr(text: str) -> Expr:
     terms = []
     for part in text.replace(" ", "").replace("-", "+-").removeprefix("+").split("+"):
         coefficient, atoms = -1 if part.startswith("-") else 1, []
-        for factor in part.removeprefix("-").split("*"):
+        for factor in part.removeprefix("-").removesuffix("/p").split("*"):
             level = factor[1:] or "1"
             if factor.isdecimal():
                 coefficient *= int(factor)
@@ -87,6 +99,7 @@ def parse_expr(text: str) -> Expr:
                 atoms.append((factor[0], int(level)))
             else:
                 raise InvalidProfile(f"expression {text!r}: cannot read {factor!r}")
+        atoms += [("p", 1)] * part.endswith("/p")
         if coefficient:
             terms.append((coefficient, tuple(atoms)))
     return Expr(tuple(terms))
@@ -143,12 +156,25 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
+class Total:
+    """What ranks that share a layer's weights add up, just after the segment that carries it.
+
+    Each has ``elements`` of partial sums of an output (``sum``), or of sums of squares over its heads
+    for a norm over all of them (``squares``, always 4 bytes each).
+    """
+
+    kind: TotalKind
+    elements: Expr
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Kernels between two exchange points.
 
     A segment whose point is ``kv`` holds the attention kernel alone, so that sequence parallelism can
-    exchange before and after it. ``weights`` counts parameters first used here; ``live`` the elements
-    alive at the segment's peak, its inputs included.
+    exchange before and after it. ``weights`` counts parameters first used here, ``shared`` those of
+    them that ranks divide under tensor parallelism; ``live`` the elements alive at the segment's peak,
+    its inputs included.
     """
 
     name: str
@@ -156,6 +182,12 @@ class Segment:
     weights: int
     live: Expr
     point: Point | None = None
+    total: Total | None = None
+    shared: int = 0
+
+    def held(self, ranks: int) -> int:
+        """Parameters on the first of ``ranks`` ranks that share its weights."""
+        return self.weights - self.shared + self.shared // ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +239,12 @@ class Stage:
             if segment.point is not None and (not kinds or segment.point.kind in kinds):
                 yield index, segment.point
 
+    def totals(self) -> Iterator[tuple[int, Total]]:
+        """(index of the segment before it, what) of every sum that tensor parallelism needs."""
+        for index, segment in enumerate(self.segments):
+            if segment.total is not None:
+                yield index, segment.total
+
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
@@ -247,6 +285,14 @@ class Profile:
     @property
     def denoiser(self) -> Stage:
         return self.stages["denoiser"]
+
+    def share(self, ranks: int) -> Profile:
+        """The same work with the weights that the first of ``ranks`` ranks holds that share them."""
+        whole = self.denoiser
+        own = tuple(replace(s, weights=s.held(ranks), shared=0) for s in whole.segments)
+        others = sum(s.weights for s in whole.segments) - sum(s.weights for s in own)
+        denoiser = replace(whole, segments=own, params=whole.params - others)
+        return self if ranks == 1 else replace(self, stages={**self.stages, "denoiser": denoiser})
 
     def latent_shape(self, height: int, width: int, frames: int, batch: int) -> dict[str, int]:
         """Symbols of one whole network call without guidance: the latent of ``batch`` requests.
@@ -309,6 +355,10 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
             if p.kind == "kv":
                 out["point"] |= {"heads": p.heads, "head_dim": p.head_dim}
                 out["point"]["joint_text"] = p.joint_text
+        if each.total is not None:
+            out["total"] = {"kind": each.total.kind, "elements": str(each.total.elements)}
+        if each.shared:
+            out["shared"] = each.shared
         return out
 
     def stage(each: Stage) -> dict[str, Any]:
@@ -393,10 +443,18 @@ def _read_profile(data: Mapping[str, Any]) -> Profile:
     def point(row: Mapping[str, Any] | None) -> Point | None:
         if row is None:
             return None
-        if row["kind"] not in ("kv", "halo", "moments"):
-            raise InvalidProfile(f"point kind {row['kind']!r}: one of kv, halo, moments")
+        if row["kind"] not in get_args(PointKind):
+            kinds = ", ".join(get_args(PointKind))
+            raise InvalidProfile(f"point kind {row['kind']!r}: one of {kinds}")
         rest = {key: row[key] for key in ("heads", "head_dim", "joint_text") if key in row}
         return Point(kind=row["kind"], elements=parse_expr(row["elements"]), **rest)
+
+    def total(row: Mapping[str, Any] | None) -> Total | None:
+        if row is None:
+            return None
+        if row["kind"] not in get_args(TotalKind):
+            raise InvalidProfile(f"total {row['kind']!r}: one of {', '.join(get_args(TotalKind))}")
+        return Total(row["kind"], parse_expr(row["elements"]))
 
     def stage(name: str, row: Mapping[str, Any]) -> Stage:
         return Stage(
@@ -411,6 +469,8 @@ def _read_profile(data: Mapping[str, Any]) -> Profile:
                     weights=_natural(s["weights"]),
                     live=parse_expr(s["live"]),
                     point=point(s.get("point")),
+                    total=total(s.get("total")),
+                    shared=_natural(s.get("shared", 0)),
                 )
                 for s in row["segments"]
             ),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from paradiff.graph import Op, Shape, Work
-from paradiff.profiles import Kernel, Profile, Stage
+from paradiff.profiles import Kernel, Profile, Segment, Stage
 from simulator.gpu import Gpu, load_gpu
 from simulator.kernels import Chip, attention_s, conv_s, gemm_s, stream_s
 from simulator.lint import read_table
@@ -344,18 +344,17 @@ class _Pricer:
         key = (work.stage, work.shape)
         if key not in self._prefix:
             bound = stage.bind(work.shape._asdict())
-            lists = {id(s.kernels): s.kernels for s in stage.segments}
-            prices = {i: self._list(kernels, bound) for i, kernels in lists.items()}
-            self._prefix[key] = list(
-                accumulate((prices[id(s.kernels)] for s in stage.segments), _add, initial=_Sum())
-            )
+            lists = [(id(s.kernels), _ends_in_matmul(s)) for s in stage.segments]
+            distinct = dict(zip(lists, stage.segments, strict=True))
+            prices = {i: self._list(s.kernels, bound, i[1]) for i, s in distinct.items()}
+            self._prefix[key] = list(accumulate((prices[i] for i in lists), _add, initial=_Sum()))
         prefix, repeat = self._prefix[key], stage.repeat(work.shape._asdict())
         total = _Sum()
         for lo, hi in work.ranges:
             part = (b - a for a, b in zip(prefix[lo], prefix[hi], strict=True))
             total = _add(total, _Sum(*part))  # type: ignore[arg-type]
         if work.stored == "fp8":
-            total = _add(total, self._cast(stage, work.ranges))
+            total = _add(total, self._cast(stage, work))
         if work.blocks > 1:
             total = _add(total, self._merge(stage, work))
         launches = total.launches
@@ -385,24 +384,27 @@ class _Pricer:
         seconds = stream_s(self.chip, elements, self.itemsize)
         return _times(1, seconds, stream_s(self.busy, elements, self.itemsize), low, high)
 
-    def _cast(self, stage: Stage, ranges: tuple[tuple[int, int], ...]) -> _Sum:
+    def _cast(self, stage: Stage, work: Work) -> _Sum:
         """Weights from one byte to the network's dtype before each layer that has any: one kernel a
         segment, which reads one byte and writes ``itemsize`` for every parameter."""
         total = _Sum()
-        for weights in (s.weights for lo, hi in ranges for s in stage.segments[lo:hi] if s.weights):
+        for segment in (s for lo, hi in work.ranges for s in stage.segments[lo:hi] if s.weights):
+            weights = segment.held(work.shape.p)
             elements = weights * (1 + self.itemsize) // self.itemsize
             total = _add(total, self._stream(elements))
         return total
 
-    def _list(self, kernels: tuple[Kernel, ...], bound: Mapping[str, int]) -> _Sum:
+    def _list(
+        self, kernels: tuple[Kernel, ...], bound: Mapping[str, int], ends_in_matmul: bool
+    ) -> _Sum:
         """The price of one segment's kernels at a shape.
 
         Compiled: the memory-bound launches between two matmuls, convolutions or attentions collapse
         into one kernel, and a chain's intermediates are neither written nor read again, which leaves
         its largest member's bytes. Profiles do not keep the order of launches, so equal heavy launches
         are taken as parallel projections (q, k, v) with nothing between: a segment with H distinct
-        ones keeps its H + 1 largest memory-bound launches. An assumption, and the weaker bound (H
-        counting every launch) gave 1 % where xDiT measured 9 %.
+        ones keeps its H + 1 largest memory-bound launches (H where a matmul ends it). An assumption,
+        and the weaker bound (H counting every launch) gave 1 % where xDiT measured 9 %.
         """
         total, streams, heavy = _Sum(), [], 0
         for kernel in kernels:
@@ -413,7 +415,7 @@ class _Pricer:
             heavy += 1
             total = _add(total, self._heavy(kernel, sizes))
         if self.runtime == "compiled":
-            streams = sorted(streams, reverse=True)[: heavy + 1]
+            streams = sorted(streams, reverse=True)[: heavy + (not ends_in_matmul)]
         for elements in streams:
             total = _add(total, self._stream(elements))
         return total
@@ -477,6 +479,11 @@ class _Pricer:
             whole = _times(count, model_s * factor, contended_s * factor, low, high)
             return whole._replace(interpolated_s=whole.device_s)
         return _times(count, model_s, contended_s, *self.spread["gemm"])
+
+
+def _ends_in_matmul(segment: Segment) -> bool:
+    """Does nothing follow its last matmul? Its outputs are then partial sums."""
+    return segment.total is not None and segment.total.kind == "sum"
 
 
 def _times(count: int, seconds: float, contended_s: float, low: float, high: float) -> _Sum:

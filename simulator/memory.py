@@ -93,6 +93,7 @@ def peak_memory(
     """
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype {dtype!r}: one of {', '.join(DTYPE_BYTES)}")
+    profile = profile.share(max((op.work.shape.p for op in _compute_ops(graph)), default=1))  # type: ignore[union-attr]
     itemsize, used = DTYPE_BYTES[dtype], _usage(graph, profile)
     communicators = _communicators(graph, channels)
     buffers = graph.peak_bytes([kind for kind in get_args(BufferKind) if kind != "weights"])

@@ -106,6 +106,43 @@ def test_allgather_ring_never_overlaps() -> None:
     assert step_s(spec, bandwidth) == exactly(FORWARD / n + moved / bandwidth)
 
 
+DIVIDED = toys.divided(PLAIN)
+DIVIDED_FORWARD = DIVIDED.denoiser.flops(SHAPE)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_tensor_step(n: int) -> None:
+    """sum(comp)/n + 2 L all-reduces of b s h, each 2 (n-1)/n of it (section 4.8)."""
+    moved = 2 * BLOCKS * 2 * (n - 1) / n * X
+    assert step_s(f"tensor={n}", 7.0, DIVIDED) == exactly(DIVIDED_FORWARD / n + moved / 7.0)
+
+
+def test_tensor_and_ulysses_step() -> None:
+    """Half the tokens and half the heads: all-reduces of X/2, all-to-alls of a quarter, 2 ranks each;
+    then the halves of the output are gathered, by both ranks of a tensor group."""
+    sums, exchanges, gather = 2 * (X / 2), 4 * (X / 4) / 2, X / 2
+    moved = BLOCKS * (sums + exchanges) + gather
+    step = step_s("tensor=2,ulysses=2", 7.0, DIVIDED)
+    assert step == exactly(DIVIDED_FORWARD / 4 + moved / 7.0)
+
+
+def test_tensor_and_ring_step() -> None:
+    """A ring of half the heads; transfers are much faster than blocks, so the ring hides them all."""
+    moved = BLOCKS * 2 * (X / 2) + X / 2
+    step = step_s("tensor=2,ring=2", 50.0, DIVIDED)
+    assert step == exactly(DIVIDED_FORWARD / 4 + moved / 50.0)
+
+
+def test_tensor_inside_pipefusion() -> None:
+    """Without hops: tau = F/(N M n) and 2 L/N all-reduces of X/M a micro-step; period M times that."""
+    n, m, bandwidth = 2, 4, 7.0
+    micro = DIVIDED_FORWARD / (2 * m * n) + 2 * BLOCKS / 2 * (X / m) / bandwidth
+    hop = X / m / bandwidth
+    period = max(m * micro, 2 * (micro + hop))
+    spec = f"tensor={n},pipefusion=2,patches={m}"
+    assert step_s(spec, bandwidth, DIVIDED) == exactly(period)
+
+
 def test_hybrid_cfg_ulysses_step() -> None:
     """Half the rows of one branch, 4 L exchanges, gather of rows, then of branches."""
     toy, bandwidth = toys.transformer(), 3.0
@@ -360,6 +397,10 @@ RATIO_CASES = [
         "pipefusion=2,ulysses=2,patches=4",
         "cfg=2,pipefusion=2,ring=2,patches=2",
     )
+]
+RATIO_CASES += [
+    (toys.divided(toys.transformer()), spec)
+    for spec in ("tensor=4", "cfg=2,tensor=2,ulysses=2", "tensor=2,pipefusion=2,patches=4")
 ]
 RATIO_CASES += [
     (toys.unet(3), spec)

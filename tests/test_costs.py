@@ -509,6 +509,19 @@ def test_calibration_refuses_an_impossible_measurement() -> None:
 # ---------------------------------------------------------------------------------------------- speed
 
 
+def test_a_share_of_the_weights_costs_less_and_launches_as_often() -> None:
+    """Sharded shapes are priced (STRATEGIES 4): half of everything a block divides, so between a half
+    and the whole of the time; the host issues every kernel still."""
+    profile = load_profile(MODELS / "flux1-dev.json")
+    costs, shape = model(profile, "h100-sxm"), latent(profile, 1024, 1)
+    one, two, four = (
+        costs.compute(whole(profile, "denoiser", shape._replace(p=p)), 0) for p in (1, 2, 4)
+    )
+    assert one.launches == two.launches == four.launches
+    assert one.device_s / 2 < two.device_s < 0.7 * one.device_s
+    assert two.device_s / 2 < four.device_s < 0.75 * two.device_s
+
+
 def test_ten_thousand_works_in_a_second() -> None:
     """The planner prices 1e4 distinct works; 64 shapes, every segment range. Gate 3 s for slow CI."""
     costs = model(PIXART, "l40s")

@@ -7,10 +7,12 @@ written beside the assertion.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from shipped import profile
 
-from paradiff.graph import ScheduleGraph, Section
+from paradiff.graph import ScheduleGraph, Section, traffic
 from paradiff.strategies import Workload, build, parse_spec
 
 GB, MB = 1e9, 1e6
@@ -49,6 +51,49 @@ def test_distrifusion_sdxl(size: int, spec: str, received_gb: float, buffers_gb:
     mine = [op.nbytes for op in buckets if 0 in op.ranks]
     assert (n - 1) * sum(mine) == near(received_gb * GB)
     assert graph.peak_bytes(["slots"])[0] == near(buffers_gb * GB)
+
+
+@pytest.mark.parametrize(("size", "received_gb"), [(1024, 1.333), (2048, 5.332), (3840, 18.744)])
+def test_tensor_sdxl(size: int, received_gb: float) -> None:
+    """DistriFusion's table on 8 GPUs (paper 1.33 / 5.33 / 18.7 G): 232 all-reduces, two for each of 70
+    attention pairs, one for each of 70 feed-forwards, 17 resnets, 4 samplers and the last convolution.
+
+    Payloads do not depend on the degree. Two ranks is what SDXL's 10 heads and 32 groups allow: on
+    eight the authors gave ranks unequal numbers of heads.
+    """
+    ops = section(graph_of("sdxl", "cfg=2,tensor=2", size), "steps").ops
+    sums = [o for o in ops if o.call == "all_reduce" and 0 in o.ranks]
+    assert len(sums) == 2 * 70 + 70 + 17 + 4 + 1 == 232
+    received = sum(traffic(replace(o, ranks=tuple(range(8))))[0][1] for o in sums)
+    assert received == near(received_gb * GB)
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "count", "elements"),
+    [
+        # section 4.3: three sums of b s h a block; Flux 19 x 2 (s + s_t) h + 38 x (s + s_t) h; the last
+        # joint block of SD3 gives no text, so neither its attention nor its feed-forward has that sum
+        ("pixart-alpha", "cfg=2,tensor=4", 84, 84 * 4096 * 1152),
+        ("flux1-dev", "tensor=4", 114, (19 * 2 + 38) * (4096 + 512) * 3072),
+        ("sd3-medium", "cfg=2,tensor=4", 94, (24 * 2 * 4096 + 23 * 2 * 333) * 1536),
+    ],
+)
+def test_tensor_transformers(model: str, spec: str, count: int, elements: int) -> None:
+    ops = section(graph_of(model, spec), "steps").ops
+    sums = [o for o in ops if o.call == "all_reduce" and 0 in o.ranks]
+    assert len(sums) == count
+    assert sum(o.nbytes for o in sums) == 2 * elements
+
+
+def test_tensor_wan_adds_up_squares() -> None:
+    """Query and key norms over all heads: a sum of squares a token, in float32, of image tokens twice
+    and once more with the 512 words of the cross attention; beside the three sums of s h a block."""
+    workload = Workload(480, 832, 81, 2, 1, "bf16")
+    graph = build(parse_spec("cfg=2,tensor=2"), profile("wan2.1-1.3b"), workload)
+    ops = [o for o in section(graph, "steps").ops if o.call == "all_reduce" and 0 in o.ranks]
+    squares = [o.nbytes for o in ops if "/squares" in o.name]
+    assert sorted(squares) == [4 * 512] * 30 + [4 * 32760] * 90
+    assert sum(o.nbytes for o in ops) - sum(squares) == 2 * 3 * 30 * 32760 * 1536
 
 
 def test_distrifusion_sdxl_buckets() -> None:

@@ -87,6 +87,25 @@ def test_pipefusion_ranks_hold_their_stage(stages: int) -> None:
     assert 2 * profile.denoiser.params <= sum(held) < 1.1 * 2 * profile.denoiser.params
 
 
+PIXART = 28 * (2 * (4 * 1152**2 + 3 * 1152) + 2 * 1152 * 4608 + 4608)
+FLUX = 19 * 2 * (4 * 3072**2 + 3 * 3072 + 8 * 3072**2 + 4 * 3072) + 38 * (12 * 3072**2 + 7 * 3072)
+
+
+@pytest.mark.parametrize(("name", "divided"), [("pixart-alpha", PIXART), ("flux1-dev", FLUX)])
+def test_tensor_ranks_hold_their_share_of_the_weights(name: str, divided: int) -> None:
+    """P - D + D/n, with D of a block: q, k, v (with bias) and out h x h of both attentions, up (with
+    bias) and down h x 4h; of Flux those of both streams, and in single blocks q, k, v, up, and out of
+    5h x h. What is whole there is the modulation, a quarter of all (section 4.4)."""
+    profile = load_profile(MODELS / f"{name}.json")
+    totals = []
+    for n in (1, 2, 4, 8):
+        memory = peak_memory(plan(profile, f"tensor={n}", square(1024)), profile, "fp16")
+        held = profile.denoiser.params - divided + divided // n
+        assert {m.weights for m in memory} == {2 * held}
+        totals.append(worst(memory).total)
+    assert totals == sorted(totals, reverse=True)
+
+
 def test_communicators_are_counted_once_for_each_group() -> None:
     """Ulysses over 4: one group however often it is used; 4 channels, two connections each."""
     profile = transformer(3)

@@ -65,6 +65,7 @@ def test_shipped_profile_is_whole(path: Path) -> None:
             assert all(dim(bound) > 0 for kernel in segment.kernels for dim in kernel.dims)
     denoiser = profile.denoiser
     assert sum(segment.weights for segment in denoiser.segments) == denoiser.params
+    assert all(0 <= segment.shared <= segment.weights for segment in denoiser.segments)
     assert len({segment.name for segment in denoiser.segments}) == len(denoiser.segments)
     for index, _ in denoiser.points("kv"):
         kernels = denoiser.segments[index].kernels
@@ -112,6 +113,7 @@ def damaged(keys: tuple[Any, ...], value: Any) -> dict[str, Any]:
         (("stages", "denoiser", "cuts", 0, 3), 999, "transformer_blocks.0: 1 to 999"),
         (("stages", "denoiser", "segments", 0, "kernels"), -1, "KeyError"),
         (("stages", "denoiser", "segments", 2, "point", "kind"), "qk", "kv, halo, moments"),
+        (("stages", "denoiser", "segments", 3, "total", "kind"), "max", "one of sum, squares"),
         (("kernels", 0, 0, 0), "fft", "kernel .'fft'"),
         (("kernels", 0, 0, 1), 1.5, "1.5: a non-negative integer"),
         (("geometry", "scale"), KeyError, "KeyError.'scale'"),
@@ -162,10 +164,15 @@ def test_any_damage_is_invalid_or_harmless(keys: tuple[Any, ...], value: Any) ->
 
 atoms = st.tuples(st.sampled_from(SYMBOLS), st.integers(1, 16))
 terms = st.tuples(
-    st.integers(-(10**12), 10**12).filter(bool), st.lists(atoms, max_size=4).map(tuple)
+    st.integers(-(10**12), 10**12).filter(bool),
+    st.tuples(st.lists(atoms, max_size=4), st.sampled_from([[], [("p", 1)]])).map(
+        lambda each: (*each[0], *each[1])
+    ),
 )
 expressions = st.lists(terms, max_size=4).map(lambda each: Expr(tuple(each)))
-shapes = st.fixed_dictionaries({symbol: st.integers(0, 5000) for symbol in SYMBOLS})
+shapes = st.fixed_dictionaries(
+    {symbol: st.integers(0, 5000) for symbol in SYMBOLS}, optional={"p": st.integers(1, 8)}
+)
 
 
 @settings(derandomize=True)
@@ -182,13 +189,13 @@ def test_expression_round_trips_and_keeps_its_value(
 @given(shapes)
 def test_expression_agrees_with_python(shape: dict[str, int]) -> None:
     b, r, w, t = (shape[symbol] for symbol in "brwt")
-    assert parse_expr("3*b*r4*w4 + 77*b*t - t")(shape) == (
-        3 * b * -(-r // 4) * -(-w // 4) + 77 * b * t - t
+    assert parse_expr("3*b*r4*w4 + 77*b*t - t + 840*t/p")(shape) == (
+        3 * b * -(-r // 4) * -(-w // 4) + 77 * b * t - t + 840 * t // shape.get("p", 1)
     )
 
 
 @settings(derandomize=True)
-@given(st.text(alphabet="bfrwktsh0123456789*+- ²x.", max_size=12))
+@given(st.text(alphabet="bfrwktshp0123456789*/+- ²x.", max_size=12))
 def test_any_text_is_read_or_refused(text: str) -> None:
     with contextlib.suppress(InvalidProfile):
         assert isinstance(parse_expr(text)(dict.fromkeys(SYMBOLS, 3)), int)

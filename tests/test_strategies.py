@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import toys
@@ -18,6 +19,7 @@ from paradiff.strategies import Facts, Infeasible, SpecError, Workload, build, f
 WORKLOAD = Workload(height=16, width=4, frames=1, steps=9)
 DIT, JOINT, UNET = toys.transformer(), toys.transformer(joint=True), toys.unet(3)
 SKIPS = replace(toys.transformer(6), name="toy-skips", skips=((0, 5), (1, 4)))
+DIVIDED = toys.divided(DIT)
 BOTH = ("serial", "cfg=2", "data=3", "patch=4", "patch=4,mode=naive", "cfg=2,patch=2")
 SPECS = {
     "toy-dit": (
@@ -65,6 +67,17 @@ SPECS = {
         "distrifusion=4,warmup=1,weights=hsdp,offload=text",
         "cfg=2,pipefusion=2,ring=2,patches=2,weights=fp8+hsdp,offload=vae",
     ),
+    "divided-toy-dit": (
+        "tensor=2",
+        "tensor=4",
+        "cfg=2,tensor=2",
+        "tensor=2,ulysses=2",
+        "tensor=2,ring=2",
+        "tensor=2,pipefusion=2,patches=4",
+        "cfg=2,tensor=2,pipefusion=2,ulysses=2,patches=2",
+        "data=2,tensor=2",
+        "parastep=2,tensor=2,warmup=1",
+    ),
     "toy-unet": (
         *BOTH,
         *(
@@ -103,6 +116,7 @@ CASES += [
         "asyncdiff=3,warmup=2",
     )
 ]
+CASES += [(DIVIDED, s) for s in SPECS["divided-toy-dit"]]
 IDS = [f"{p.name}{'-joint' * (p is JOINT)}-{s}" for p, s in CASES]
 
 
@@ -142,14 +156,14 @@ def test_every_segment_is_computed_once_a_step(profile: Profile, spec: str) -> N
 
     Not where ranks repeat a forward (step strategies, data) or attend block by block (ring).
     """
-    rows: dict[tuple[int, int], int] = defaultdict(int)
+    rows: dict[tuple[int, int], Fraction] = defaultdict(Fraction)
     for op, base in graph_of(profile, spec).instances():
         if op.work is None or op.work.stage != "denoiser" or op.step is None:
             continue
         for lo, hi in op.work.ranges:
             for segment in range(lo, hi):
                 shape = op.work.shape
-                rows[op.step + base, segment] += shape.r * shape.b // shape.u
+                rows[op.step + base, segment] += Fraction(shape.r * shape.b, shape.u * shape.p)
 
     segments, branches = len(profile.denoiser.segments), 2
     assert rows == {(t, s): 16 * branches for t in range(9) for s in range(segments)}
@@ -440,6 +454,21 @@ def test_usp_bytes() -> None:
     assert received("ulysses=2,ring=2", "ring") == BLOCKS * 2 * share
 
 
+def test_tensor_ranks_are_the_fastest_axis() -> None:
+    """Mesh order tp, sp, pp, cfg (section 15): each sum is between neighbours, and every other exchange
+    between ranks with the same share of the weights."""
+    graph = graph_of(DIVIDED, "cfg=2,tensor=2,pipefusion=2,ulysses=2,patches=2")
+    ops = {o.name: o for o in graph.sections[1].ops if len(o.ranks) > 1}.values()
+    groups = {(o.call, o.ranks) for o in ops}
+    assert {g for call, g in groups if call == "all_reduce"} == {
+        (r, r + 1) for r in range(0, 16, 2)
+    }
+    assert ("all_to_all", (0, 2)) in groups
+    assert ("send", (0, 4)) in groups
+    assert ("all_gather", (4, 12)) in groups
+    assert all(len({r % 2 for r in g}) == 1 for call, g in groups if call != "all_reduce")
+
+
 def test_joint_text_is_split_or_gathered() -> None:
     """6 text tokens: 2 ranks split them (3 each); 4 ranks replicate and gather their heads."""
     split = 2 * (TOKENS + 6) // 2 * HIDDEN * ELEMENT
@@ -622,6 +651,12 @@ def test_malformed_spec_says_what_is_wrong(text: str, says: str) -> None:
         (UNET, "pipefusion=5", "U-Net", "distrifusion=4"),
         (UNET, "ulysses=7", "U-Net", "patch=4"),
         (DIT, "distrifusion=2,ulysses=2", "runs alone", "distrifusion=2"),
+        (DIVIDED, "tensor=3", "4 attention heads .* do not divide by 3", "tensor=2 or tensor=4"),
+        (DIVIDED, "tensor=8", "4 attention heads", "tensor=4"),
+        (UNET, "tensor=4", "2 groups of a GroupNorm", "tensor=2"),
+        (DIT, "tensor=2", "does not say how its weights are divided", "tensor=1"),
+        (DIVIDED, "tensor=2,ulysses=4", "2 heads .* on each of 2", "ulysses=2"),
+        (DIVIDED, "distrifusion=2,tensor=2", "runs alone", "distrifusion=2"),
     ],
 )
 def test_infeasible_names_the_reason_and_the_nearest(
@@ -642,10 +677,12 @@ def refusal(profile: Profile, spec: str) -> Infeasible | None:
 
 @settings(derandomize=True, max_examples=150, deadline=None)
 @given(
-    profile=st.sampled_from([DIT, JOINT, UNET]),
+    profile=st.sampled_from([DIT, JOINT, UNET, DIVIDED]),
     spec=st.one_of(
         st.tuples(
-            st.sampled_from(["patch", "distrifusion", "pcpp", "pipefusion", "asyncdiff", "ring"]),
+            st.sampled_from(
+                ["patch", "distrifusion", "pcpp", "pipefusion", "asyncdiff", "ring", "tensor"]
+            ),
             st.integers(2, 19),
         ).map(lambda pair: f"{pair[0]}={pair[1]}"),
         st.tuples(st.integers(1, 9), st.integers(1, 9)).map(

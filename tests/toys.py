@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from paradiff.profiles import Cut, Geometry, Kernel, Point, Profile, Segment, Stage, parse_expr
+from paradiff.profiles import (
+    Cut,
+    Geometry,
+    Kernel,
+    Point,
+    Profile,
+    Segment,
+    Stage,
+    Total,
+    parse_expr,
+)
 
 E = parse_expr
 
@@ -125,3 +135,49 @@ def plain(blocks: int = 4, heads: int = 4) -> Profile:
             "scheduler": stages["scheduler"],
         },
     )
+
+
+def divided(profile: Profile) -> Profile:
+    """The same transformer with weights that ranks can share, and an output projection after each
+    attention: all in a block divides by p, projection and mlp leave partial sums of the stream."""
+    segments: list[Segment] = []
+    cuts = []
+    for segment in profile.denoiser.segments:
+        block, _, part = segment.name.partition(".")
+        if not part:
+            segments.append(segment)
+            continue
+        total = Total("sum", E("8*b*r*w"))
+        if part == "qkv":
+            lo = len(segments)
+        if part == "mlp":
+            out = replace(segment, name=f"{block}.out", kernels=_divided("8*b*r*w"), total=total)
+            segments.append(replace(out, shared=out.weights))
+        (kernel,) = segment.kernels
+        if part == "attn":
+            dims = (kernel.dims[0], E(f"{kernel.dims[1]}/p"), *kernel.dims[2:])
+            kernels = (replace(kernel, dims=dims),)
+        else:
+            kernels = _divided(str(kernel.dims[1]))
+        point = segment.point and replace(segment.point, elements=E(f"{segment.point.elements}/p"))
+        segments.append(
+            replace(
+                segment,
+                kernels=kernels,
+                point=point,
+                shared=segment.weights,
+                total=total if part == "mlp" else None,
+            )
+        )
+        if part == "mlp":
+            old = profile.denoiser.cuts[len(cuts)]
+            cuts.append(replace(old, lo=lo, hi=len(segments)))
+    weights = sum(s.weights for s in segments)
+    denoiser = replace(profile.denoiser, segments=tuple(segments), cuts=tuple(cuts), params=weights)
+    stages = {**profile.stages, "denoiser": denoiser}
+    return replace(profile, name=f"divided-{profile.name}", stages=stages)
+
+
+def _divided(flops: str) -> tuple[Kernel, ...]:
+    """``work`` of 4 times ``flops`` on 4 channels that p ranks share."""
+    return (Kernel("gemm", 1, (E("1"), E(flops), E("4/p"), E("1"))),)

@@ -106,6 +106,7 @@ class Forward(Handler):
         self.branch = self.task.tags.get("branch", "both")
         self._at = self.task.lo
         self.layout = layout_of(self.task.tags)
+        self._share = int(self.task.tags.get("tensor", "0/1").split("/")[0])
         self._greenlet = greenlet(self._run)
         self._segments = self.network.stage.segments
         end, ends = self.ranges[-1][1], [hi for _, hi in self.network.unit_ranges.values()]
@@ -258,6 +259,24 @@ class Forward(Handler):
             self._stopped = True
             self._pause(self.ranges[-1][1])
         return output
+
+    # ---------------------------------------------------------------------------- shared weights
+
+    def share(self) -> int:
+        return self._share
+
+    def total(self, name: str, partial: Tensor) -> Tensor:
+        """Pause for the all-reduce; every sum is the next one that the profile lists."""
+        sums = (i for i, _ in self.network.profile.denoiser.totals() if i >= self._at)
+        self.streams = [(Piece(self.rows[0], partial),)]
+        self._pause(next(sums) + 1)
+        ((piece,),) = self._take()
+        result: Tensor = piece.value
+        return result
+
+    def squares(self, name: str, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        return self.total(name, wide.square().sum(-1, keepdim=True))
 
     # ---------------------------------------------------------------------------- points
 
@@ -469,6 +488,15 @@ class Router(Handler):
 
     def moments(self, *args: Any) -> tuple[Tensor, Tensor] | None:
         return self.active.moments(*args)
+
+    def share(self) -> int:
+        return self.active.share()
+
+    def total(self, *args: Any) -> Tensor:
+        return self.active.total(*args)
+
+    def squares(self, *args: Any) -> Tensor | None:
+        return self.active.squares(*args)
 
     def unit(self, *args: Any) -> Any:
         return self.active.unit(*args)

@@ -37,6 +37,7 @@ from paradiff.executor.streams import Progress, Step, on_cuda, program, take_tur
 from paradiff.executor.transfers import transfer
 from paradiff.graph import Instance, Op, Ref, ScheduleGraph
 from paradiff.models.interception import intercept
+from paradiff.models.sharding import shards_of
 from paradiff.strategies import parse_spec
 from paradiff.trace import Span, Trace
 
@@ -115,7 +116,7 @@ def check_executable(graph: ScheduleGraph, network: Network, request: Request) -
     if spec.name not in EXECUTABLE:
         raise Unexecutable(
             f"{spec.text!r} cannot be executed yet; executable: {', '.join(EXECUTABLE)}, with cfg,"
-            " data, ulysses and ring as each allows"
+            " data, tensor, ulysses and ring as each allows"
         )
     if "weights" in spec.options:
         raise Unexecutable(
@@ -200,12 +201,15 @@ class _Run:
     def run(self, walk: Callable[[list[Step]], list[Span]]) -> Result:
         """Everything, under one interception and one ``no_grad``: both must not leak between
         coroutines. ``walk`` says when the ops run."""
-        words = next(i.op.work.shape.t for i in self.graph.instances() if i.op.call == "forward")
-        kv = self.network.kv({**self.shape, "t": words})
+        shape = next(i.op.work.shape for i in self.graph.instances() if i.op.call == "forward")
+        kv = self.network.kv({**self.shape, "t": shape.t})
         model, units, strips = self.network.model, self.units, self.request.strips
+        shards = shards_of(model) if shape.p > 1 else {}
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(intercept(model, self.router, kv=kv, units=units))
+            stack.enter_context(
+                intercept(model, self.router, kv=kv, units=units, shards=shards, degree=shape.p)
+            )
             if strips is not None and any(plan.stage == "vae" for plan in self.plans.values()):
                 stack.enter_context(intercept(strips.model, self.router, kv=strips.kv(self.shape)))
             spans = walk(self.steps)

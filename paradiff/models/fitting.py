@@ -35,14 +35,15 @@ def value(quantity: Quantity) -> int:
 
 def expr(terms: Iterable[tuple[int, Monomial]]) -> Expr:
     """Sum of ``terms``, like ones merged, in a canonical order."""
+    order = f"{SYMBOLS}p"
     merged: Counter[Monomial] = Counter()
     for coefficient, monomial in terms:
-        merged[tuple(sorted(monomial, key=lambda atom: (SYMBOLS.index(atom[0]), atom[1])))] += (
+        merged[tuple(sorted(monomial, key=lambda atom: (order.index(atom[0]), atom[1])))] += (
             coefficient
         )
     ordered = sorted(
         ((c, m) for m, c in merged.items() if c),
-        key=lambda term: (-len(term[1]), [(SYMBOLS.index(s), level) for s, level in term[1]]),
+        key=lambda term: (-len(term[1]), [(order.index(s), level) for s, level in term[1]]),
     )
     return Expr(tuple(ordered))
 
@@ -90,7 +91,8 @@ class Fitter:
     def _monomials(self, levels: Sequence[int], frame_levels: Sequence[int]) -> list[Monomial]:
         """Candidates: batch and frames times (rows, columns at one level | text), halo alone.
 
-        Symbols that are the same in every probe are left out, and k where it is always r."""
+        Symbols that are the same in every probe are left out, and k where it is always r. Only a
+        constant (heads, channels, groups) is ever divided by p."""
         varied = {s for s in SYMBOLS if len({probe[s] for probe in self.probes}) > 1}
         if all(probe["k"] == probe["r"] for probe in self.probes):
             varied.discard("k")
@@ -102,14 +104,17 @@ class Fitter:
         frames: list[Monomial] = [(("f", level),) for level in frame_levels]
         b = ("b", 1)
         outer: list[Monomial] = [(), (b,), *frames, *((b, *each) for each in frames)]
-        return [
+        divided: list[Monomial] = [(("p", 1),)] * any("p" in probe for probe in self.probes)
+        return divided + [
             (*head, *grid)
             for head in outer
             for grid in grids
             if all(symbol in varied for symbol, _ in (*head, *grid))
         ]
 
-    def _evaluate(self, monomial: Monomial) -> tuple[int, ...]:
+    def _evaluate(self, monomial: Monomial) -> tuple[int | Fraction, ...]:
+        if monomial == (("p", 1),):
+            return tuple(Fraction(1, probe.get("p", 1)) for probe in self.probes)
         return tuple(
             prod(-(-probe[symbol] // level) for symbol, level in monomial) for probe in self.probes
         )
@@ -153,7 +158,7 @@ class Fitter:
         return matches
 
 
-def _direction(vector: Shape) -> tuple[Fraction, ...]:
+def _direction(vector: Sequence[int | Fraction]) -> tuple[Fraction, ...]:
     """The vector up to scale: equal for two vectors iff one is a multiple of the other."""
     first = next(size for size in vector if size)
     return tuple(Fraction(size, first) for size in vector)

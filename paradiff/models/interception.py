@@ -8,6 +8,7 @@ handler is asked, and may replace what the layer would have used:
   only; text tokens of a joint attention are put back beside whatever the handler returns;
 - ``halo``: the neighbours' rows of a convolution with vertical kernel and padding;
 - ``moments``: mean and mean of squares of a GroupNorm;
+- ``total`` and ``squares``: what ranks add up that share a layer's weights;
 - ``enter`` and ``leave``: a unit (a transformer block, a U-Net sub-block) begins or ends.
 
 Positions follow from the rows: a handler that runs a strip says which rows it has (``span``), and
@@ -37,6 +38,8 @@ import diffusers.models.embeddings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from paradiff.models.divided import DIVIDED, Shard, Sharing, apply, taking_its_share
 
 TEXT_FIRST = {
     "FluxTransformer2DModel": True,
@@ -95,7 +98,7 @@ class Site:
     is_input: bool = False
 
 
-class Handler:
+class Handler(Sharing):
     """What to do at each point; this base leaves the forward as it is."""
 
     def attention(
@@ -304,11 +307,14 @@ def intercept(
     *,
     kv: Mapping[str, int] | None = None,
     units: Sequence[str] = (),
+    shards: Mapping[str, Shard] | None = None,
+    degree: int = 1,
 ) -> Iterator[None]:
     """Run forwards of ``model`` under ``handler``.
 
     ``kv`` maps the attentions that are exchange points to how many text tokens are part of them
     (0 for pure self attention). ``units`` are the modules to report to ``enter`` and ``leave``.
+    ``shards`` are divided among ``degree`` ranks, which must divide each of their pieces.
     """
     text_first = TEXT_FIRST.get(type(model).__name__, False)
     together = type(model).__name__ == "MochiTransformer3DModel"
@@ -320,13 +326,28 @@ def intercept(
             module = modules[name]
             stack.enter_context(mock.patch.object(module, "forward", make(module.forward)))
 
+        for name, shard in (shards or {}).items():
+            module = modules[name]
+            for attribute in ("heads", "num_groups") if degree > 1 else ():
+                if hasattr(module, attribute):
+                    whole = getattr(module, attribute)
+                    stack.enter_context(mock.patch.object(module, attribute, whole // degree))
+            if shard.kind != "heads":
+                wrap(name, partial(DIVIDED[shard.kind], handler, name, shard, degree, module))
         for name in self_attention_names(model):
             wrap(name, partial(_attention_scope, inside, name, together))
         if together:
             stack.enter_context(_samples_together())
         for site in exchange_sites(model):
-            make = _with_halo if site.kind == "halo" else _with_moments
-            wrap(site.name, partial(make, handler, site, modules[site.name]))
+            module = modules[site.name]
+            if site.kind == "halo":
+                divided = site.name in (shards or {})
+                wrap(site.name, partial(_with_halo, handler, site, module, divided))
+            else:
+                wrap(site.name, partial(_with_moments, handler, site, module))
+        for name, shard in (shards or {}).items():
+            if shard.takes_share:
+                wrap(name, partial(taking_its_share, handler, shard, degree))
         for name, module in modules.items():
             if type(module).__name__ in EMBEDDINGS:
                 wrap(name, partial(_with_positions, handler, module))
@@ -472,7 +493,9 @@ def _widen_mask(mask: Tensor, keys: int, text: int, text_first: bool) -> Tensor:
     return torch.cat((image, mask[..., mask.shape[-1] - text :]), dim=-1)
 
 
-def _with_halo(handler: Handler, site: Site, conv: Any, forward: Callable[..., Any]) -> Any:
+def _with_halo(
+    handler: Handler, site: Site, conv: Any, divided: bool, forward: Callable[..., Any]
+) -> Any:
     @wraps(forward)
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         above, below = handler.halo(site, x)
@@ -481,16 +504,10 @@ def _with_halo(handler: Handler, site: Site, conv: Any, forward: Callable[..., A
         zeros = x.new_zeros(*x.shape[:-2], site.rows, x.shape[-1])
         rows = [zeros if above is None else above, x, zeros if below is None else below]
         padding = (*conv.padding[:-2], 0, conv.padding[-1])
-        convolve = F.conv3d if x.ndim == 5 else F.conv2d
-        return convolve(
-            torch.cat(rows, dim=-2),
-            conv.weight,
-            conv.bias,
-            conv.stride,
-            padding,
-            conv.dilation,
-            conv.groups,
-        )
+        x = torch.cat(rows, dim=-2)
+        if divided:
+            return forward(x, padding)
+        return apply(conv, x, conv.weight, conv.bias, padding)
 
     return run
 

@@ -9,7 +9,7 @@ are dimensions as numbers; ``paradiff.models.fitting`` turns several recordings 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,7 +46,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Something between two launches: ``enter`` or ``leave`` of a unit, ``halo``, ``moments``.
+    """Something between two launches: ``enter`` or ``leave`` of a unit, or the kind of a point.
 
     ``sizes`` are the tensors of a unit's output tuple, or those published at a point."""
 
@@ -79,6 +79,11 @@ class Recorder(TorchDispatchMode):
         self._unclaimed = {_storage_key(p): p.numel() for m in modules for p in m.parameters()}
         self._live: dict[int, int] = {}
         self._references: list[Any] = []
+
+    def divide(self, parameters: Iterable[Tensor], ranks: int) -> None:
+        """Count the first of ``ranks`` equal parts of these parameters only."""
+        for parameter in parameters:
+            self._unclaimed[_storage_key(parameter)] //= ranks
 
     # ---------------------------------------------------------------------------- for handlers
 
@@ -237,6 +242,13 @@ class RecordingHandler(Handler):
 
     def moments(self, site: Site, x: Tensor) -> None:
         self._recorder.mark(Mark("moments", site.name, ((2, x.shape[0], site.groups),)))
+
+    def total(self, name: str, partial: Tensor) -> Tensor:
+        self._recorder.mark(Mark("sum", name, (tuple(partial.shape),)))
+        return partial
+
+    def squares(self, name: str, x: Tensor) -> None:
+        self._recorder.mark(Mark("squares", name, ((*x.shape[:-1], 1),)))
 
     def enter(self, name: str) -> None:
         self._recorder.mark(Mark("enter", name))

@@ -31,18 +31,18 @@ _UNET = {
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
     "layers_per_block": 1,
-    "attention_head_dim": 2,
+    "attention_head_dim": 4,
     "cross_attention_dim": 24,
     "use_linear_projection": True,
 }
-_BLOCKS = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 4}
+_BLOCKS = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 4}
 _SVD = {
     "sample_size": ROWS,
     "block_out_channels": [32, 64],
     "down_block_types": ["CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"],
     "up_block_types": ["UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"],
     "layers_per_block": 1,
-    "num_attention_heads": [2, 4],
+    "num_attention_heads": [4, 4],
     "cross_attention_dim": 24,
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 24,
@@ -57,17 +57,17 @@ _SD3 = {
     "pos_embed_max_size": 48,
 }
 _FLUX = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
     "num_layers": 2,
     "num_single_layers": 2,
     "joint_attention_dim": 24,
     "pooled_projection_dim": 12,
-    "axes_dims_rope": [4, 6, 6],
+    "axes_dims_rope": [2, 2, 4],
 }
 _COGVIDEOX = {
     **_BLOCKS,
-    "attention_head_dim": 24,
+    "attention_head_dim": 12,
     "time_embed_dim": 12,
     "text_embed_dim": 24,
     "sample_width": ROWS,
@@ -118,7 +118,7 @@ TINY: Mapping[str, Mapping[str, Any]] = {
         "num_single_layers": 2,
         "text_embed_dim": 24,
         "pooled_projection_dim": 12,
-        "rope_axes_dim": [4, 6, 6],
+        "rope_axes_dim": [2, 2, 4],
     },
     "latte": {
         **CATALOGUE["latte"].config,
@@ -145,7 +145,8 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     },
     "mochi": {
         **_BLOCKS,
-        "pooled_projection_dim": 16,
+        "attention_head_dim": 12,
+        "pooled_projection_dim": 24,
         "text_embed_dim": 24,
         "time_embed_dim": 8,
         "max_sequence_length": TEXT_TOKENS,

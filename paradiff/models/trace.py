@@ -1,7 +1,8 @@
 """From a model's configuration to its profile: probe, align, fit, cut into segments.
 
 Every stage is run on the meta device at several shapes (probes), the denoiser also on strips: with
-the rows of one patch, K and V widened to the visible rows, and halo rows lent by the neighbours. The
+the rows of one patch, K and V widened to the visible rows, and halo rows lent by the neighbours; and
+as the first of p ranks that share its weights, at the smallest p that divides them. The
 launches of all probes must align one to one; each dimension is then fitted exactly
 (``paradiff.models.fitting``). The result depends on the configuration and on the versions of
 diffusers and transformers, on nothing else: two traces are byte-identical.
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from paradiff.models.fitting import Fitter, Quantity, Shape, expr, value
 from paradiff.models.interception import exchange_sites, intercept, unit_parents
 from paradiff.models.plans import Plan, plan_for
 from paradiff.models.recording import Launch, Mark, Recorder, Recording, RecordingHandler
+from paradiff.models.sharding import largest_degree, shards_of
 from paradiff.models.stages import StageSpec, versions
 from paradiff.profiles import (
     SCHEMA,
@@ -39,6 +42,7 @@ from paradiff.profiles import (
     Profile,
     Segment,
     Stage,
+    Total,
     load_profile,
     parse_expr,
     profile_to_json,
@@ -115,12 +119,17 @@ def trace_stage(spec: StageSpec) -> Stage:
     strips = [p for p in spec.probes if p["k"] != p["r"]]
     recordings = [record(spec, modules, p) for p in whole]
     attentions: dict[str, Expr] = {}
+    shared: list[ShapeSymbols] = []
     if spec.in_strips:
         attentions = find_kv(Fitter(whole, spec.levels, spec.frame_levels), recordings)
-        recordings += [record(spec, modules, p, attentions) for p in strips]
+        most = largest_degree(shards_of(modules[0])) if spec.is_denoiser else 1
+        divisors = (p for p in range(2, most + 1) if most % p == 0)
+        shared = [{**whole[0], "p": p} for p in islice(divisors, 1)]
+        recordings += [record(spec, modules, p, attentions) for p in (*strips, *shared)]
         _check_points_run(modules[0], recordings[0])
-    fitter = Fitter([*whole, *strips], spec.levels, spec.frame_levels)
-    assembly = _Assembly(fitter, _aligned(recordings), attentions)
+    fitter = Fitter([*whole, *strips, *shared], spec.levels, spec.frame_levels)
+    degree = shared[0]["p"] if shared else 1
+    assembly = _Assembly(fitter, _aligned(recordings, degree), attentions)
     assembly.build(spec.name, parents=unit_parents(modules[0]) if spec.in_strips else {})
     return Stage(
         name=spec.name,
@@ -139,7 +148,10 @@ def record(
     shape: ShapeSymbols,
     attentions: Mapping[str, Expr] | None = None,
 ) -> Recording:
-    """One forward of a stage at ``shape``; ``attentions`` are its kv points and their key counts."""
+    """One forward of a stage at ``shape``; ``attentions`` are its kv points and their key counts.
+
+    Here values do not matter: a rank's share of packed weights is one matmul, as where it is stored so.
+    """
     call, args, kwargs = spec.call(modules, shape)
     recorder = Recorder(modules if spec.owns_parameters else ())
     for tensor in tree_leaves((args, kwargs)):
@@ -156,7 +168,13 @@ def record(
             handler = RecordingHandler(recorder, seen.get, shape["h"])
             parents = unit_parents(model)
             units = sorted({*parents, *parents.values()})
-            stack.enter_context(intercept(model, handler, kv=text, units=units))
+            shards, degree = shards_of(model) if spec.is_denoiser else {}, shape.get("p", 1)
+            for name, shard in shards.items():
+                recorder.divide(shard.parameters(model.get_submodule(name)), degree)
+            one_piece = {n: replace(s, pieces=(sum(s.pieces),)) for n, s in shards.items()}
+            stack.enter_context(
+                intercept(model, handler, kv=text, units=units, shards=one_piece, degree=degree)
+            )
         stack.enter_context(recorder)
         call(*args, **kwargs)
     return recorder.recording
@@ -193,7 +211,7 @@ def _times(*factors: Expr) -> Expr:
     return expr(terms)
 
 
-def _aligned(recordings: Sequence[Recording]) -> Aligned:
+def _aligned(recordings: Sequence[Recording], degree: int = 1) -> Aligned:
     """Recordings side by side. Raises InvalidProfile at the first launch where they part."""
     first = recordings[0]
     for other in recordings[1:]:
@@ -203,7 +221,7 @@ def _aligned(recordings: Sequence[Recording]) -> Aligned:
                 raise InvalidProfile(f"probes part at launch {index}: {a} and {b}, after {around}")
         if len(first.events) != len(other.events) or len(first.tensors) != len(other.tensors):
             raise InvalidProfile("probes differ in how many launches or tensors they have")
-    return Aligned(recordings)
+    return Aligned(recordings, degree)
 
 
 def _signature(event: Launch | Mark) -> tuple[Any, ...]:
@@ -213,14 +231,22 @@ def _signature(event: Launch | Mark) -> tuple[Any, ...]:
 
 
 class Aligned:
-    """Recordings whose events correspond; iterates over events, one tuple of all probes each."""
+    """Recordings whose events correspond; iterates over events, one tuple of all probes each. The last
+    one is of the first of ``degree`` ranks that share the weights."""
 
-    def __init__(self, recordings: Sequence[Recording]) -> None:
+    def __init__(self, recordings: Sequence[Recording], degree: int = 1) -> None:
         self.recordings = recordings
         self.base = recordings[0]
+        self.degree = degree
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         return zip(*(r.events for r in self.recordings), strict=True)
+
+    def weights(self, index: int) -> tuple[int, int]:
+        """Parameters that event ``index`` is the first to use, and those of them that ranks divide:
+        what a share of 1/p lacks is 1 - 1/p of these."""
+        whole, share = self.base.weights[index], self.recordings[-1].weights[index]
+        return whole, (whole - share) * self.degree // max(self.degree - 1, 1)
 
     def tensor(self, index: int) -> list[Shape]:
         return [r.tensors[index] for r in self.recordings]
@@ -232,8 +258,10 @@ class _Open:
 
     name: str
     point: Point | None = None
+    total: Total | None = None
     kernels: Counter[tuple[str, tuple[Expr, ...]]] = field(default_factory=Counter)
     weights: int = 0
+    shared: int = 0
     peak: tuple[int, tuple[int, ...]] = (-1, ())
 
 
@@ -250,13 +278,14 @@ class _Assembly:
         self._fitted: dict[tuple[Quantity, ...], Expr] = {}
         self._sizes = [value((shape,)) for shape in aligned.base.tensors]
         self._open = _Open("")
-        self._waiting_weights = 0
+        self._waiting = [0, 0]
 
     def build(self, stage: str, parents: Mapping[str, str]) -> None:
         self._open = _Open("head" if parents else stage)
         lo = 0
         for index, events in enumerate(self._aligned):
-            self._waiting_weights += self._aligned.base.weights[index]
+            for i, count in enumerate(self._aligned.weights(index)):
+                self._waiting[i] += count
             first = events[0]
             if isinstance(first, Launch):
                 self._launch(index, events)
@@ -268,6 +297,9 @@ class _Assembly:
                 self._leave(first.name, parents[first.name], lo, events)
             elif first.what == "leave":
                 self.parents[first.name] = self._quantity([e.sizes for e in events])
+            elif first.what in ("sum", "squares"):
+                self._open.total = Total(first.what, self._quantity([e.sizes for e in events]))
+                self._split(f"{first.name}.after")
             elif first.what != "enter":
                 point = Point(first.what, self._quantity([e.sizes for e in events]))
                 self._split(first.name, point)
@@ -276,9 +308,9 @@ class _Assembly:
             self.segments[-1] = replace(self.segments[-1], name="tail")
         order = list(dict.fromkeys(parents[c.name] for c in self.cuts))
         self.parents = {name: self.parents[name] for name in order if parents}
-        if self._waiting_weights and self.segments:
+        if self._waiting[0] and self.segments:
             last = self.segments[-1]
-            self.segments[-1] = replace(last, weights=last.weights + self._waiting_weights)
+            self.segments[-1] = replace(last, weights=last.weights + self._waiting[0])
 
     def _leave(self, name: str, parent: str, lo: int, events: Sequence[Mark]) -> None:
         out = self._quantity([e.sizes for e in events])
@@ -298,8 +330,9 @@ class _Assembly:
             self._split(first.attention, self._kv_point(dims))
         current = self._open
         current.kernels[first.kind, dims] += 1
-        current.weights += self._waiting_weights
-        self._waiting_weights = 0
+        current.weights += self._waiting[0]
+        current.shared += self._waiting[1]
+        self._waiting = [0, 0]
         alive = self._aligned.base.alive[index]
         current.peak = max(current.peak, (sum(self._sizes[i] for i in alive), alive))
         if is_point:
@@ -338,6 +371,8 @@ class _Assembly:
             weights=done.weights,
             live=expr(term for each in alive for term in each.terms),
             point=done.point,
+            total=done.total,
+            shared=done.shared,
         )
 
     def _shape(self, tensor: int) -> Expr:

@@ -24,6 +24,7 @@ from paradiff.strategies.pipefusion import pipefusion
 from paradiff.strategies.places import PLACES, in_turns, sharded, stored_in_fp8
 from paradiff.strategies.reuse import whole
 from paradiff.strategies.stream import streambatch
+from paradiff.strategies.tensor import check_tensor, widest_tensor
 from paradiff.strategies.tiling import tiled_decode
 
 __all__ = [
@@ -88,7 +89,7 @@ def _one_left(options: Options, steps: int) -> bool:
     return int(options.get("warmup", "5")) >= steps - 1
 
 
-SEQUENCE = frozenset({"cfg", "data", "ulysses", "ring"})
+SEQUENCE = frozenset({"cfg", "data", "ulysses", "ring", "tensor"})
 STRATEGIES: Mapping[str, Strategy] = {
     "serial": Strategy(
         whole,
@@ -156,7 +157,7 @@ STRATEGIES: Mapping[str, Strategy] = {
         batchstep, {"warmup": INTEGER}, _one_left, _warmup(5), axes=frozenset({"data"})
     ),
 }
-AXES = ("cfg", "data", "ulysses", "ring")
+AXES = ("cfg", "data", "ulysses", "ring", "tensor")
 AXIS_PARAMETERS = {"ring": {"rotate": "p2p|allgather"}, "ulysses": {"exchange": PRODUCT}}
 
 
@@ -190,6 +191,7 @@ class Spec:
             STRATEGIES[name].along: self.degree(name) for name in self.options.keys() & STRATEGIES
         }
         return Mesh(
+            tp=self.degree("tensor"),
             ulysses=self.degree("ulysses"),
             ring=self.degree("ring"),
             pp=along.get("pp", 1),
@@ -294,10 +296,12 @@ def build(spec: Spec, profile: Profile, workload: Workload) -> ScheduleGraph:
         builder = Builder(profile, workload, spec.mesh)
     except ValueError as error:
         raise Infeasible(str(error)) from error
+    check_tensor(builder)
     spec.strategy.emit(builder, spec.options)
     meta = {"model": profile.name, "spec": spec.text}
     meta |= {k: str(getattr(workload, k)) for k in workload.__dataclass_fields__}
-    return _placed(builder.graph(meta), spec, profile, builder.element_bytes)
+    share = profile.share(spec.mesh.tp)
+    return _placed(builder.graph(meta), spec, share, builder.element_bytes)
 
 
 def _placed(
@@ -316,7 +320,9 @@ def _placed(
     if "hsdp" in weights:
         lanes = [lane for groups in spec.mesh.step_groups() for group in groups for lane in group]
         stages = spec.name == "pipefusion"
-        together = [ranks for lane in lanes for ranks in (lane.groups if stages else [lane.ranks])]
+        groups = [ranks for lane in lanes for ranks in (lane.groups if stages else [lane.ranks])]
+        tp = spec.mesh.tp
+        together = [ranks[share::tp] for ranks in groups for share in range(tp)]
         if max(map(len, together)) == 1:
             raise Infeasible(
                 "weights=hsdp: no two ranks run the same layers at the same time; it needs a sequence"
@@ -390,8 +396,11 @@ def _strip_specs(profile: Profile, workload: Workload, n: int) -> Iterator[str]:
 def _pass_specs(profile: Profile, workload: Workload, n: int) -> Iterator[str]:
     """All passes on exactly ``n`` GPUs, a power of two."""
     yield from _strip_specs(profile, workload, n)
+    yield f"tensor={n}"
     if profile.kind == "unet":
         return
+    for tensor in [t for t in (2, 4) if 2 * t <= n]:
+        yield f"tensor={tensor},ulysses={n // tensor}"
     for ulysses in [u for u in (1, 2, 4, 8, 16, 32, 64) if u <= n]:
         ring = n // ulysses
         axes = [f"ulysses={ulysses}"] * (ulysses > 1) + [f"ring={ring}"] * (ring > 1)
@@ -408,6 +417,9 @@ def _pass_specs(profile: Profile, workload: Workload, n: int) -> Iterator[str]:
 def _widest(profile: Profile, workload: Workload, room: int, powers: list[int]) -> Iterator[str]:
     """The largest degree up to ``room`` that rows (and heads) allow, where it is no power of two."""
     geometry = profile.geometry
+    tensor = widest_tensor(profile, room)
+    if tensor > 1 and tensor not in powers:
+        yield f"tensor={tensor}"
     strips = widest_strips(workload.height // geometry.scale, geometry.row_multiple, room)
     if strips > 1 and strips not in powers:
         yield from _strip_specs(profile, workload, strips)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from paradiff.graph import Buffer, BufferKind, Op, OpKind, Ref, ScheduleGraph, Section, Shape, Work
-from paradiff.profiles import Expr, Profile, Stage
+from paradiff.profiles import Expr, Profile, Stage, Total
 
 DTYPE_BYTES: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 Tags = tuple[tuple[str, str], ...]
@@ -55,12 +55,13 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Degrees of a mesh in xDiT's order, fastest to slowest: ulysses, ring, pp, cfg, step, dp.
+    """Degrees of a mesh in xDiT's order, fastest to slowest: tp, ulysses, ring, pp, cfg, step, dp.
 
     ``pp`` is the axis of the pass (strips of a patch strategy, stages of a pipeline), ``step`` that of
     groups that evaluate different denoising steps (ParaStep).
     """
 
+    tp: int = 1
     ulysses: int = 1
     ring: int = 1
     pp: int = 1
@@ -74,12 +75,14 @@ class Mesh:
 
     @property
     def size(self) -> int:
-        return self.sp * self.pp * self.cfg * self.step * self.dp
+        return self.tp * self.sp * self.pp * self.cfg * self.step * self.dp
 
-    def rank(self, group: int, cfg: int, pp: int, sp: int) -> int:
-        """Rank at the coordinates (``group``: of all step groups of all replicas); inside ``sp`` the
-        ulysses index is the fastest."""
-        return sp + self.sp * (pp + self.pp * (cfg + self.cfg * group))
+    def group(self, group: int, cfg: int, pp: int) -> tuple[int, ...]:
+        """Ranks at the coordinates (``group``: of all step groups of all replicas): ``tp`` is the
+        fastest, then ``sp``, inside which the ulysses index is."""
+        size = self.tp * self.sp
+        first = size * (pp + self.pp * (cfg + self.cfg * group))
+        return tuple(range(first, first + size))
 
     def replicas(self) -> Iterator[tuple[Lane, ...]]:
         """For each data-parallel replica, its guidance branches (those of its first step group)."""
@@ -94,10 +97,7 @@ class Mesh:
         return tuple(
             Lane(
                 branch=("both", "uncond" if cfg == 0 else "cond")[self.cfg > 1],
-                groups=tuple(
-                    tuple(self.rank(group, cfg, pp, sp) for sp in range(self.sp))
-                    for pp in range(self.pp)
-                ),
+                groups=tuple(self.group(group, cfg, pp) for pp in range(self.pp)),
                 replica=replica,
             )
             for cfg in range(self.cfg)
@@ -106,7 +106,7 @@ class Mesh:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """The ranks that evaluate one guidance branch of one request: ``groups[pp][sp]``."""
+    """The ranks that evaluate one guidance branch of one request: ``groups[pp][sp * TP + tp]``."""
 
     branch: str
     groups: tuple[tuple[int, ...], ...]
@@ -187,6 +187,7 @@ class Builder:
             h=halo,
             u=heads,
             j=t if key_text is None else key_text,
+            p=self.mesh.tp,
         )
 
     def nbytes(self, expr: Expr, shape: Shape) -> int:
@@ -471,7 +472,9 @@ def balanced_owners(build: Builder, components: int) -> tuple[int, ...]:
 class Forward:
     """Segments ``[lo, hi)`` of one denoiser call on a group of ranks, emitted in lock step.
 
-    ``run(hi)`` emits what lies between the last stop and segment ``hi`` as one compute op a rank.
+    ``run(hi)`` emits what lies between the last stop and segment ``hi``: one compute op a rank, or under
+    tensor parallelism one up to each sum, and an all-reduce. Ranks that share the weights lie side by
+    side in ``ranks``; ``shapes`` and ``tags`` are given once for them.
     ``need`` adds refs to the next op of a rank. ``index`` numbers the forwards of one step (patches of
     a pipeline), so that what they write into shared work buffers are different versions.
     """
@@ -491,6 +494,10 @@ class Forward:
 
     def __post_init__(self) -> None:
         self._at = self.lo
+        tp = self.build.mesh.tp
+        self.shapes = [shape for shape in self.shapes for _ in range(tp)]
+        if tp > 1:
+            self.tags = [(*t, ("tensor", f"{i}/{tp}")) for t in self.tags for i in range(tp)]
 
     def need(self, rank: int, *refs: Ref) -> None:
         """Refs that the next op on ``rank`` reads."""
@@ -512,11 +519,49 @@ class Forward:
         self._at = stop
 
     def run(self, stop: int, writes: Mapping[int, Sequence[Ref]] | None = None) -> None:
-        """Compute up to segment ``stop`` (exclusive) on all ranks; the ops write ``writes``."""
-        if stop == self._at:
-            assert not writes, "nothing to compute that could write"
-            return
-        name = self.build.denoiser.segments[self._at].name
+        """Compute up to segment ``stop`` (exclusive) on all ranks; the last ops write ``writes``."""
+        if self.build.mesh.tp > 1:
+            for at, total in self.build.denoiser.totals():
+                if self._at <= at < stop:
+                    self._add_up(at + 1, total)
+        if stop > self._at or writes:
+            self._compute(stop, writes or {})
+
+    def _add_up(self, stop: int, total: Total) -> None:
+        """Compute up to ``stop`` and all-reduce in place what that leaves in parts; blocking."""
+        build, n = self.build, self.build.mesh.tp
+        layer = self.index * len(build.denoiser.segments) + stop
+        itemsize = MOMENT_BYTES if total.kind == "squares" else build.element_bytes
+        size = total.elements(self.shapes[0]._asdict()) * itemsize
+
+        def refs(sub: int) -> dict[int, list[Ref]]:
+            buffers = {r: build.buffer("partial", r, size, "hidden") for r in self.ranks}
+            version = 2 * layer + sub
+            return {r: [Ref(b, self.step, None, False, version)] for r, b in buffers.items()}
+
+        parts, sums = refs(0), refs(1)
+        name = f"{build.denoiser.segments[stop - 1].name}/{total.kind}{self.tag}"
+        self._compute(stop, parts)
+        for i in range(0, len(self.ranks), n):
+            group = self.ranks[i : i + n]
+            build.collective(
+                "all_reduce",
+                name,
+                group,
+                size,
+                [ref for r in group for ref in parts[r]],
+                [ref for r in group for ref in sums[r]],
+                step=self.step,
+                channel="tensor",
+            )
+        for rank in self.ranks:
+            self.need(rank, *sums[rank])
+
+    def _compute(self, stop: int, writes: Mapping[int, Sequence[Ref]]) -> None:
+        """One compute op a rank; without work where the last one ended at ``stop`` with a sum."""
+        segments = self.build.denoiser.segments
+        ended = stop == self._at
+        name = f"{segments[self._at - 1].name}/end" if ended else segments[self._at].name
         for rank, shape, tags in zip(self.ranks, self.shapes, self.tags, strict=True):
             self.build.compute(
                 f"{name}{self.tag}",
@@ -525,7 +570,7 @@ class Forward:
                 shape,
                 ranges=((self._at, stop),),
                 reads=self.take(rank),
-                writes=(writes or {}).get(rank, ()),
+                writes=writes.get(rank, ()),
                 step=self.step,
                 call="forward",
                 tags=tags,

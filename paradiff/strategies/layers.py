@@ -68,10 +68,12 @@ def plan_sequence(build: Builder, options: Options, patches: int) -> SequencePar
                 " does not exchange",
                 nearest_strips(build, "patch", mesh.sp),
             )
-        heads, blocks = build.attention[0].heads, build.rows // profile.geometry.row_multiple
+        heads = build.attention[0].heads // mesh.tp
+        blocks = build.rows // profile.geometry.row_multiple
         if heads % mesh.ulysses:
+            whose = f" on each of {mesh.tp} tensor ranks" if mesh.tp > 1 else ""
             raise Infeasible(
-                f"ulysses={mesh.ulysses}: the {heads} heads of {profile.name} do not divide by"
+                f"ulysses={mesh.ulysses}: the {heads} heads of {profile.name}{whose} do not divide by"
                 f" {mesh.ulysses}",
                 nearest_sequence(build),
             )
@@ -115,7 +117,7 @@ def mixes_text(build: Builder) -> bool:
 
 def nearest_sequence(build: Builder) -> str:
     """The legal degrees nearest below those asked, and for Ulysses alone also the next one above."""
-    mesh, heads = build.mesh, build.attention[0].heads
+    mesh, heads = build.mesh, build.attention[0].heads // build.mesh.tp
     blocks = build.rows // build.profile.geometry.row_multiple
 
     def legal(u: int, r: int) -> bool:
@@ -198,7 +200,7 @@ class _Exchange:
         """Bytes of this rank's text tokens in one of Q, K, V, O."""
         if not self.point.joint_text:
             return 0
-        width = self.point.heads * self.point.head_dim
+        width = self.point.heads * self.point.head_dim // self.local.p
         return self.local.b * self.local.t * width * self.build.element_bytes
 
     @property
@@ -220,11 +222,16 @@ class _Exchange:
         return [self.ref("kv0", rank)]
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
-        """Ulysses groups are contiguous; ring groups take every ulysses-th rank."""
-        ranks, u = tuple(self.forward.ranks), self.sp.ulysses
-        if axis == "ulysses":
-            return [ranks[i : i + u] for i in range(0, len(ranks), u)]
-        return [ranks[i::u] for i in range(u)]
+        """Among ranks with the same share of the weights, Ulysses groups are contiguous; ring groups
+        take every ulysses-th rank."""
+        tp, u = self.build.mesh.tp, self.sp.ulysses
+        found = []
+        for ranks in (tuple(self.forward.ranks[i::tp]) for i in range(tp)):
+            if axis == "ulysses":
+                found += [ranks[i : i + u] for i in range(0, len(ranks), u)]
+            else:
+                found += [ranks[i::u] for i in range(u)]
+        return found
 
     def exchange(
         self,

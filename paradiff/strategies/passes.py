@@ -66,7 +66,9 @@ def gather_pieces(
     elif not world:
         if pieces > 1:
             for lane in lanes:
-                gather_output(build, lane.ranks, size, have, "eps_seq", step)
+                for share in range(build.mesh.tp):
+                    group = lane.ranks[share :: build.mesh.tp]
+                    gather_output(build, group, size, have, "eps_seq", step)
             have, size = "eps_seq", size * pieces
         if len(lanes) > 1:
             for pair in zip(*(lane.ranks for lane in lanes), strict=True):
@@ -135,7 +137,8 @@ def run_whole(
 
 
 def whole_pass(build: Builder, options: Options) -> Predict:
-    """One evaluation in which every rank sees the whole latent: plain, Ulysses, Ring, USP."""
+    """One evaluation in which every rank sees the whole latent: plain, tensor, Ulysses,
+    Ring, USP."""
     sp = plan_sequence(build, options, 1)
 
     def predict(lanes: Sequence[Lane], step: int, latent: Latent) -> dict[int, Ref]:

@@ -156,7 +156,8 @@ def pipefusion(build: Builder, options: Options) -> None:
     """Emit the whole run: warm-up on the whole image, the steady pipeline, a last step without loop."""
     pipe = plan_pipeline(build, options)
     steps, last = build.workload.steps, build.workload.steps - 1
-    build.encode(range(build.mesh.size), lambda rank: pipe.shares(rank % build.mesh.sp))
+    mesh = build.mesh
+    build.encode(range(mesh.size), lambda rank: pipe.shares(rank // mesh.tp % mesh.sp))
     middle = min(pipe.warmup, last)
     for name, first, count, emit in (
         ("warmup", 0, middle, warmup_step),
@@ -188,7 +189,7 @@ def patch_step(stages: Stages, *, loop: bool) -> None:
 def collect(stages: Stages) -> None:
     """Gather the latent rows over the sequence group of the last stage, then decode there."""
     build, pipe = stages.build, stages.pipe
-    group = stages.lanes[0].groups[-1]
+    group = stages.lanes[0].groups[-1][:: build.mesh.tp]
     parts = range(len(pipe.patches))
     reads = [build.x(group[0], 0, 0, p) for p in parts]
     if len(group) > 1:
@@ -333,7 +334,7 @@ class Stages:
         return self.work_buffer("z_in", rank, p, size)
 
     def inputs(self, lane: Lane, d: int, j: int, p: int | None) -> list[Ref]:
-        """What stage d reads for patch p on sequence rank j, the K/V cache apart."""
+        """What stage d reads for patch p on rank j of its group, the K/V cache apart."""
         rank = lane.groups[d][j]
         if d == 0:
             latent = [self.build.x(rank, 0, 0, part) for part in self.parts(p)]
@@ -372,7 +373,7 @@ class Stages:
         build, pipe, ranks = self.build, self.pipe, lane.groups[d]
         lo, hi = pipe.stages[d]
         shape = self.dense_shape(p)
-        shares = [pipe.shares(j) for j in range(len(ranks))]
+        shares = [pipe.shares(j) for j in range(pipe.sp.degree)]
         tags = [
             (
                 *lane.tags(*(s if p is None else [s[p]])),
@@ -381,7 +382,7 @@ class Stages:
             )
             for j, s in enumerate(shares)
         ]
-        shapes, label = [shape] * len(ranks), f"{self.label(p)}/s{d}"
+        shapes, label = [shape] * pipe.sp.degree, f"{self.label(p)}/s{d}"
         forward = Forward(build, ranks, shapes, lo, hi, tags, label, p or 0)
         older: dict[int, list[Ref]] = {}
         for j, rank in enumerate(ranks):

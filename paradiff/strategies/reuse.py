@@ -134,6 +134,12 @@ def whole(build: Builder, options: Options) -> None:
         why = "skip connections into its last blocks" if build.profile.skips else "too few blocks"
         raise Infeasible(f"{build.profile.name} has {why} to reuse the output of others", "serial")
     fresh, kept = components_of(build, owners)
+    if len(fresh.ranges) > 1 and build.mesh.tp > 1:
+        raise Infeasible(
+            f"tensor={build.mesh.tp} with reused steps: {build.profile.name} computes both of its ends"
+            " again in one piece, inside which ranks cannot add up",
+            "tensor=1",
+        )
     reuse = Reuse(build, plan_sequence(build, options, 1), fresh, kept)
     build.encode(range(build.mesh.size))
     last = 0

@@ -18,6 +18,7 @@ from paradiff.models.catalogue import CATALOGUE, shape
 from paradiff.models.fitting import FitError, Fitter, value
 from paradiff.models.plans import plan_for
 from paradiff.models.recording import Launch, Recording
+from paradiff.models.sharding import largest_degree, shards_of
 from paradiff.models.stages import DTYPE, StageSpec, versions
 from paradiff.models.trace import (
     dump_profile,
@@ -47,6 +48,8 @@ OTHERS = sorted(CATALOGUE.keys() - set(FIRST))
 BATCH_OF_TWO = {"flux1-dev", "svd"}
 """Denoisers in which a batch of one saves copies; their profiles are those of larger batches."""
 COMPUTE = {"gemm", "conv", "attention"}
+UNDIVIDED = {"sd21", "svd", "svd-xt"}
+"""Models of which some attention has 5 heads, and whose norms have 32 groups."""
 
 
 def shipped(name: str) -> Profile:
@@ -217,7 +220,8 @@ STRIPS_OF_OTHERS = {
 
 @pytest.mark.parametrize("name", sorted(CATALOGUE))
 def test_launches_of_whole_latents_and_strips_equal_profile(name: str) -> None:
-    """Shapes that no fit has seen: whole, strip at the border, in the middle, uneven last one."""
+    """Shapes that no fit has seen: whole, strip at the border, in the middle, uneven last one; and the
+    first of as many ranks that share the weights as leave two heads on each."""
     spec, profile = denoiser_spec(name), shipped(name)
     modules, keys = spec.build(), key_counts(profile.denoiser)
     tokens = profile.geometry.text_tokens
@@ -237,6 +241,15 @@ def test_launches_of_whole_latents_and_strips_equal_profile(name: str) -> None:
         points = keys if visible != rows else None
         seen = launches(record(spec, modules, at, points))
         assert seen == predicted(profile.denoiser, dict(at)), at
+    shards = shards_of(modules[0])
+    heads = min(each.pieces[0] for each in shards.values() if each.kind == "heads")
+    degrees = [p for p in range(2, heads) if largest_degree(shards) % p == 0]
+    assert bool(degrees) == (name not in UNDIVIDED)
+    for p in degrees[-1:]:
+        at = {**at, "r": rows, "k": rows, "h": 0, "p": p}
+        recording = record(spec, modules, at)
+        assert launches(recording) == predicted(profile.denoiser, at), at
+        assert sum(recording.weights) == sum(s.held(p) for s in profile.denoiser.segments)
 
 
 @pytest.mark.parametrize("name", sorted(CATALOGUE))
