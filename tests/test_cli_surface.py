@@ -48,7 +48,15 @@ def options(command: object) -> set[str]:
 
 def test_commands() -> None:
     group = typer.main.get_command(app)
-    assert sorted(group.commands) == ["capacity", "plan", "profile", "run", "topology", "validate"]  # type: ignore[attr-defined]
+    assert sorted(group.commands) == [
+        "capacity",
+        "env",
+        "plan",
+        "profile",
+        "run",
+        "topology",
+        "validate",
+    ]  # type: ignore[attr-defined]
     assert sorted(group.commands["profile"].commands) == ["fit", "kernels", "network", "trace"]  # type: ignore[attr-defined]
     assert sorted(group.commands["topology"].commands) == ["doctor", "import", "show"]  # type: ignore[attr-defined]
     assert sorted(group.commands["validate"].commands) == ["published"]  # type: ignore[attr-defined]
@@ -77,6 +85,12 @@ def test_topology_options() -> None:
     assert options(commands["import"]) == IMPORT | {"--name", "--output"}
     assert options(commands["show"]) == {"--html"}
     assert options(commands["doctor"]) == IMPORT | {"--model", "--what-if", "--check"}
+
+
+def test_root_options() -> None:
+    root = typer.main.get_command(app)
+    assert options(root) == {"--version", "--install-completion", "--show-completion"}
+    assert options(root.commands["env"]) == set()  # type: ignore[attr-defined]
 
 
 def test_capacity_options() -> None:

@@ -16,15 +16,20 @@ import paradiff
 from paradiff.cli import profile, topology, validate
 from paradiff.cli.capacity import capacity
 from paradiff.cli.common import INTERRUPTED, group
+from paradiff.cli.env import env
 from paradiff.cli.plan import plan
 from paradiff.cli.run import run
 
-app = group("Which parallel strategy should run this diffusion model on this box, and how fast?")
+app = group(
+    "Which parallel strategy should run this diffusion model on this box, and how fast?",
+    completion=True,
+)
 plan_app = group("Rank the parallel strategies for one model on one box.")
 app.command()(plan)
 app.command()(run)
 plan_app.command()(plan)
 app.command()(capacity)
+app.command()(env)
 app.add_typer(profile.app, name="profile")
 app.add_typer(topology.app, name="topology")
 app.add_typer(validate.app, name="validate")

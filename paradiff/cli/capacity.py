@@ -19,6 +19,7 @@ from paradiff.cli.common import (
     one_message,
     parsed_specs,
     progress,
+    shipped,
     staged,
     workload_of,
 )
@@ -34,13 +35,17 @@ if TYPE_CHECKING:
 def capacity(
     topology: Annotated[
         list[str],
-        typer.Option(help="Box: a shipped name or a YAML file; several are compared."),
+        typer.Option(
+            help="Box: a shipped name or a YAML file; several are compared.",
+            autocompletion=shipped("topologies"),
+        ),
     ],
     model: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME[:WEIGHT][,KEY=VALUE...]",
             help="A class of requests: sdxl:0.7,height=512,steps=30,deadline=8s. Default: sdxl.",
+            autocompletion=shipped("models", ".json"),
         ),
     ] = None,
     mix: Annotated[

@@ -32,16 +32,28 @@ CONTEXT = {
 }
 
 
-def group(text: str) -> typer.Typer:
-    """A typer application in the manner of all of ours."""
+def group(text: str, *, completion: bool = False) -> typer.Typer:
+    """A typer application in the manner of all of ours. ``completion``: with --install-completion
+    and --show-completion."""
     return typer.Typer(
         help=text,
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=completion,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         context_settings=CONTEXT,
     )
+
+
+def shipped(kind: str, suffix: str = ".yaml") -> Callable[[str], list[str]]:
+    """What a shell offers for an option that takes a shipped name."""
+
+    def names(incomplete: str) -> list[str]:
+        from paradiff.config import available
+
+        return [name for name in available(kind, suffix) if name.startswith(incomplete)]
+
+    return names
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from paradiff.cli.common import (
     parsed_specs,
     portable,
     progress,
+    shipped,
     staged,
     workload_of,
 )
@@ -36,9 +37,18 @@ def plan(
     context: typer.Context,
     topology: Annotated[
         str | None,
-        typer.Option(help="Box: a shipped name (pcie8) or a YAML file.", show_default=False),
+        typer.Option(
+            help="Box: a shipped name (pcie8) or a YAML file.",
+            show_default=False,
+            autocompletion=shipped("topologies"),
+        ),
     ] = None,
-    model: Annotated[str, typer.Option(help="Shipped model, or a profile file.")] = "sdxl",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Shipped model, or a profile file.", autocompletion=shipped("models", ".json")
+        ),
+    ] = "sdxl",
     height: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
