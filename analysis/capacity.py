@@ -14,7 +14,7 @@ from typing import Any
 from analysis.text import seconds
 from simulator.capacity import HOURS_PER_MONTH, Answer, Option
 from simulator.estimates import Estimate
-from simulator.outcome import Outcome
+from simulator.outcome import MAX_LOAD, Outcome
 from simulator.service import Service
 
 SCHEMA = "paradiff.capacity/1"
@@ -108,6 +108,8 @@ def recommendation(answer: Answer) -> Iterator[str]:
             f"Saturated: {o.rate_per_s:.4g} requests/s arrive, {o.saturation_per_s:.4g} can be served; "
             "the queue grows without end and no latency can be named."
         )
+    elif not o.settled:
+        yield f"{_too_near(o)}."
     for check in o.checks:
         yield _check_sentence(check, q.labels)
     for kind, label in enumerate(q.labels):
@@ -145,6 +147,13 @@ def _check_sentence(check: Any, labels: Sequence[str]) -> str:
     return (
         f"{check.name} {word}: {seconds(check.value)} (at most {seconds(check.bound)}; "
         f"asked {check.limit:g} s)."
+    )
+
+
+def _too_near(o: Outcome) -> str:
+    return (
+        f"{100 * o.rate_per_s / o.saturation_per_s:.1f} % of the saturation rate, above "
+        f"{100 * MAX_LOAD:g} %: too near for any promise"
     )
 
 
@@ -219,6 +228,12 @@ def unable(answer: Answer) -> Iterator[str]:
             missed = [c for c in option.outcome.checks if not c.met] if option.outcome else []
             for check in missed:
                 yield f"{option.box.topology.name}: {_check_sentence(check, answer.question.labels)}"
+            if (
+                option.outcome is not None
+                and not option.outcome.settled
+                and not option.outcome.saturated
+            ):
+                yield f"{option.box.topology.name}: {_too_near(option.outcome)}"
             if option.outcome is not None and option.outcome.saturated:
                 yield (
                     f"{option.box.topology.name}: saturated, {option.outcome.saturation_per_s:.4g} of "

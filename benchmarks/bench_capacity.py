@@ -1,8 +1,8 @@
 """A large capacity question as a whole process: three models, four boxes, wall time and memory.
 
-``python benchmarks/bench_capacity.py [REQUESTS]``; goals: under 60 s on two idle cores, under 1 GB in the
-largest process. REQUESTS (default 1,000,000 in all, 20,000 for each confirmed number of nodes) are those
-that one confirmation simulates.
+``python benchmarks/bench_capacity.py [REQUESTS]``; goals: under 60 s on two idle cores, under 1 GB in
+the largest process. REQUESTS is --num-prompts, 20,000 by default: with all the numbers of nodes and cuts
+that are looked at, that is well over 1,000,000 requests in all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def main() -> None:
     wall_s = time.perf_counter() - start
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(done.stdout or done.stderr)
-    print(f"wall {wall_s:.1f} s, CPU {used.ru_utime + used.ru_stime:.1f} s on {os.cpu_count()} cores")
+    print(
+        f"wall {wall_s:.1f} s, CPU {used.ru_utime + used.ru_stime:.1f} s on {os.cpu_count()} cores"
+    )
     print(f"largest process {used.ru_maxrss / 1024:.0f} MiB")
 
 

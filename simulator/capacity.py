@@ -20,7 +20,7 @@ from paradiff.strategies import Workload
 from simulator.costs import Runtime
 from simulator.cuts import Cut, ServiceTable
 from simulator.gpu import load_gpu
-from simulator.outcome import Outcome, Run, evaluate, replication
+from simulator.outcome import Outcome, Run, evaluate, replication, settling
 from simulator.parallel import results
 from simulator.planner import Goal
 from simulator.queueing import Floats
@@ -300,7 +300,8 @@ def _curves(search: Search, found: Found) -> Curves:
     )
     if found.outcome.saturated:
         return Curves(load, ladder, (), ())
-    run = replication(system, demand.traffic, demand.budget, 0)
+    ahead = settling(demand.traffic, 1 / per_load)
+    run = replication(system, demand.traffic, demand.budget, 0, ahead=ahead)
     latencies = tuple(
         _evenly(np.sort(run.latency_s[run.requests.kinds == kind]))
         for kind in range(len(search.table))

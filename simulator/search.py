@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from simulator.cuts import Cut, ServiceTable, dynamic_cuts, static_cuts
-from simulator.outcome import Budget, Outcome, Slo, evaluate, meets, saturation_rate
+from simulator.outcome import MAX_LOAD, Budget, Outcome, Slo, evaluate, meets, saturation_rate
 from simulator.queueing import Failures, Routing, System
 from simulator.traffic import Traffic
 
@@ -111,11 +111,11 @@ class Search:
         )
 
     def least(self, cut: Cut, factors: Sequence[float] | None = None) -> int:
-        """Fewest nodes whose queues do not grow without end."""
+        """Fewest nodes that are far enough from saturation."""
         demand = self.demand
         one = saturation_rate(self.system(cut, 1, factors), demand.traffic)
         allowance = 0.0 if cut.is_static else MEASURED
-        return math.floor((1 - allowance) * demand.traffic.rate_per_s / one) + 1
+        return math.ceil((1 - allowance) * demand.traffic.rate_per_s / (MAX_LOAD * one))
 
     # ------------------------------------------------------------------------------ no queue at all
 

@@ -191,23 +191,31 @@ class Traffic:
         """Whether two draws differ."""
         return self.trace is None or (self.trace_kinds is None and len(self.shares) > 1)
 
-    def draw(self, count: int, seed: tuple[int, ...], load: float = 1.0) -> Requests:
-        """``count`` requests (all of the trace, where there is one), arriving ``load`` times as fast.
+    def draw(
+        self, count: int, seed: tuple[int, ...], load: float = 1.0, ahead: int = 0
+    ) -> Requests:
+        """``count`` requests (all of the trace, where there is one), arriving ``load`` times as fast,
+        after ``ahead`` others (none before a trace).
 
-        The same seed gives the same gaps and classes at any load, only faster.
+        The same seed gives the same requests at any load and after any number of others, and fewer
+        others are the last of more: what two systems are asked differs in nothing else.
         """
-        rng = np.random.default_rng(seed)
+        gaps, kinds, gaps_ahead, kinds_ahead = (
+            np.random.default_rng((*seed, stream)) for stream in range(4)
+        )
         if self.trace is not None:
-            arrival_s = self.trace.arrival_s / load
+            arrival_s, ahead = self.trace.arrival_s / load, 0
         else:
-            mean_s = 1 / (self.rate_per_s * load)
-            gaps_s = rng.gamma(self.burstiness, 1 / self.burstiness, size=count) * mean_s
-            arrival_s = np.cumsum(gaps_s)
+            before, after = self._gaps_s(gaps_ahead, ahead)[::-1], self._gaps_s(gaps, count)
+            arrival_s = np.cumsum(np.concatenate((before, after)) / load)
         if self.trace_kinds is not None:
             return Requests.at(arrival_s, np.array(self.trace_kinds))
-        return Requests.at(
-            arrival_s, rng.choice(len(self.shares), size=len(arrival_s), p=self.shares)
-        )
+        drawn = kinds.choice(len(self.shares), size=len(arrival_s) - ahead, p=self.shares)
+        others = kinds_ahead.choice(len(self.shares), size=ahead, p=self.shares)[::-1]
+        return Requests.at(arrival_s, np.concatenate((others, drawn)))
+
+    def _gaps_s(self, rng: np.random.Generator, count: int) -> Floats:
+        return rng.gamma(self.burstiness, 1 / self.burstiness, size=count) / self.rate_per_s
 
 
 def traffic_of(

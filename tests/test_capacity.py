@@ -18,9 +18,17 @@ from paradiff.strategies import Workload, build, parse_spec
 from simulator import planner
 from simulator.capacity import Box, Option, price_of
 from simulator.cuts import dynamic_cuts, static_cuts
-from simulator.outcome import Budget, Outcome, Slo, evaluate, saturation_rate
+from simulator.outcome import (
+    Budget,
+    Outcome,
+    Slo,
+    evaluate,
+    replication,
+    saturation_rate,
+    settling,
+)
 from simulator.parallel import results
-from simulator.queueing import Failures
+from simulator.queueing import Failures, Rung, Station, System
 from simulator.search import Demand, Found, Node, OutOfReach, Search
 from simulator.service import Job, Service, services, side_by_side
 from simulator.topology import load_topology
@@ -186,6 +194,31 @@ def test_a_saturated_system_has_no_latency() -> None:
     assert saturation_rate(down, asked.traffic) == pytest.approx(0.9 * 4 / 2.4)
 
 
+def test_near_saturation_a_run_is_long_enough_to_forget_its_beginning() -> None:
+    """M/D/1 at 0.95: 0.95 / (2 x 0.05) = 9.5 services of wait. Runs of 400 requests that began empty
+    would say half of it."""
+    rung = {0: (Rung(1, (1.0,)),)}
+    system = System(nodes=1, stations=(Station(units_per_node=1, gpus=1, rungs=rung),))
+    traffic = Traffic(shares=(1.0,), rate_per_s=0.95)
+    assert settling(traffic, 0.95) == 800
+    budget = Budget(requests=60_000, replications=150, confidence=0.999)
+    wait = evaluate(system, traffic, Slo(), budget).wait
+    assert wait is not None
+    assert wait.low is not None
+    assert wait.low < 9.5 < (wait.high or 0.0)
+    cold = [replication(system, traffic, budget, i).wait_s.mean() for i in range(150)]
+    assert sum(cold) / 150 < 0.8 * 9.5
+
+
+def test_fewer_requests_ahead_are_the_last_of_more() -> None:
+    """The same requests count, at the same distances, so that more nodes never look worse for it."""
+    traffic = Traffic(shares=(0.5, 0.5), rate_per_s=2.0, burstiness=0.5)
+    many, few = (traffic.draw(50, (3,), ahead=n) for n in (40, 7))
+    assert many.kinds[33:].tolist() == few.kinds.tolist()
+    shift = many.arrival_s[33] - few.arrival_s[0]
+    assert (many.arrival_s[33:] - shift).tolist() == pytest.approx(few.arrival_s.tolist(), abs=1e-4)
+
+
 def test_gpus_dealt_out_saturate_where_measured_and_no_later_than_their_work_allows() -> None:
     """At saturation everybody takes the narrowest width (but the very first, which is alone): 1 GPU for
     1 s and for 8 s. Where long requests need pairs, a GPU may idle beside a pair that waits."""
@@ -203,9 +236,9 @@ def test_gpus_dealt_out_saturate_where_measured_and_no_later_than_their_work_all
 
 
 def test_services_are_the_planner_s_with_every_replica_of_a_machine_at_work() -> None:
-    """Alone on pcie8, two GPUs with strips are faster than one. Four such pairs share 80 GB/s of host
-    memory and are slower, so eight single GPUs serve better; their time is the planner's."""
-    p, box = profile("sdxl"), load_topology("pcie8")
+    """With 40 GB/s of host memory two GPUs with strips are faster than one while alone. Four such
+    pairs share it and are slower: eight single GPUs serve better, and their time is the planner's."""
+    p, box = profile("sdxl"), load_topology("pcie8", ["nodes.0.host_memory=40 GB/s"])
     workload = Workload(height=1024, width=1024, frames=1, steps=6)
     asked = planner.Request(
         profile=p, topology=box, workload=workload, gpus=2, specs=("serial", "patch=2", "cfg=2")
