@@ -10,6 +10,7 @@ from pathlib import Path
 import plain_loops as plain
 import pytest
 import torch
+from torch import Tensor
 
 from paradiff.executor import loading
 from paradiff.executor.decoding import strip_decoder
@@ -121,7 +122,7 @@ def test_a_job_decodes_as_its_spec_says(tmp_path: Path, monkeypatch: pytest.Monk
     assert plain.relative(*pictures) < 1e-10
 
 
-def test_tiles_are_those_of_diffusers() -> None:
+def test_tiles_are_those_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 latent rows in squares of 8, a quarter of which overlaps: as its own method decodes them."""
     ours = replace(pipeline("sdxl"), vae=deepcopy(pipeline("sdxl").vae))
     latent = execute("sdxl", "cfg=2").latents[0]
@@ -129,7 +130,15 @@ def test_tiles_are_those_of_diffusers() -> None:
     found = decoder(ours, tile=8)(latent)
     other = deepcopy(pipeline("sdxl").vae)
     other.tile_latent_min_size, other.tile_sample_min_size = 8, 64
-    with torch.no_grad():
-        expected = other.tiled_decode(latent / other.config.scaling_factor).sample
-    assert torch.equal(found, expected)
+
+    @torch.no_grad()
+    def expected(x: Tensor) -> Tensor:
+        tiles: Tensor = other.tiled_decode(x / other.config.scaling_factor).sample
+        return tiles
+
+    assert torch.equal(found, expected(latent))
     assert plain.relative(found, whole) > 1e-3
+    monkeypatch.setattr(loading, "cached_profile", lambda plan: plain.twin("sdxl")[0])
+    job = Job(source="tiny-sdxl", spec="cfg=2,vae=tiled,tile=8", steps=STEPS, dtype="fp64")
+    result = prepare(job).in_process()
+    assert torch.equal(result.decoded[0], expected(result.latents[0]))
