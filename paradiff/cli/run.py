@@ -572,5 +572,5 @@ def _what(given: _Given, summary: Mapping[str, Any]) -> str:
     if given.options["kernels"] == "timed":
         return f"{name}, timed kernels"
     if not given.is_real_size:
-        return f"{name}, a twin: the classes of the model, four blocks, random weights"
+        return f"{name}, a twin: the classes of the model, few blocks, random weights"
     return f"{name}, random weights" if given.options["random_weights"] else name

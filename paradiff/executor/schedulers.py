@@ -62,6 +62,8 @@ def check_scheduler(scheduler: Any, steps: int) -> None:
     trained = int(config.get("num_train_timesteps", steps))
     if steps > trained:
         raise ValueError(f"steps {steps}: {name} was trained on {trained}, allowed: 1 to {trained}")
+    if name == "PNDMScheduler":
+        _set_timesteps(deepcopy(scheduler), steps)
 
 
 def scheduler_named(name: str, own: Any) -> Any:
@@ -234,7 +236,8 @@ def _set_timesteps(scheduler: Any, steps: int) -> None:
         if len(scheduler.timesteps) == steps:
             return
     raise ValueError(
-        f"{steps} steps: {type(scheduler).__name__} has no schedule that evaluates the network so often"
+        f"steps {steps}: {type(scheduler).__name__} has no schedule of as many network calls,"
+        " allowed: 1, 3 or more"
     )
 
 

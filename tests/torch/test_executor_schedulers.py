@@ -164,16 +164,10 @@ def test_what_cannot_be_stepped_by_rows_is_refused(
 
 def test_steps_that_no_schedule_has_are_refused() -> None:
     """PNDM evaluates once for one step, and three times for two."""
-    with pytest.raises(ValueError, match="2 steps: PNDMScheduler has no schedule"):
-        Schedule(
-            tiny_scheduler("sd15"),
-            2,
-            sigmas=None,
-            tokens=64,
-            sizes=(1,),
-            seed=0,
-            guidance_scale=5.0,
-        )
+    for steps in (1, 3, 50):
+        check_scheduler(tiny_scheduler("sd15"), steps)
+    with pytest.raises(ValueError, match=r"steps 2: PNDMScheduler .* allowed: 1, 3 or more"):
+        check_scheduler(tiny_scheduler("sd15"), 2)
 
 
 def test_more_steps_than_were_trained_are_refused() -> None:
