@@ -141,6 +141,14 @@ class OptionRule(Strict):
     add: str
 
 
+class WarmupRule(Strict):
+    """Warm-up steps of ``axis`` for models that match, where a row does not say."""
+
+    axis: str
+    model: Match = ""
+    steps: int
+
+
 class Rules(Strict):
     """The schema of ``hardware_profiles/published/rules.yaml``. In each list the first match decides."""
 
@@ -157,7 +165,7 @@ class Rules(Strict):
     axes: tuple[Rule, ...]
     degrees: dict[str, str]
     options: tuple[OptionRule, ...]
-    warmup: dict[str, int]
+    warmup: tuple[WarmupRule, ...]
     patches: tuple[int, ...]
 
     @model_validator(mode="after")
@@ -318,7 +326,7 @@ def understand(
         overrides=overrides,
         gpu=gpu,
         workload=workload,
-        specs=_specs(row, rules),
+        specs=_specs(row, rules, profile.name),
         n_gpus=row.n_gpus,
         scope=cast(Scope, _meaning(rules.scopes, clock, "scope")),
         runtime=cast(Runtime, runtime if runtime != "eager" else baseline_runtime),
@@ -396,7 +404,7 @@ def _box(row: Row, rules: Rules, gpu: str, gpus: int) -> tuple[str, tuple[str, .
 # ------------------------------------------------------------------------------------------- specs
 
 
-def _specs(row: Row, rules: Rules) -> tuple[str, ...]:
+def _specs(row: Row, rules: Rules, model: str) -> tuple[str, ...]:
     """The spec in our words; several where the source reports the best of them."""
     if row.n_gpus == 1 and SINGLE.search(words(row["strategy"])):
         return ("serial",)
@@ -415,7 +423,7 @@ def _specs(row: Row, rules: Rules) -> tuple[str, ...]:
     if len(open_axes) > 1 or ("usp" in named and not axes):
         raise NotCovered(f"degrees are not stated: {row['strategy']} {row['params']}".strip())
     known |= dict.fromkeys(open_axes, left)
-    return _written(row, rules, known, degrees)
+    return _written(row, rules, model, known, degrees)
 
 
 def _degrees(row: Row, rules: Rules) -> dict[str, int]:
@@ -425,7 +433,7 @@ def _degrees(row: Row, rules: Rules) -> dict[str, int]:
 
 
 def _written(
-    row: Row, rules: Rules, axes: Mapping[str, int], degrees: Mapping[str, int]
+    row: Row, rules: Rules, model: str, axes: Mapping[str, int], degrees: Mapping[str, int]
 ) -> tuple[str, ...]:
     """Axes and parameters as specs, one for each number of patches that is open."""
     wide = {axis: axes[axis] for axis in ORDER if axes.get(axis, 1) > 1}
@@ -436,10 +444,12 @@ def _written(
     options += [
         rule.add for rule in rules.options if rule.axis in wide and re.search(rule.match, text)
     ]
-    for axis, published in rules.warmup.items():
-        if axis in wide:
-            stated = re.match(r"\D*(\d+)", row["warmup_steps"])
-            options.append(f"warmup={stated[1] if stated else published}")
+    stated = re.match(r"\D*(\d+)", row["warmup_steps"])
+    usual = [
+        rule.steps for rule in rules.warmup if rule.axis in wide and re.search(rule.model, model)
+    ]
+    if usual:
+        options.append(f"warmup={stated[1] if stated else usual[0]}")
     if "pipefusion" not in wide:
         return (_checked(row, ",".join(options)),)
     options.append("stages=balanced")

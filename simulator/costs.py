@@ -38,15 +38,16 @@ SPREAD: Mapping[str, tuple[float, float]] = {
     "attention": (0.80, 1.32),
     "conv": (0.70, 1.45),
     "stream": (0.65, 1.50),
-    "calibrated": (0.87, 1.12),
+    "calibrated": (0.86, 1.20),
 }
 """Nominal 90 % interval of a kernel's time, as factors. ``gemm`` and ``attention``: 5 and 95 % residuals
 of the kernel model on GPUs left out of its fit (0.85-1.26 and 0.83-1.30, ``tools/fit_kernel_model.py``),
 a little wider. ``gemm-interpolated``: leave-one-out residuals of the tables. ``conv`` and ``stream``
 have no table: assumed. ``calibrated``: what is left after one measured shape, at strips of 1/2 to 1/16
 of it: 0.87-1.04 in the GEMM tables (averaged over sites; small kernels boost), 0.73-1.25 for a single
-attention with fewer heads, and 5-15 % between repeat runs of different sources. Errors of one kind are
-common to all kernels of a GPU, so they add linearly."""
+attention with fewer heads, 5-15 % between repeat runs of different sources, and what cutting a network
+adds and no kernel shows (collectives slow the compute beside them by 19 % on average, arXiv 2507.03114).
+Errors of one kind are common to all kernels of a GPU, so they add linearly."""
 CEILING_SPREAD = (0.85, 1.18)
 """Further factors where a GPU's ceiling was not measured on it: measured matmul over data-sheet peak is
 0.74 (L40S), 0.80 (H100, H200, A6000), 0.87 (A100), 0.96 (L20), 1.03 (RTX 4090); attention over matmul
@@ -73,10 +74,6 @@ device; an assumption. The nodes' own cost is in the kernel floor, which was mea
 COLLECTIVE_FIXED_S = 40e-6
 """Device-side fixed cost of a torch-level transfer beyond the raw NCCL time: stream events on both
 sides and the copy into the communication buffer."""
-PERMUTE_FIXED_S = 25e-6
-"""An all-to-all also permutes heads and tokens before and after. With COLLECTIVE_FIXED_S and some 20 us
-of the raw call this makes the 80-90 us, independent of size, that each Ulysses all-to-all costs on H100
-(2 and 4 GPUs, derived from cache-dit and xDiT rows)."""
 COLLECTIVE_BANDWIDTH_SHARE = 0.10
 """Memory bandwidth that an overlapped collective takes: an NVLink ring at 200 GB/s reads and writes
 about 2 x 200 GB/s of 2-3.4 TB/s. PCIe rings take less."""
@@ -262,10 +259,19 @@ class CostModel:
         )
 
     def transfer_fixed_s(self, op: Op) -> float:
-        """Fixed cost of a transfer beyond what the wire takes; 0 between ideal devices."""
+        """What a transfer costs beyond the wire; 0 between ideal devices.
+
+        An all-to-all also permutes heads and tokens of its payload before and after, two kernels that
+        read and write it. With COLLECTIVE_FIXED_S and some 20 us of the raw call this makes the 80-90 us
+        that each Ulysses all-to-all of Flux costs on H100 (14 MB a rank; derived from cache-dit and xDiT
+        rows), and grows with the payload where that fixed number would not.
+        """
         if self._ideal:
             return 0.0
-        return COLLECTIVE_FIXED_S + (PERMUTE_FIXED_S if op.call == "all_to_all" else 0.0)
+        if op.call != "all_to_all":
+            return COLLECTIVE_FIXED_S
+        permute_s = max(pricer.permute_s(op.nbytes) for pricer in self._pricers.values())
+        return COLLECTIVE_FIXED_S + 2 * permute_s
 
     def transfer_host_s(self, op: Op) -> float:
         """Host time of each participant to issue a transfer; 0 between ideal devices."""
@@ -363,6 +369,10 @@ class _Pricer:
         if self.runtime == "cuda-graph":
             launches = GRAPH_LAUNCH_NODES * len(work.ranges)
         return _Sum(*(value * repeat for value in total))._replace(launches=launches * repeat)  # type: ignore[arg-type]
+
+    def permute_s(self, nbytes: float) -> float:
+        """Seconds of a kernel that reads and writes ``nbytes`` in another order."""
+        return stream_s(self.chip, math.ceil(2 * nbytes / self.itemsize), self.itemsize)
 
     def _merge(self, stage: Stage, work: Work) -> _Sum:
         """Share of one block in merging the results of ``work.blocks`` blocks of keys (MERGE_BYTES)."""

@@ -266,11 +266,14 @@ def test_a_ring_pays_for_merging() -> None:
 
 def test_transfers_have_fixed_and_host_costs() -> None:
     gather = Op("g@g0-1", "collective", "all_gather", (0, 1), "comm.0-1")
-    permute = Op("a@g0-1", "collective", "all_to_all", (0, 1), "comm.0-1")
+    permute = Op("a@g0-1", "collective", "all_to_all", (0, 1), "comm.0-1", nbytes=14 * 2**20)
     costs = CostModel(PIXART, [load_gpu("h100-sxm")] * 2)
     assert costs.transfer_fixed_s(gather) == 40e-6
-    # with some 20 us of the raw call: the 80-90 us measured for each Ulysses all-to-all
+    # Flux by two: with some 20 us of the raw call the 80-90 us measured for each Ulysses all-to-all
     assert 60e-6 <= costs.transfer_fixed_s(permute) <= 70e-6
+    # two permutes read and write the payload: 4 x 14 MiB at 2490 GB/s, and half a shortest kernel each
+    extra_s = costs.transfer_fixed_s(permute) - costs.transfer_fixed_s(gather)
+    assert extra_s == pytest.approx(4 * 14 * 2**20 / 2490e9 + 2.51e-6)
     assert costs.transfer_host_s(permute) == 40e-6
     ideal = CostModel(PIXART, [load_gpu("unit")] * 2)
     assert ideal.transfer_fixed_s(permute) == ideal.transfer_host_s(permute) == 0

@@ -100,6 +100,12 @@ def case(**cells: str) -> Case:
         ),
         ({"strategy": "naive-patch", "params": "n=8"}, "patch=8,mode=naive"),
         ({"strategy": "cfg-parallel", "params": "", "n_gpus": "2"}, "cfg=2"),
+        ({"strategy": "hybrid cfg+sp", "params": "cfg=2,sp=4"}, "cfg=2,ulysses=4"),
+        ({"strategy": "context-parallel", "params": "4 GPUs", "n_gpus": "4"}, "ulysses=4"),
+        (
+            {"strategy": "asyncdiff", "params": "N=2,S=1", "n_gpus": "2", "model": "SDXL"},
+            "asyncdiff=2,stride=1,warmup=3",
+        ),
     ],
 )
 def test_a_strategy_becomes_a_spec(cells: dict[str, str], spec: str) -> None:
