@@ -38,7 +38,7 @@ SPREAD: Mapping[str, tuple[float, float]] = {
     "attention": (0.80, 1.32),
     "conv": (0.70, 1.45),
     "stream": (0.65, 1.50),
-    "calibrated": (0.86, 1.20),
+    "calibrated": (0.88, 1.14),
 }
 """Nominal 90 % interval of a kernel's time, as factors. ``gemm`` and ``attention``: 5 and 95 % residuals
 of the kernel model on GPUs left out of its fit (0.85-1.26 and 0.83-1.30, ``tools/fit_kernel_model.py``),
@@ -74,6 +74,10 @@ device; an assumption. The nodes' own cost is in the kernel floor, which was mea
 COLLECTIVE_FIXED_S = 40e-6
 """Device-side fixed cost of a torch-level transfer beyond the raw NCCL time: stream events on both
 sides and the copy into the communication buffer."""
+SLOWDOWN = 1.19
+"""Compute beside a collective takes at least so much longer: 18.9 % on average over GPUs and networks,
+40 % at most (arXiv 2507.03114). Lost SMs and bandwidth give that for large kernels only; those that do
+not fill the chip suffer too."""
 COLLECTIVE_BANDWIDTH_SHARE = 0.10
 """Memory bandwidth that an overlapped collective takes: an NVLink ring at 200 GB/s reads and writes
 about 2 x 200 GB/s of 2-3.4 TB/s. PCIe rings take less."""
@@ -366,6 +370,9 @@ class _Pricer:
         launches = total.launches
         gap_s = GAP * self.chip.floor_s * launches
         total = _add(total, _Sum(gap_s, gap_s, 0, gap_s, gap_s))
+        if not self.chip.ideal:
+            beside_s = max(total.contended_s, SLOWDOWN * total.device_s)
+            total = total._replace(contended_s=beside_s)
         if self.runtime == "cuda-graph":
             launches = GRAPH_LAUNCH_NODES * len(work.ranges)
         return _Sum(*(value * repeat for value in total))._replace(launches=launches * repeat)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from paradiff.profiles import Kernel, Profile, Segment, Stage, load_profile, par
 from simulator.costs import (
     GAP,
     GRAPH_LAUNCH_NODES,
+    SLOWDOWN,
     SPREAD,
     ComputeCost,
     CostModel,
@@ -169,6 +170,12 @@ def test_a_collective_on_24_of_132_sms_doubles_a_one_wave_gemm() -> None:
     assert busy.sms == 108
     slowdown = gemm_s(busy, 1, 3072, 1408, 8192, 2) / gemm_s(free, 1, 3072, 1408, 8192, 2)
     assert 1.2 < slowdown < 2.0
+
+
+def test_compute_beside_a_collective_is_slowed_by_a_fifth_at_least() -> None:
+    """A strip that does not fill the chip has SMs to spare and is slowed all the same."""
+    cost = PIXART_L40S.compute(whole(PIXART, "denoiser", latent(PIXART, 512, 1)._replace(r=8)), 0)
+    assert cost.contended_s == pytest.approx(SLOWDOWN * cost.device_s, rel=0.02)
 
 
 SIZES = st.integers(1, 40)
