@@ -131,23 +131,26 @@ class Predictor:
         self._serial = cache(self._one_gpu)
 
     def _build(self, model: str, workload: Workload, spec: str) -> ScheduleGraph:
-        """The schedule; where rows do not divide, that of the picture on its side.
+        """The schedule; where rows do not divide, that of the nearest picture whose rows do.
 
         Engines cut the sequence of tokens, we cut rows: 45 rows of 80 tokens for eight GPUs are 80 rows
-        of 45, which is the same work.
+        of 45, which is the same work. Where neither divides, shares are uneven and the largest decides:
+        rows are rounded up.
         """
         parsed, profile = parse_spec(spec), self.profiles[model]
+        unit = profile.geometry.scale * profile.geometry.row_multiple
+        turned = replace(workload, height=workload.width, width=workload.height)
+        rounded = (replace(workload, height=workload.height + more * unit) for more in range(1, 8))
         try:
             return build(parsed, profile, workload)
-        except Infeasible:
-            turned = replace(workload, height=workload.width, width=workload.height)
-            if turned == workload:
-                raise
+        except Infeasible as error:
+            refused = error
+        for other in (turned, *rounded):
             try:
-                return build(parsed, profile, turned)
+                return build(parsed, profile, other)
             except Infeasible:
-                pass
-            raise
+                continue
+        raise refused
 
     @staticmethod
     def _load(topology: str, overrides: tuple[str, ...]) -> Network:

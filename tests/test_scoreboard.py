@@ -102,6 +102,7 @@ def case(**cells: str) -> Case:
         ),
         ({"strategy": "naive-patch", "params": "n=8"}, "patch=8,mode=naive"),
         ({"strategy": "cfg-parallel", "params": "", "n_gpus": "2"}, "cfg=2"),
+        ({"strategy": "tensor-parallel", "params": "tp=8"}, "tensor=8"),
         ({"strategy": "hybrid cfg+sp", "params": "cfg=2,sp=4"}, "cfg=2,ulysses=4"),
         ({"strategy": "context-parallel", "params": "4 GPUs", "n_gpus": "4"}, "ulysses=4"),
         (
@@ -330,6 +331,18 @@ def test_calibration_gives_the_one_gpu_run_back() -> None:
     assert each.calibrated is not None
     t = each.calibrated.split["text_encoder"]
     assert each.calibrated.seconds == pytest.approx((2.79 - t) / 2 + t, rel=0.04)
+
+
+def test_shares_that_do_not_divide() -> None:
+    """HunyuanVideo at 720 px has 45 rows of 80 tokens: by eight they are cut as 80 rows of 45. Flux at
+    1008 px has 63 of 63: the larger half of an uneven cut is that of 64."""
+    predictor = Predictor()
+    wide = Workload(720, 1280, 129, 1)
+    assert predictor._build("hunyuanvideo", wide, "ulysses=8").meta["height"] == "1280"
+    assert (
+        predictor._build("flux1-dev", Workload(1008, 1008, 1, 1), "ulysses=2").meta["height"]
+        == "1024"
+    )
 
 
 def test_reports_escape_what_a_file_says() -> None:
