@@ -168,8 +168,14 @@ def fit(seen: Sequence[Seen], gpu: Gpu, runtime: Runtime = "eager") -> Fit:
             for kept, out in _folds(seen)
         ]
     )
+    factors = _factors(seen, gpu, predict)
+    if min(factors) < 1.01 * SLOWEST:
+        raise ConfigError(
+            f"the ops take more than {1 / SLOWEST:.0f} times what a {gpu.name} should, allowed: traces "
+            "of the GPU that --gpu names"
+        )
     return Fit(
-        factors=_factors(seen, gpu, predict),
+        factors=factors,
         before=tuple(map(float, as_it_is)),
         held_out=tuple(map(float, held_out)),
     )

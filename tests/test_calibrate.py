@@ -11,6 +11,7 @@ from shipped import profile
 from typer.testing import CliRunner, Result
 
 from paradiff.cli import app
+from paradiff.config import ConfigError
 from paradiff.strategies import Workload, build, parse_spec
 from paradiff.trace import Trace, write_chrome_trace
 from simulator.calibrate import Factors, Seen, ceilings, fit, load_trace, observations, scaled
@@ -88,6 +89,13 @@ def test_no_rate_is_lifted_above_its_peak() -> None:
     l40 = load_gpu("l40")
     impossible = [each._replace(seconds=each.seconds / 50) for each in seen_in_memory(0, l40)]
     assert fit(impossible, l40).factors == pytest.approx(ceilings(l40), rel=1e-2)
+
+
+def test_times_of_another_device_are_refused() -> None:
+    l40 = load_gpu("l40")
+    slow = [each._replace(seconds=each.seconds * 100) for each in seen_in_memory(0, l40)]
+    with pytest.raises(ConfigError, match="more than 20 times what a l40 should"):
+        fit(slow, l40)
 
 
 def command(*arguments: str) -> Result:
