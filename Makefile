@@ -27,6 +27,7 @@ bench: $(VENV)/all.stamp
 	$(BIN)/python benchmarks/bench_engine.py
 	$(BIN)/python benchmarks/bench_published.py
 	$(BIN)/python benchmarks/bench_kernels.py
+	$(BIN)/python benchmarks/bench_executor.py
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -363,7 +363,7 @@ class _Run:
             total_rows=self.shape["r"],
             halo_rows=op.work.shape.h > 0,
             scale=scale,
-            timestep=timestep,
+            timestep=timestep.to(self.blank.device),
             task=task,
             publishes=self.plans[number].publishes,
             ranges=self.plans[number].ranges,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 
 from paradiff.executor.conditioning import encode_prompt, read_conditioning
 from paradiff.executor.decoding import strip_decoder
@@ -79,18 +80,11 @@ class Prepared:
         write_outputs(folder, self.pipeline, result.latents, result.decoded)
 
 
-def prepare(job: Job) -> Prepared:
-    """Load the model, build the graph, draw the inputs. Raises ValueError: what is wrong, and what is
-    allowed (Infeasible, with the nearest legal choice, for a strategy that the model cannot run)."""
-    if job.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {job.device}: torch sees no GPU here, allowed: cpu")
-    pipeline = load(
-        job.source,
-        random_weights=job.random_weights,
-        dtype=DTYPES[job.dtype],
-        device=torch.device(job.device),
-        seed=job.seed,
-    )
+def prepare(job: Job, pipeline: Pipeline | None = None) -> Prepared:
+    """Load the model (unless it is given), build the graph, draw the inputs. Raises ValueError: what is
+    wrong, and what is allowed (Infeasible, with the nearest legal choice, for a strategy that the model
+    cannot run)."""
+    pipeline = pipeline or _loaded(job)
     network, spec = pipeline.network, parse_spec(job.spec)
     workload = workload_of(job, network.profile)
     graph = build(spec, network.profile, workload)
@@ -129,6 +123,18 @@ def _tile(spec: Spec) -> int | None:
     return int(spec.options.get("tile", "64")) if spec.options.get("vae") == "tiled" else None
 
 
+def _loaded(job: Job) -> Pipeline:
+    if job.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {job.device}: torch sees no GPU here, allowed: cpu")
+    return load(
+        job.source,
+        random_weights=job.random_weights,
+        dtype=DTYPES[job.dtype],
+        device=torch.device(job.device),
+        seed=job.seed,
+    )
+
+
 def _conditioning(job: Job, pipeline: Pipeline, workload: Workload, seed: int) -> Conditioning:
     """What the network is given beside the latent: of a file, of a prompt, or drawn from ``seed``."""
     network, dtype = pipeline.network, DTYPES[job.dtype]
@@ -147,7 +153,8 @@ def _conditioning(job: Job, pipeline: Pipeline, workload: Workload, seed: int) -
             seed=seed,
         )
     branches = 2 if network.profile.geometry.guidance == "cfg" else 1
-    return random_conditioning(network, {**shape, "b": branches * shape["b"]}, seed, dtype)
+    given = random_conditioning(network, {**shape, "b": branches * shape["b"]}, seed, dtype)
+    return tree_map(lambda t: t.to(job.device) if isinstance(t, torch.Tensor) else t, dict(given))
 
 
 def workload_of(job: Job, profile: Profile) -> Workload:

@@ -1,0 +1,67 @@
+"""One rank in its own namespace: runs schedules with kernels that take no time, counts its link's bytes.
+
+``python counting_rank.py CASES.json`` prints a line of JSON for each case: bytes out and in.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from namespaces import INTERFACE
+
+from paradiff.config import find
+from paradiff.executor import distributed
+from paradiff.executor.session import Place, Session
+from paradiff.graph import ScheduleGraph
+from paradiff.profiles import load_profile
+from paradiff.strategies import Workload, build, parse_spec
+from paradiff.trace import check_trace
+
+STEPS = 3
+
+
+def graph_of(model: str, spec: str) -> ScheduleGraph:
+    profile = load_profile(find("models", model, ".json"))
+    d = profile.defaults
+    return build(parse_spec(spec), profile, Workload(d["height"], d["width"], d["frames"], STEPS))
+
+
+def counted() -> tuple[int, int]:
+    folder = Path(f"/sys/class/net/{INTERFACE}/statistics")
+    sent, received = (int((folder / f"{way}_bytes").read_text()) for way in ("tx", "rx"))
+    return sent, received
+
+
+class Counting(distributed.Threads):
+    """Reads the counters right around the run of the ops."""
+
+    last: tuple[int, int] = (0, 0)
+
+    def run(self) -> list[distributed.Span]:
+        before = counted()
+        spans = super().run()
+        dist.barrier()
+        after = counted()
+        Counting.last = after[0] - before[0], after[1] - before[1]
+        return spans
+
+
+def main(cases: list[tuple[str, str]]) -> None:
+    distributed.Threads = Counting  # type: ignore[misc]
+    place = Place.of_environment()
+    assert place is not None
+    session = Session.join(place, 120.0, "cpu", "counting")
+    for model, spec in cases:
+        graph = graph_of(model, spec)
+        trace = distributed.run_timed(graph, lambda _: 0.0, session)
+        check_trace(graph, trace)
+        sys.stdout.write(json.dumps([model, spec, *Counting.last]) + "\n")
+        sys.stdout.flush()
+    session.leave()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,63 @@
+"""What goes over each link is what the graph says: interface counters of hosts in namespaces."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+import namespaces
+from counting_rank import graph_of
+
+REASON = namespaces.why_not()
+pytestmark = [pytest.mark.torch, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+CASES = [
+    ("sd21", "distrifusion=4,warmup=0"),
+    ("sd21", "patch=4"),
+    ("sd21", "pcpp=4,warmup=0"),
+    ("sd3-medium", "pipefusion=4,patches=4"),
+    ("sd3-medium", "cfg=2,pipefusion=2,patches=4"),
+    ("sd3-medium", "ulysses=4"),
+    ("sd3-medium", "ring=4"),
+    ("sd3-medium", "ulysses=2,ring=2,rotate=allgather"),
+    ("sd21", "asyncdiff=4,warmup=1"),
+]
+TREES = ("asyncdiff",)
+"""gloo broadcasts along a tree: what all links carry together is that of a chain, not what each does."""
+
+
+def test_links_carry_what_the_graph_says(tmp_path: Path) -> None:
+    """Within 5 %: TCP and gloo add headers, each buffer is sent once."""
+    cases = tmp_path / "cases.json"
+    cases.write_text(json.dumps(CASES))
+    root = Path(__file__).parents[2]
+    with namespaces.star(4) as hosts:
+        ranks = [
+            namespaces.start(
+                host,
+                [sys.executable, str(Path(__file__).with_name("counting_rank.py")), str(cases)],
+                {
+                    "RANK": str(rank), "WORLD_SIZE": "4", "MASTER_ADDR": namespaces.address(0),
+                    "MASTER_PORT": "29577", "GLOO_SOCKET_IFNAME": namespaces.INTERFACE,
+                    "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1",
+                },
+            )
+            for rank, host in enumerate(hosts)
+        ]  # fmt: skip
+        outputs = [rank.communicate(timeout=500) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * 4, outputs[0][1][-2000:]
+    counts = [[json.loads(line) for line in out.splitlines()] for out, _ in outputs]
+    for number, (model, spec) in enumerate(CASES):
+        calls = graph_of(model, spec).bytes_by_call()
+        said = [[sum(way) for way in zip(*calls[r].values(), strict=True)] for r in range(4)]
+        seen = [counts[rank][number][2:] for rank in range(4)]
+        if spec.startswith(TREES):
+            said, seen = ([[sum(way) for way in zip(*x, strict=True)]] for x in (said, seen))
+        for rank, (ours, theirs) in enumerate(zip(said, seen, strict=True)):
+            for way, expected, found in zip(("out", "in"), ours, theirs, strict=True):
+                assert found == pytest.approx(expected, rel=0.05), (spec, rank, way)
