@@ -40,8 +40,8 @@ def graph_of(name: str, spec: str) -> ScheduleGraph:
     return build(parse_spec(spec), profile, Workload(*plain.size_of(profile), STEPS, 1, "fp64"))
 
 
-def execute(name: str, spec: str) -> Result:
-    ours, graph = pipeline(name), graph_of(name, spec)
+def execute(name: str, spec: str, ours: Pipeline | None = None) -> Result:
+    ours, graph = ours or pipeline(name), graph_of(name, spec)
     request = Request(
         conditioning=[plain.given(name, r) for r in range(parse_spec(spec).degree("data"))],
         scheduler=ours.scheduler,
@@ -89,15 +89,12 @@ def test_every_replica_decodes_its_own() -> None:
 
 def test_half_precision_keeps_its_moments_in_float32() -> None:
     """In bfloat16, as far from float64 as the unmodified decoder."""
-    narrow = replace(pipeline("sdxl"))
     latent = execute("sdxl", "cfg=2").latents[0]
-    exact = decoder(narrow)(latent)
-    narrow.vae.to(torch.bfloat16)
-    try:
-        split = execute("sdxl", "cfg=2,vae=split").decoded[0]
-        whole = decoder(narrow)(latent)
-    finally:
-        narrow.vae.to(torch.float64)
+    exact = decoder(pipeline("sdxl"))(latent)
+    vae = deepcopy(pipeline("sdxl").vae)
+    narrow = replace(pipeline("sdxl"), vae=vae.to(torch.bfloat16))
+    split = execute("sdxl", "cfg=2,vae=split", narrow).decoded[0]
+    whole = decoder(narrow)(latent)
     errors = [plain.relative(found.double(), exact) for found in (split, whole)]
     assert 1e-4 < errors[0] < 2 * errors[1]
 
