@@ -82,12 +82,14 @@ def _figures(answer: Answer, best: Option) -> Iterable[tuple[str, str, str, Figu
         "state, so there is no latency to draw.",
         _load(answer, best, curves),
     )
-    yield (
-        "cost",
-        "Cost against latency",
-        "Each mark is a number of nodes, cut as recommended for its box; left and low is better.",
-        _cost(answer),
-    )
+    cost = _cost(answer)
+    if any(trace["x"] for trace in cost["data"]):
+        yield (
+            "cost",
+            "Cost against latency",
+            "Each mark is a number of nodes, cut as recommended for its box; left and low is better.",
+            cost,
+        )
     if curves.utilisation:
         yield (
             "utilisation",

@@ -125,9 +125,8 @@ class Search:
         """Promise -> (latency of a request that never waits, limit), both in seconds."""
         demand = self.demand
         scale = factors or [1.0] * len(self.table)
-        alone = demand.window_s if demand.max_batch > 1 else 0.0
         seconds = {
-            kind: alone + scale[kind] * min(self.table[kind][w].batch_s[0] for w in widths)
+            kind: scale[kind] * min(self.table[kind][w].batch_s[0] for w in widths)
             for pool in cut.pools
             for kind, widths in pool.widths
         }

@@ -162,7 +162,7 @@ def capacity(
             raise ConfigError("give one of --request-rate R and --trace FILE")
         for name, value in (("--request-rate", request_rate), ("--burstiness", burstiness)):
             if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name} {value:g}: must be more than zero")
+                raise ConfigError(f"{name} {value:g}: must be more than zero, and finite")
         arrivals = None if trace is None else load_trace(trace, classes)
         demand = Demand(
             traffic=traffic_of(classes, request_rate, burstiness, arrivals),
