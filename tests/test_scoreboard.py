@@ -337,12 +337,9 @@ def test_shares_that_do_not_divide() -> None:
     """HunyuanVideo at 720 px has 45 rows of 80 tokens: by eight they are cut as 80 rows of 45. Flux at
     1008 px has 63 of 63: the larger half of an uneven cut is that of 64."""
     predictor = Predictor()
-    wide = Workload(720, 1280, 129, 1)
-    assert predictor._build("hunyuanvideo", wide, "ulysses=8").meta["height"] == "1280"
-    assert (
-        predictor._build("flux1-dev", Workload(1008, 1008, 1, 1), "ulysses=2").meta["height"]
-        == "1024"
-    )
+    wide, square = Workload(720, 1280, 129, 1), Workload(1008, 1008, 1, 1)
+    assert dict(predictor._build("hunyuanvideo", wide, "ulysses=8").meta)["height"] == "1280"
+    assert dict(predictor._build("flux1-dev", square, "ulysses=2").meta)["height"] == "1024"
 
 
 def test_reports_escape_what_a_file_says() -> None:
