@@ -29,6 +29,8 @@ def test_tiles_overlap_by_a_quarter() -> None:
     assert parse_graph(graph.text()) == graph
     assert shapes(graph) == [(r, w) for r in (64, 64, 32) for w in (64, 64, 32)]
     assert shapes(graph_of("vae=tiled,tile=128")) == shapes(graph_of("serial")) == [(128, 128)]
+    corners = -(-128 // int(6 * 0.75))  # what 3/4 of six leaves is cut, as diffusers does
+    assert len(shapes(graph_of("vae=tiled,tile=6"))) == corners**2
     image = next(b for b in graph.buffers if b.id == "vae.tiles@r0")
     assert image.nbytes == 3 * (8 * (64 + 64 + 32)) ** 2 * E
 

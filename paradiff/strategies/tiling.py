@@ -53,7 +53,7 @@ def _tiles(
     if max(shape.r, shape.w) <= tile:
         yield whole
         return
-    base, step, pixels = whole.name.rpartition("@r")[0], tile - tile // OVERLAP, 0
+    base, step, pixels = whole.name.rpartition("@r")[0], tile * (OVERLAP - 1) // OVERLAP, 0
     corners = [(r, w) for r in range(0, shape.r, step) for w in range(0, shape.w, step)]
     image = f"{base}.tiles@r{rank}"
     for number, (r, w) in enumerate(corners):
