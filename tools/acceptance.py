@@ -86,6 +86,8 @@ CASES: dict[int, list[tuple[str, str]]] = {
         ("sd3-medium", "tensor=2,ulysses=2"),
         ("pixart-alpha", "cfg=2,tensor=2"),
         ("flux1-dev", "pipefusion=2,patches=2,ring=2"),
+        ("flux1-dev", "tensor=2,ulysses=2"),
+        ("sd3-medium", "tensor=2,pipefusion=2,patches=4"),
         ("cogvideox-2b", "cfg=2,ulysses=2"),
         ("cogvideox-2b", "pipefusion=4,patches=4"),
         ("cogvideox-2b", "ring=4"),
@@ -98,6 +100,7 @@ CASES: dict[int, list[tuple[str, str]]] = {
         ("sd3-medium", "cfg=2,pipefusion=4,patches=4"),
         ("sd3-medium", "cfg=2,tensor=2,ulysses=2"),
         ("flux1-dev", "pipefusion=2,patches=2,ring=2,ulysses=2"),
+        ("pixart-alpha", "cfg=2,tensor=2,ulysses=2"),
     ],
 }
 
