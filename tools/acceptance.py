@@ -50,6 +50,8 @@ CASES: dict[int, list[tuple[str, str]]] = {
         ("sd21", "pcpp=2,warmup=1"),
         ("sd21", "asyncdiff=2,warmup=1"),
         ("sd21", "parastep=2,warmup=1"),
+        ("sd21", "tensor=2"),
+        ("wan2.1-1.3b", "tensor=2"),
         ("svd", "distrifusion=2,warmup=1"),
         ("pixart-alpha", "distrifusion=2,warmup=1"),
         ("pixart-alpha", "pipefusion=2,patches=4"),
