@@ -70,7 +70,8 @@ def test_a_pipeline_in_any_product(degrees: tuple[int, ...]) -> None:
     tensor = batch * TOKENS * HIDDEN * ELEMENT
     assert set(graph.peak_bytes(["kv"]).values()) == {2 * layers * tensor // sp}
     micro = w + m * (STEPS - w)
-    mesh, received = Mesh(u, r, n, cfg, 1, dp), graph.bytes_by_call()
+    mesh = Mesh(ulysses=u, ring=r, pp=n, cfg=cfg, dp=dp)
+    received = graph.bytes_by_call()
     for replica in mesh.replicas():
         for lane in replica:
             for d, group in enumerate(lane.groups):
