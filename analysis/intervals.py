@@ -18,9 +18,9 @@ from typing import Literal
 
 from analysis.attribution import Breakdown
 from paradiff.graph import Op, ScheduleGraph
-from paradiff.trace import TRANSFERS
 from simulator.costs import ComputeCost, CostModel
 from simulator.network import Network
+from simulator.symmetry import Quotient
 
 Part = Literal["compute", "host", "comm", "bubble", "text_encoder", "vae"]
 Factors = tuple[float, float]
@@ -70,11 +70,11 @@ def _part_of(stage: str) -> Part:
 
 
 def factors(
-    costs: CostModel, network: Network, graph: ScheduleGraph, placement: Sequence[int], rank: int
+    costs: CostModel, network: Network, schedule: Quotient, placement: Sequence[int], rank: int
 ) -> dict[Part, Factors]:
     """Low and high factor of each part of the latency, ``rank`` being the critical one."""
     sums: dict[Part, list[float]] = {}
-    for part, count, cost in prices(costs, graph, rank, placement[rank]):
+    for part, count, cost in prices(costs, schedule.graph, rank, placement[rank]):
         known = sums.setdefault(part, [0.0, 0.0, 0.0])
         for i, seconds in enumerate((cost.low_s, cost.device_s, cost.high_s)):
             known[i] += count * seconds
@@ -89,14 +89,25 @@ def factors(
         "compute": compute,
         **found,
         "bubble": compute,
-        "comm": COMM_SPREAD[comm_basis(network, graph, placement)],
+        "comm": COMM_SPREAD[comm_basis(network, schedule, placement)],
         "host": HOST_SPREAD,
     }
 
 
-def comm_basis(network: Network, graph: ScheduleGraph, placement: Sequence[int]) -> CommBasis:
-    """What the transfers of ``graph`` rest on, the weakest of them."""
-    transfers = [op for section in graph.sections for op in section.ops if op.kind in TRANSFERS]
+def provenance(costs: CostModel, graph: ScheduleGraph, rank: int, device: int) -> str:
+    """What the kernel times of the denoising loop mostly rest on, the weakest of the large shares."""
+    shares: dict[str, float] = {}
+    for part, count, cost in prices(costs, graph, rank, device):
+        if part == "compute":
+            shares[cost.provenance] = shares.get(cost.provenance, 0.0) + count * cost.device_s
+    total = sum(shares.values())
+    weakest = ("analytic", "interpolated", "table", "calibrated")
+    return next((p for p in weakest if shares.get(p, 0.0) > 0.1 * total), "analytic")
+
+
+def comm_basis(network: Network, schedule: Quotient, placement: Sequence[int]) -> CommBasis:
+    """What the transfers of ``schedule`` rest on, the weakest of them."""
+    transfers = [op for op, _ in schedule.transfers]
     untabled = [op for op in transfers if not is_measured(network, op, placement)]
     if transfers and not untabled:
         return "table"

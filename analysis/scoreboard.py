@@ -48,6 +48,7 @@ from simulator.costs import CostModel, Runtime, Scope, StageSeconds
 from simulator.engine import simulate
 from simulator.gpu import load_gpu
 from simulator.network import Network
+from simulator.symmetry import whole
 from simulator.topology import load_topology
 
 SCHEMA = "paradiff.validate/1"
@@ -217,7 +218,7 @@ class Predictor:
         graph = self._graph(case.model, case.workload, spec)
         network = self._network(case.topology, case.overrides)
         breakdown = attribute(simulate(graph, network, costs))
-        spread = factors(costs, network, graph, range(graph.world_size), breakdown.rank)
+        spread = factors(costs, network, whole(graph), range(graph.world_size), breakdown.rank)
         return _under_the_clock(spec, breakdown, spread, case.scope)
 
     def _without_warmup(self, case: Case, costs: CostModel, spec: str) -> Predicted:

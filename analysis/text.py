@@ -21,6 +21,8 @@ HEADER = (
     "compute", "comm", "bubble", "host", "memory", "output", "basis",
 )  # fmt: skip
 TOPOLOGY_ONLY = "links only"
+FRONT = "*"
+"""Mark of what is on the front of latency, memory and staleness."""
 LEFT = {"strategy", "output", "basis"}
 """Columns that read better flush left."""
 EXPENDABLE = ("basis", "host", "bubble", "compute", "comm", "90 % interval", "memory")
@@ -62,7 +64,7 @@ def table(plan: Plan, top: int) -> tuple[list[str], list[list[str]]]:
     rows = []
     for number, c in enumerate(shown, 1):
         row = [
-            str(number),
+            f"{FRONT if c.pareto else ''}{number}",
             c.spec,
             str(c.n_gpus),
             seconds(c.latency_s),
@@ -160,6 +162,15 @@ def recommendation(plan: Plan) -> str:
             f"at its peak. Basis of the times: {best.provenance}.",
             *(f"Note: {note}" for note in plan.notes),
         ]
+    )
+
+
+def bounded_line(plan: Plan, top: int) -> str:
+    """How many were left out because of their bounds, and how near the nearest could come."""
+    nearest = min(plan.bounded, key=lambda c: c.bound_s or 0.0)
+    return (
+        f"{_count(len(plan.bounded), 'candidate')} not simulated: behind the {top} best whatever the "
+        f"links do ({nearest.spec} takes at least {seconds(nearest.bound_s)}; --exhaustive)."
     )
 
 

@@ -24,13 +24,17 @@ an iteration begins, the whole state relative to that instant is compared with t
 iterations: progress of every unfinished op, bytes left of every flow, and the lead of every host
 (unless it was never felt and cannot shrink). If it repeats, whole periods are skipped: ops in flight
 are renamed to later steps, and a ``Repeat`` in the trace stands for the rest.
+
+Of a ``Quotient`` only the representatives are simulated, with the flows of all: a transfer stands for
+those of all its members, which must have one latency and drain at one instant, or ``Asymmetric`` is
+raised. The trace holds the spans of the representatives.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, ulp
 from typing import NamedTuple, Protocol
 
@@ -42,6 +46,7 @@ from paradiff.trace import TRANSFERS, Repeat, Span, Trace
 from simulator.collectives import BACKENDS, Backend, Lowering
 from simulator.fluid import Alarm, Bundle, Drain, Fluid, on_grid
 from simulator.network import Network
+from simulator.symmetry import Asymmetric, Members, Quotient, whole
 from simulator.topology import Topology
 
 _SAME = 1e-11
@@ -86,7 +91,7 @@ class Costs(Protocol):
 
 
 def simulate(
-    graph: ScheduleGraph,
+    graph: ScheduleGraph | Quotient,
     topology: Topology | Network,
     costs: Costs,
     *,
@@ -98,19 +103,21 @@ def simulate(
 
     ``periodic=False`` simulates every iteration; the makespan is the same. A ``Network`` may be
     passed to share its memory between runs. Raises ValueError for an impossible placement or an
-    unknown back end, InvalidGraph where the graph reads what is not there.
+    unknown back end, InvalidGraph where the graph reads what is not there, Asymmetric for a quotient
+    that is none on this network.
     """
+    schedule = graph if isinstance(graph, Quotient) else whole(graph)
     network = topology if isinstance(topology, Network) else Network(topology)
-    devices = tuple(range(graph.world_size)) if placement is None else tuple(placement)
+    devices = tuple(range(schedule.world_size)) if placement is None else tuple(placement)
     num_devices = len(network.topology.gpus)
-    if len(devices) != graph.world_size or not all(0 <= d < num_devices for d in devices):
+    if len(devices) != schedule.world_size or not all(0 <= d < num_devices for d in devices):
         raise ValueError(
-            f"placement {devices}: {graph.world_size} ranks on devices 0 to {num_devices - 1}"
+            f"placement {devices}: {schedule.world_size} ranks on devices 0 to {num_devices - 1}"
         )
     if backend not in BACKENDS:
         raise ValueError(f"back end {backend!r}, one of {', '.join(BACKENDS)}")
     lowering = Lowering(network, devices, BACKENDS[backend])
-    engine = _Engine(graph, lowering, costs, periodic)
+    engine = _Engine(schedule, lowering, costs, periodic)
     return engine.run()
 
 
@@ -188,8 +195,8 @@ class _Feed:
     Edges of a section's iterations are those of its second, shifted (see ``Dependencies.advance``).
     """
 
-    def __init__(self, graph: ScheduleGraph, engine: _Engine) -> None:
-        self._sections = iter(graph.sections)
+    def __init__(self, schedule: Quotient, engine: _Engine) -> None:
+        self._sections = zip(schedule.graph.sections, schedule.members, strict=True)
         self._engine = engine
         backend = engine.backend
         self._dependencies = Dependencies(backend.blocking if backend.blocks_host else None)
@@ -247,11 +254,14 @@ class _Feed:
             yield task
 
     def _open_next(self) -> None:
-        self.section = next((s for s in self._sections if s.count and s.ops), None)
+        self.section, members = next(
+            (each for each in self._sections if each[0].count and each[0].ops), (None, ())
+        )
         self.iteration = self._skipped = 0
         self.first_handle = self.handle
         if self.section is not None:
-            self.plans = [self._engine.plan(op) for op in self.section.ops]
+            pairs = zip(self.section.ops, members, strict=True)
+            self.plans = [self._engine.plan(op, each) for op, each in pairs]
 
     def _close(self) -> None:
         """Tell ``Dependencies`` of the iterations it was not shown."""
@@ -278,9 +288,9 @@ class _Engine:
     """One run."""
 
     def __init__(
-        self, graph: ScheduleGraph, lowering: Lowering, costs: Costs, periodic: bool
+        self, schedule: Quotient, lowering: Lowering, costs: Costs, periodic: bool
     ) -> None:
-        self._graph = graph
+        graph = self._graph = schedule.graph
         self._lowering = lowering
         self._costs = costs
         self.backend: Backend = lowering.backend
@@ -308,7 +318,9 @@ class _Engine:
         self._watched: Section | None = None
         """The section whose states are compared."""
         self._periodic = periodic
-        self._feed = _Feed(graph, self)
+        self._wires: dict[tuple[str, str, int, Members], tuple[float, Bundle | None]] = {}
+        """Latency and flows of transfers that were lowered."""
+        self._feed = _Feed(schedule, self)
 
     def run(self) -> Trace:
         self._feed_next()
@@ -334,17 +346,16 @@ class _Engine:
         }
         return Trace(spans, makespan_s, tuple(self._repeats), tuple(sorted(meta.items())))
 
-    def plan(self, op: Op) -> _Plan:
-        """Cost and lowering of ``op``."""
+    def plan(self, op: Op, members: Members) -> _Plan:
+        """Cost and lowering of ``op``, and of those it stands for."""
         device_s = contended_s = head_s = issue_s = 0.0
         bundle = None
         transfer = op.kind in TRANSFERS
         if transfer or (op.kind == "host" and op.nbytes):
-            lowered = self._lowering.lower(op)
+            latency_s, bundle = self._wire(op, members)
             # tables hold raw NCCL times: what torch adds to a call comes on top of them too
-            head_s = on_grid(self._costs.transfer_fixed_s(op) + lowered.latency_s)
+            head_s = on_grid(self._costs.transfer_fixed_s(op) + latency_s)
             issue_s = on_grid(self._costs.transfer_host_s(op))
-            bundle = self._fluid.bundle(lowered.flows)
         elif op.work is not None:
             cost = self._costs.compute(op.work, self._lowering.placement[op.ranks[0]])
             device_s, contended_s = on_grid(cost.device_s), on_grid(cost.contended_s)
@@ -359,6 +370,18 @@ class _Engine:
             uses_sms=transfer and self.backend.uses_sms,
             blocking=self.backend.blocking(op),
         )
+
+    def _wire(self, op: Op, members: Members) -> tuple[float, Bundle | None]:
+        """Latency of a call and the flows of all its members. Raises Asymmetric."""
+        key = (op.kind, op.call, op.nbytes, members)
+        known = self._wires.get(key)
+        if known is None:
+            calls = [self._lowering.lower(replace(op, ranks=ranks)) for ranks in members]
+            if len({call.latency_s for call in calls}) > 1:
+                raise Asymmetric(op.name)
+            bundle = self._fluid.bundle([call.flows for call in calls])
+            known = self._wires[key] = calls[0].latency_s, bundle
+        return known
 
     # ---------------------------------------------------------------------------------- hosts
 

@@ -17,6 +17,7 @@ from simpy import Environment
 from simpy.events import NORMAL, Event
 
 from simulator.network import Flow, Network
+from simulator.symmetry import Asymmetric
 
 _QUANTUM_S = 2.0**-40
 _PER_S = 2.0**40
@@ -53,10 +54,12 @@ class Alarm(Event):
 @dataclass(frozen=True, slots=True)
 class Bundle:
     """Flows that start together: their routes, their bytes, the resources they cross as bits, and a
-    small number for the tuple of routes."""
+    small number for the tuple of routes. ``parts``: which of ``count`` alike calls each flow is of."""
 
     routes: tuple[int, ...]
     sizes: tuple[float, ...]
+    parts: tuple[int, ...]
+    count: int
     mask: int
     number: int
 
@@ -102,24 +105,32 @@ class Fluid(Generic[Owner]):
         self._masks: dict[int, int] = {}
         self._rates: dict[tuple[int, ...], list[tuple[float, ...]]] = {}
 
-    def bundle(self, flows: Sequence[Flow]) -> Bundle | None:
-        """``flows`` prepared; those that cross nothing of finite bandwidth take no time."""
+    def bundle(self, calls: Sequence[Sequence[Flow]]) -> Bundle | None:
+        """The flows of alike calls prepared; those that cross nothing of finite bandwidth take no
+        time. Raises Asymmetric where that holds for some of the calls only."""
         capacities = self._network.capacities
-        routes, sizes = [], []
-        for flow in flows:
-            route = self._network.route(flow.source, flow.destination)
-            mask = sum(1 << r for r, _ in route.resources if capacities[r] < inf)
-            self._masks[route.id] = mask
-            if mask:
-                routes.append(route.id)
-                sizes.append(flow.nbytes)
-        return self._bundle(tuple(routes), tuple(sizes)) if routes else None
+        routes, sizes, parts = [], [], []
+        for part, flows in enumerate(calls):
+            for flow in flows:
+                route = self._network.route(flow.source, flow.destination)
+                mask = sum(1 << r for r, _ in route.resources if capacities[r] < inf)
+                self._masks[route.id] = mask
+                if mask:
+                    routes.append(route.id)
+                    sizes.append(flow.nbytes)
+                    parts.append(part)
+        return self._bundle(routes, sizes, parts, len(calls)) if routes else None
 
-    def _bundle(self, routes: tuple[int, ...], sizes: tuple[float, ...]) -> Bundle:
+    def _bundle(
+        self, routes: Sequence[int], sizes: Sequence[float], parts: Sequence[int], count: int
+    ) -> Bundle:
+        if count > 1 and len(set(parts)) < count:
+            raise Asymmetric
         mask = 0
         for route in routes:
             mask |= self._masks[route]
-        return Bundle(routes, sizes, mask, self._numbers.setdefault(routes, len(self._numbers)))
+        number = self._numbers.setdefault(tuple(routes), len(self._numbers))
+        return Bundle(tuple(routes), tuple(sizes), tuple(parts), count, mask, number)
 
     def start(self, bundle: Bundle, owner: Owner) -> Drain[Owner]:
         """The flows of ``bundle`` start now."""
@@ -183,8 +194,10 @@ class Fluid(Generic[Owner]):
         bundle = drain.bundle
         slack_s = 4 * max(_QUANTUM_S, ulp(now))
         live = [
-            (route, left)
-            for route, left, rate in zip(bundle.routes, drain.remaining, drain.rates, strict=True)
+            (route, left, part)
+            for route, left, rate, part in zip(
+                bundle.routes, drain.remaining, drain.rates, bundle.parts, strict=True
+            )
             if left > rate * slack_s
         ]
         if not live:
@@ -192,8 +205,8 @@ class Fluid(Generic[Owner]):
             self._solve(bundle.mask)
             self._drained(drain.owner)
             return
-        routes, drain.remaining = zip(*live, strict=True)
-        drain.bundle, drain.rates = self._bundle(routes, ()), ()
+        routes, drain.remaining, parts = zip(*live, strict=True)
+        drain.bundle, drain.rates = self._bundle(routes, (), parts, bundle.count), ()
         self._solve(bundle.mask)
 
 

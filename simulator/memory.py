@@ -17,6 +17,7 @@ from paradiff.profiles import Profile
 from paradiff.strategies.builder import DTYPE_BYTES
 from paradiff.strategies.places import PER_STEP, blocks_of, held_params
 from simulator.gpu import Gpu
+from simulator.symmetry import Quotient, whole
 
 Phase = Literal["encode", "denoise", "decode"]
 PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
@@ -73,7 +74,7 @@ class RankMemory:
 
 
 def peak_memory(
-    graph: ScheduleGraph,
+    schedule: ScheduleGraph | Quotient,
     profile: Profile,
     dtype: str,
     *,
@@ -82,7 +83,7 @@ def peak_memory(
     channels: int = 4,
     ideal: bool = False,
 ) -> tuple[RankMemory, ...]:
-    """Peak memory of every rank of ``graph``.
+    """Peak memory of every rank of ``schedule``.
 
     Without offload every module a rank runs stays resident throughout, as in diffusers' plain
     pipelines. What takes turns is known from the graph's loads; ``offload_text_encoders`` says of any
@@ -93,17 +94,20 @@ def peak_memory(
     """
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype {dtype!r}: one of {', '.join(DTYPE_BYTES)}")
+    if isinstance(schedule, ScheduleGraph):
+        schedule = whole(schedule)
+    graph = schedule.graph
     profile = profile.share(max((op.work.shape.p for op in _compute_ops(graph)), default=1))  # type: ignore[union-attr]
     itemsize, used = DTYPE_BYTES[dtype], _usage(graph, profile)
-    communicators = _communicators(graph, channels)
+    communicators = _communicators(schedule, channels)
     buffers = graph.peak_bytes([kind for kind in get_args(BufferKind) if kind != "weights"])
     gathered = graph.peak_bytes(["weights"])
     ops = [op for section in graph.sections for op in section.ops]
     turns = {dict(op.tags)["turn"] for op in ops if op.call == "load"}
     turns |= {"text"} if offload_text_encoders else set()
     stored = 1 if any(op.work is not None and op.work.stored for op in ops) else itemsize
-    return tuple(
-        _rank_memory(
+    of_rank = {
+        rank: _rank_memory(
             profile,
             used[rank],
             {"denoiser": stored},
@@ -115,8 +119,9 @@ def peak_memory(
             turns,
             ideal,
         )
-        for rank in range(graph.world_size)
-    )
+        for rank in schedule.ranks
+    }
+    return tuple(of_rank[rank] for rank in schedule.representative)
 
 
 def misfit(memory: Sequence[RankMemory], gpus: Sequence[Gpu]) -> str | None:
@@ -174,15 +179,12 @@ def _compute_ops(graph: ScheduleGraph) -> Iterator[Op]:
             yield from (op for op in section.ops if op.work is not None)
 
 
-def _communicators(graph: ScheduleGraph, channels: int) -> list[float]:
+def _communicators(schedule: Quotient, channels: int) -> list[float]:
     """Per rank: NCCL buffers, one communicator for each distinct group (created once, kept)."""
     groups = dict.fromkeys(
-        (op.kind == "p2p", op.ranks)
-        for section in graph.sections
-        for op in section.ops
-        if op.kind in ("collective", "permute", "p2p") and len(op.ranks) > 1
+        (op.kind == "p2p", op.ranks) for op, _ in schedule.transfers if len(op.ranks) > 1
     )
-    held = [0.0] * graph.world_size
+    held = [0.0] * schedule.world_size
     for p2p, ranks in groups:
         size = NCCL_CONNECTION_BYTES * (P2P_CHANNELS if p2p else NCCL_CONNECTIONS * channels)
         for rank in ranks:

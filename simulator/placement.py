@@ -16,14 +16,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice, permutations, product
+from typing import NamedTuple
 
 import networkx as nx
 from networkx.algorithms.isomorphism import GraphMatcher
 
-from paradiff.graph import Op, ScheduleGraph
-from paradiff.trace import TRANSFERS
+from paradiff.graph import Op
 from simulator.collectives import Lowering
 from simulator.network import Network
+from simulator.symmetry import Quotient
 from simulator.topology import Link, Topology
 
 Placement = tuple[int, ...]
@@ -194,24 +195,35 @@ def _pool_graph(topology: Topology, pools: Sequence[Sequence[int]]) -> nx.Graph:
 # --------------------------------------------------------------------------------------------- worth
 
 
+class Price(NamedTuple):
+    """One transfer alone."""
+
+    alone_s: float
+    """Its time on an idle box."""
+    least_s: float
+    """What it takes at least beside any others: latency, and its bytes through its fullest resource."""
+    filled_s: Mapping[int, float]
+    """For how long it would fill each resource."""
+
+
 class Wire:
     """What transfers cost on one network, by the devices they join; asked for again and again."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
-        self._known: dict[tuple[str, str, int, Placement], tuple[float, dict[int, float]]] = {}
+        self._known: dict[tuple[str, str, int, Placement], Price] = {}
 
-    def cost(self, op: Op, placement: Placement) -> tuple[float, Mapping[int, float]]:
-        """Seconds of one call alone, and the seconds for which it would fill each resource."""
+    def price(self, op: Op, placement: Placement) -> Price:
+        """What one call costs with rank r on device ``placement[r]``."""
         devices = tuple(placement[rank] for rank in op.ranks)
         ordered = op.kind != "collective" or op.call == "broadcast"
         key = (op.kind, op.call, op.nbytes, devices if ordered else tuple(sorted(devices)))
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = self._cost(op, placement)
+            known = self._known[key] = self._price(op, placement)
         return known
 
-    def _cost(self, op: Op, placement: Placement) -> tuple[float, dict[int, float]]:
+    def _price(self, op: Op, placement: Placement) -> Price:
         lowering = Lowering(self._network, placement)
         lowered = lowering.lower(op)
         filled: dict[int, float] = {}
@@ -219,12 +231,13 @@ class Wire:
             for resource, weight in self._network.route(flow.source, flow.destination).resources:
                 seconds = weight * flow.nbytes / self._network.capacities[resource]
                 filled[resource] = filled.get(resource, 0.0) + seconds
-        return lowering.alone_s(lowered), filled
+        least_s = lowered.latency_s + max(filled.values(), default=0.0)
+        return Price(lowering.alone_s(lowered), least_s, filled)
 
 
 def promising(
     wire: Wire,
-    graph: ScheduleGraph,
+    schedule: Quotient,
     choices: Sequence[Placement],
     limit: int,
     compute_s: Callable[[Placement], float] | None = None,
@@ -238,21 +251,15 @@ def promising(
     compute time of the slowest rank on top (``compute_s``). It orders, and does not predict: groups
     that share a link may drift apart in time, which it does not see.
     """
-    counts: dict[tuple[str, str, int, tuple[int, ...]], tuple[Op, int]] = {}
-    for section in graph.sections:
-        for op in section.ops:
-            if op.kind in TRANSFERS:
-                key = (op.kind, op.call, op.nbytes, op.ranks)
-                counts[key] = (op, counts.get(key, (op, 0))[1] + section.count)
 
     def score(placement: Placement) -> float:
         busy_s, filled = 0.0, {0: 0.0}
-        for op, count in counts.values():
-            seconds, shares = wire.cost(op, placement)
-            busy_s += count * len(op.ranks) * seconds
-            for resource, share in shares.items():
+        for op, count in schedule.transfers:
+            price = wire.price(op, placement)
+            busy_s += count * len(op.ranks) * price.alone_s
+            for resource, share in price.filled_s.items():
                 filled[resource] = filled.get(resource, 0.0) + count * share
-        total = busy_s / graph.world_size + max(filled.values())
+        total = busy_s / schedule.world_size + max(filled.values())
         return total if compute_s is None else total + compute_s(placement)
 
     first, *others = ((score(placement), placement) for placement in choices)

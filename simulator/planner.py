@@ -9,21 +9,26 @@ placements: of the classes that the box's automorphisms leave, those whose trans
 several GPU models, compute) look shorter; for the first itself also those that look at most SLACK
 times as long.
 
-Intervals: ``analysis.intervals``.
+Bounds. Where only the ``top`` best are asked for, a candidate is not simulated if its lower bound
+(``simulator.bounds``) is worse than the ``top``-th so far, and, if it is exact, than the best exact
+one, and if a simulated one is at least as good in latency, memory and staleness, so that it is on no
+front. Nothing that was left out could have been any of these.
+
+Intervals: ``analysis.intervals``. Reasons: ``analysis.reasons``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from analysis.attribution import Breakdown, Stages, attribute
-from analysis.intervals import Factors, Part, factors, is_measured, parts, prices
-from paradiff.graph import Op, ScheduleGraph
+from analysis.intervals import Factors, Part, factors, is_measured, parts, prices, provenance
+from analysis.reasons import Contender, separation
+from paradiff.graph import ScheduleGraph, traffic
 from paradiff.profiles import Profile
 from paradiff.strategies import (
     Infeasible,
@@ -35,21 +40,21 @@ from paradiff.strategies import (
     parse_spec,
 )
 from paradiff.strategies.places import PLACES
-from paradiff.trace import TRANSFERS, write_chrome_trace
+from paradiff.trace import Trace, write_chrome_trace
+from simulator.bounds import Incumbents, Merit, better, least_latency_s
 from simulator.costs import CostModel, Runtime, Scope, StageSeconds
 from simulator.engine import simulate
 from simulator.gpu import load_gpu
-from simulator.memory import misfit, peak_memory
+from simulator.memory import RankMemory, misfit, peak_memory
 from simulator.network import Network
 from simulator.placement import MAX_GPUS, Placement, Wire, placements, promising
+from simulator.remedies import remedied
+from simulator.symmetry import Asymmetric, Quotient, quotient, uncollected, whole
 from simulator.tailored import tailored_specs
 from simulator.topology import Topology
 
 Objective = Literal["latency", "throughput", "cost"]
 SCHEMA = "paradiff.plan/1"
-FAR = 3.0
-"""An error of this many half intervals (in logarithms) is not worth a warning."""
-
 TRIES = 6
 """Placements simulated besides the first; one where the ranks are more than MAX_GPUS, as simulating
 sixty-four takes seconds."""
@@ -61,14 +66,6 @@ tried."""
 
 NOTABLE = 0.01
 """Share of the latency that is worth a note."""
-REMEDIES = (
-    ("vae=split", "offload=text", "offload=text+vae", "vae=split,offload=text+vae", "weights=hsdp",
-     "offload=text+vae,weights=hsdp", "vae=split,offload=text+vae,weights=hsdp"),
-    ("vae=tiled", "vae=tiled,offload=text", "vae=tiled,offload=text+vae", "weights=fp8",
-     "offload=text,weights=fp8", "offload=text+vae,weights=fp8",
-     "vae=tiled,offload=text+vae,weights=fp8", "vae=tiled,offload=text+vae,weights=fp8+hsdp"),
-)  # fmt: skip
-"""What makes a schedule fit, gentlest first: that which keeps the picture, that which may change it."""
 NEAREST = 32
 
 
@@ -99,6 +96,8 @@ class Request:
     specs: tuple[str, ...] = ()
     goal: Goal = Goal()
     measured: tuple[float, Scope] | None = None
+    top: int | None = None
+    """Only these many of the best matter, and the Pareto front; None: simulate every candidate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +112,11 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One spec. The fields are the keys of the JSON contract; None is "not known" or "not run"."""
+    """One spec. The fields are the keys of the JSON contract; None is "not known" or "not run".
+
+    ``pareto``: no other is at least as good in latency, peak memory and staleness and better in one.
+    ``bound_s``: the least latency of one that was not simulated because of it.
+    """
 
     spec: str
     feasible: bool
@@ -139,6 +142,8 @@ class Candidate:
     max_staleness_steps: int | None = None
     placement: tuple[int, ...] | None = None
     provenance: str | None = None
+    pareto: bool | None = None
+    bound_s: float | None = None
     topology_only_latency_s: float | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -152,7 +157,8 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The answer. ``ranked`` are the feasible candidates, best first; ``rejected`` the others."""
+    """The answer. ``ranked`` are the simulated candidates, best first; ``bounded`` those that would
+    be behind the asked number of them; ``rejected`` those that cannot run."""
 
     model: str
     topology: str
@@ -163,12 +169,14 @@ class Plan:
     objective: Objective
     baseline: Baseline
     ranked: tuple[Candidate, ...]
+    bounded: tuple[Candidate, ...]
     rejected: tuple[Candidate, ...]
     decided_by: str
     notes: tuple[str, ...]
 
     def to_json(self, top: int | None = None) -> dict[str, Any]:
-        """The JSON of the contract, with at most ``top`` of the feasible candidates."""
+        """The JSON of the contract, with at most ``top`` of the simulated candidates."""
+        shown = (*self.ranked[:top], *self.bounded, *self.rejected)
         return {
             "schema": SCHEMA,
             "model": self.model,
@@ -178,7 +186,7 @@ class Plan:
             "objective": self.objective,
             "workload": asdict(self.workload),
             "baseline": asdict(self.baseline),
-            "candidates": [c.to_json() for c in (*self.ranked[:top], *self.rejected)],
+            "candidates": [c.to_json() for c in shown],
             "recommended": self.ranked[0].spec if self.ranked else None,
             "runner_up": self.ranked[1].spec if len(self.ranked) > 1 else None,
             "decided_by": self.decided_by,
@@ -203,7 +211,7 @@ def plan(request: Request, progress: Callable[[int, int], None] | None = None) -
         results += planner.made_to_fit()
     results = planner.with_better_placements(results)
     order = _order(request.goal.objective)
-    ranked = tuple(sorted((c for c in results if c.feasible), key=order))
+    ranked = _marked(sorted((c for c in results if c.latency_s is not None), key=order))
     return Plan(
         model=request.profile.name,
         topology=request.topology.name,
@@ -214,6 +222,7 @@ def plan(request: Request, progress: Callable[[int, int], None] | None = None) -
         objective=request.goal.objective,
         baseline=planner.baseline,
         ranked=ranked,
+        bounded=tuple(c for c in results if c.bound_s is not None),
         rejected=tuple(c for c in results if not c.feasible),
         decided_by=planner.decided_by(ranked),
         notes=(
@@ -235,10 +244,40 @@ def _order(objective: Objective) -> Callable[[Candidate], tuple[float, ...]]:
     return key
 
 
-class _Run(NamedTuple):
-    """One spec, built and simulated: what candidates and explanations are made of."""
+def _marked(ranked: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The candidates with what is on the front of latency, memory and staleness."""
+    merits = [_merit(c, c.latency_s or 0.0) for c in ranked]
+    return tuple(
+        replace(c, pareto=not any(better(other, merit) for other in merits))
+        for c, merit in zip(ranked, merits, strict=True)
+    )
 
-    graph: ScheduleGraph
+
+def _merit(c: Candidate, latency_s: float) -> Merit:
+    return latency_s, c.peak_memory_bytes or 0, c.max_staleness_steps or 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """One spec: its schedule, one rank of each kind, and what follows from the graph alone."""
+
+    schedule: Quotient
+    memory: tuple[RankMemory, ...]
+    """Of every rank."""
+
+    def received_bytes(self) -> float:
+        """Bytes that the rank receives that receives most."""
+        received = dict.fromkeys(self.schedule.ranks, 0.0)
+        for op, count in self.schedule.transfers:
+            for rank, (_, size) in traffic(op).items():
+                if rank in received:
+                    received[rank] += count * size
+        return max(received.values())
+
+
+class _Run(NamedTuple):
+    """One spec simulated on one placement."""
+
     placement: Placement
     breakdown: Breakdown
     factors: Mapping[Part, Factors]
@@ -246,10 +285,6 @@ class _Run(NamedTuple):
     @property
     def latency_s(self) -> float:
         return _latency_s(self.breakdown.stages)
-
-    def devices(self, op: Op) -> tuple[int, ...]:
-        """GPUs of an op's ranks."""
-        return tuple(self.placement[rank] for rank in op.ranks)
 
 
 class _Planner:
@@ -271,6 +306,10 @@ class _Planner:
         self.misfits: list[tuple[int, str]] = []
         """Bytes that the fullest rank needs, and the spec, of all that do not fit."""
         self.choices: dict[str, list[Placement]] = {}
+        self.incumbents = Incumbents(request.top)
+        self.kept: dict[str, _Built] = {}
+        """Of those that might be the first on another placement."""
+        self._latest = lru_cache(maxsize=2)(self._make)
         if request.measured is not None:
             self.costs = self._calibrated(*request.measured)
         self.baseline = self._baseline()
@@ -281,23 +320,52 @@ class _Planner:
         return Network(replace(self.request.topology, collectives=()))
 
     def _calibrated(self, seconds: float, scope: Scope) -> CostModel:
-        serial = self._run(self._build("serial"), (0,)).breakdown
+        serial = self._run("serial", (0,)).breakdown
         stages = StageSeconds(**asdict(serial.stages), host_s=serial.host_s)
         try:
             return self.costs.calibrated(seconds, scope, stages)
         except ValueError as error:
             raise Contradiction(str(error)) from error
 
-    def _build(self, text: str) -> ScheduleGraph:
-        return build(parse_spec(text), self.request.profile, self.request.workload)
+    def _build(self, spec: Spec) -> ScheduleGraph:
+        return build(spec, self.request.profile, self.request.workload)
 
-    def _run(self, graph: ScheduleGraph, placement: Placement) -> _Run:
-        trace = simulate(graph, self.network, self.costs, placement=placement)
-        breakdown = attribute(trace)
-        rank = breakdown.rank
-        return _Run(
-            graph, placement, breakdown, factors(self.costs, self.network, graph, placement, rank)
+    def built(self, text: str) -> _Built:
+        """The schedule of a spec. Raises Infeasible."""
+        return self.kept.get(text) or self._latest(text)
+
+    def _make(self, text: str) -> _Built:
+        """Replicas of a schedule are built once."""
+        spec, replicas = parse_spec(text), 1
+        if not self.mixed and "data" in spec.strategy.axes:
+            replicas = spec.degree("data")
+            spec = replace(spec, options={k: v for k, v in spec.options.items() if k != "data"})
+        with uncollected():
+            graph = self._build(spec)
+            schedule = whole(graph) if self.mixed else quotient(graph)
+        schedule = schedule if replicas == 1 else schedule.copies(replicas)
+        memory = peak_memory(
+            schedule,
+            self.request.profile,
+            self.request.workload.dtype,
+            channels=self.gpus[0].collective_sms.value,
+            ideal=self.gpus[0].kernel_floor.value == 0,
         )
+        return _Built(schedule, memory)
+
+    def _trace(self, text: str, placement: Placement, network: Network) -> Trace:
+        """The run of a spec; rank by rank where its ranks are not alike on this placement."""
+        try:
+            return simulate(self.built(text).schedule, network, self.costs, placement=placement)
+        except Asymmetric:
+            graph = self._build(parse_spec(text))
+            return simulate(graph, network, self.costs, placement=placement)
+
+    def _run(self, text: str, placement: Placement) -> _Run:
+        breakdown = attribute(self._trace(text, placement, self.network))
+        schedule, rank = self.built(text).schedule, breakdown.rank
+        spread = factors(self.costs, self.network, schedule, placement, rank)
+        return _Run(placement, breakdown, spread)
 
     def _slowest_rank_s(self, graph: ScheduleGraph) -> Callable[[Placement], float]:
         """Compute seconds of the rank that has most of them, by placement."""
@@ -313,13 +381,13 @@ class _Planner:
 
     def _baseline(self) -> Baseline:
         try:
-            graph = self._build("serial")
+            memory = self.built("serial").memory
         except Infeasible as error:
             return Baseline(None, None, None, str(error))
-        peak, misfits, fitting = self._memory(graph, [(0,)])
+        peak, misfits, fitting = self._memory(memory, [(0,)])
         if misfits is not None:
             return Baseline(None, peak, None, misfits)
-        stages = self._run(graph, fitting[0]).breakdown.stages
+        stages = self._run("serial", fitting[0]).breakdown.stages
         return Baseline(_latency_s(stages), peak, stages, None)
 
     # ------------------------------------------------------------------------------ one candidate
@@ -341,7 +409,7 @@ class _Planner:
                     f"needs {known.n_gpus} GPUs, there are {self.request.gpus}",
                     spec.narrower(self.request.gpus),
                 )
-            graph = build(spec, self.request.profile, workload)
+            built = self.built(text)
         except Infeasible as error:
             return Candidate(
                 spec=text, feasible=False, reason=str(error), nearest=error.nearest,
@@ -349,51 +417,65 @@ class _Planner:
             )  # fmt: skip
         mesh = spec.mesh
         axes = (mesh.dp, mesh.cfg, mesh.pp, mesh.ring, mesh.ulysses)
-        choices = placements(self.request.topology, graph.world_size, axes)
-        peak, misfits, fitting = self._memory(graph, choices)
+        choices = placements(self.request.topology, built.schedule.world_size, axes)
+        peak, misfits, fitting = self._memory(built.memory, choices)
         base = Candidate(
             spec=text,
             feasible=True,
             n_gpus=known.n_gpus,
             synchronous_steps=known.synchronous_steps,
             exact=known.exact,
-            max_staleness_steps=graph.staleness(),
+            max_staleness_steps=built.schedule.graph.staleness(),
             peak_memory_bytes=peak,
-            comm_bytes_per_gpu=round(max(graph.received_bytes().values())),
+            comm_bytes_per_gpu=round(built.received_bytes()),
             placement=choices[0],
         )
         if misfits is not None:
             self.misfits.append((peak, text))
-            near = next(self._fitting(text), None) if self.request.specs else None
+            near = next(remedied(text, self._fits), None) if self.request.specs else None
             base = replace(base, nearest=near)
             misfits += f"; nearest: {near}" if near else ""
         reason = misfits or self._unwanted(base)
         if reason is not None:
             return replace(base, feasible=False, reason=reason)
+        if self.request.top is not None:
+            models = [d for d in self.devices_by_model.values() if d < self.request.gpus]
+            bound_s = least_latency_s(built.schedule, self.costs, self.wire, fitting, models)
+            value, merit = self._least_value(base, spec, bound_s), _merit(base, bound_s)
+            if self.incumbents.rule_out(value, merit, exact=known.exact):
+                why = (
+                    f"takes at least {bound_s:.3g} s: behind the {self.request.top} that are shown"
+                )
+                return replace(base, bound_s=bound_s, pareto=False, reason=why)
         self.choices[text] = fitting
-        run = self.runs[text] = self._run(graph, fitting[0])
-        return self._timed(base, spec, run)
+        run = self.runs[text] = self._run(text, fitting[0])
+        timed = self._timed(base, spec, run)
+        value, merit = self._weight(timed) * run.latency_s, _merit(timed, run.latency_s)
+        self.incumbents.add(value, merit, exact=known.exact)
+        if self._least(timed, run) < self.incumbents.first:
+            self.kept[text] = built
+        return timed
 
-    def _fitting(self, text: str) -> Iterator[str]:
-        """``text`` with its weights elsewhere, so that it fits: what keeps the picture first."""
-        if PLACES.keys() & parse_spec(text).options.keys():
-            return
-        found: set[str] = set()
-        for remedies in REMEDIES:
-            for remedy in remedies:
-                places = {f"{key}={part}" for key, _, value in
-                          (each.partition("=") for each in remedy.split(","))
-                          for part in value.split("+")}  # fmt: skip
-                if found and places > found:
-                    continue  # what keeps the picture does already with less
-                try:
-                    graph = self._build(f"{text},{remedy}")
-                except Infeasible:
-                    continue
-                if self._memory(graph, [tuple(range(graph.world_size))])[1] is None:
-                    found = places
-                    yield f"{text},{remedy}"
-                    break
+    def _least_value(self, base: Candidate, spec: Spec, bound_s: float) -> float:
+        """What a latency of ``bound_s`` counts in the objective at least; nothing is known of requests
+        that follow each other through the ranks."""
+        objective, each_s = self.request.goal.objective, bound_s / spec.mesh.dp
+        if objective != "latency" and spec.strategy.streams:
+            return 0.0
+        gpus = base.n_gpus or 1
+        return {"latency": bound_s, "throughput": each_s, "cost": gpus * each_s}[objective]
+
+    def _least(self, c: Candidate, run: _Run) -> float:
+        """What ``c`` would count in the objective without waiting and exposed communication."""
+        waits_s = run.breakdown.communication_s + run.breakdown.bubble_s
+        return self._weight(c) * (run.latency_s - waits_s)
+
+    def _fits(self, text: str) -> bool:
+        try:
+            memory = self.built(text).memory
+        except Infeasible:
+            return False
+        return self._memory(memory, [tuple(range(len(memory)))])[1] is None
 
     def made_to_fit(self) -> list[Candidate]:
         """Where nothing fits as it is: what does with its weights offloaded, sharded or in fp8.
@@ -401,7 +483,7 @@ class _Planner:
         Of the NEAREST that need least, as building every variant of a large schedule takes seconds.
         """
         near = [text for _, text in sorted(self.misfits)[:NEAREST]]
-        return [self.candidate(spec) for text in near for spec in self._fitting(text)]
+        return [self.candidate(spec) for text in near for spec in remedied(text, self._fits)]
 
     def what_fitting_costs(self, ranked: Sequence[Candidate]) -> Iterator[str]:
         """Seconds that the first pays for weights that are elsewhere: against the run without."""
@@ -409,7 +491,7 @@ class _Planner:
         places = [part for part in parts if part.partition("=")[0] in PLACES]
         if places:
             plain = ",".join(part for part in parts if part not in places)
-            run = self._run(self._build(plain), ranked[0].placement or ())
+            run = self._run(plain, ranked[0].placement or ())
             more = (ranked[0].latency_s or 0.0) - run.latency_s
             yield (
                 f"{','.join(places)} costs {more:.3g} s of each request: {plain} would take"
@@ -421,12 +503,12 @@ class _Planner:
         if not ranked or "vae=" in ranked[0].spec or ranked[0].n_gpus == 1:
             return
         best = ranked[0]
+        latency_s = best.latency_s or 0.0
         try:
-            graph = self._build(f"{best.spec},vae=split")
+            together = self._run(f"{best.spec},vae=split", best.placement or ())
         except Infeasible:
             return
-        latency_s = best.latency_s or 0.0
-        saved = latency_s - self._run(graph, best.placement or ()).latency_s
+        saved = latency_s - together.latency_s
         if saved > NOTABLE * latency_s:
             yield (
                 "with vae=split its ranks decode the picture together, which stays the same and comes"
@@ -440,6 +522,7 @@ class _Planner:
             sum(seconds * run.factors[part][side] for part, seconds in split.items())
             for side in (0, 1)
         )
+        graph, rank = self.built(base.spec).schedule.graph, run.breakdown.rank
         latency_s = _latency_s(stages)
         rate = spec.mesh.dp / self._occupied_s(spec, run)
         one_gpu_s = self.baseline.latency_s
@@ -457,8 +540,8 @@ class _Planner:
             stages=stages,
             throughput_per_s=rate,
             cost=self._cost(spec.n_gpus, rate),
-            provenance=self._provenance(run),
-            topology_only_latency_s=self._links_only_latency(run),
+            provenance=provenance(self.costs, graph, rank, run.placement[rank]),
+            topology_only_latency_s=self._links_only_latency(base.spec, run),
         )
 
     def _occupied_s(self, spec: Spec, run: _Run) -> float:
@@ -471,16 +554,17 @@ class _Planner:
     def with_better_placements(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates, those that could become the first on their best placement."""
         found = {c.spec: c for c in candidates}
-        times = {c.spec: self._weight(c) * (c.latency_s or 0.0) for c in candidates if c.feasible}
+        times = {
+            c.spec: self._weight(c) * c.latency_s for c in candidates if c.latency_s is not None
+        }
         for text in sorted(times, key=lambda text: times[text]):
             run = self.runs[text]
-            waits_s = run.breakdown.communication_s + run.breakdown.bubble_s
-            least = times[text] * (1 - waits_s / run.latency_s)
-            first = min(times.values())
-            if not self.mixed and (waits_s < WORTH * run.latency_s or least >= first):
+            least, first = self._least(found[text], run), min(times.values())
+            settled = least > (1 - WORTH) * times[text] or least >= first
+            if settled and not self.mixed:
                 continue
             slack = SLACK if times[text] == first else 1.0
-            best = self._best_placement(run, self.choices[text], slack)
+            best = self._best_placement(text, run, self.choices[text], slack)
             if best is not run:
                 self.runs[text] = best
                 found[text] = self._timed(found[text], parse_spec(text), best)
@@ -488,14 +572,14 @@ class _Planner:
         return list(found.values())
 
     def _best_placement(
-        self, first: _Run, choices: Sequence[Placement], slack: float = SLACK
+        self, text: str, first: _Run, choices: Sequence[Placement], slack: float
     ) -> _Run:
         """The fastest of a run and those of its promising other placements."""
-        best, graph = first, first.graph
-        slowest = self._slowest_rank_s(graph) if self.mixed else None
-        limit = TRIES if graph.world_size <= MAX_GPUS else 1
-        for placement in promising(self.wire, graph, choices, limit, slowest, slack):
-            other = self._run(graph, placement)
+        best, schedule = first, self.built(text).schedule
+        slowest = self._slowest_rank_s(schedule.graph) if self.mixed else None
+        limit = TRIES if schedule.world_size <= MAX_GPUS else 1
+        for placement in promising(self.wire, schedule, choices, limit, slowest, slack):
+            other = self._run(text, placement)
             if other.latency_s < best.latency_s * (1 - 1e-9):
                 best = other
         return best
@@ -524,17 +608,10 @@ class _Planner:
         return None
 
     def _memory(
-        self, graph: ScheduleGraph, choices: Sequence[Placement]
+        self, used: Sequence[RankMemory], choices: Sequence[Placement]
     ) -> tuple[int, str | None, list[Placement]]:
         """Peak bytes of the fullest rank, why that fits nowhere (None where it does), and where it
         fits."""
-        used = peak_memory(
-            graph,
-            self.request.profile,
-            self.request.workload.dtype,
-            channels=self.gpus[0].collective_sms.value,
-            ideal=self.gpus[0].kernel_floor.value == 0,
-        )
         reasons = {
             models: misfit(used, [self.gpus[self.devices_by_model[name]] for name in models])
             for models in dict.fromkeys(map(self._models, choices))
@@ -549,23 +626,15 @@ class _Planner:
 
     # ------------------------------------------------------------------------------ intervals, basis
 
-    def _provenance(self, run: _Run) -> str:
-        """What the denoising loop's kernel times mostly rest on, the weakest of the large shares."""
-        shares: dict[str, float] = {}
-        rank = run.breakdown.rank
-        for part, count, cost in prices(self.costs, run.graph, rank, run.placement[rank]):
-            if part == "compute":
-                shares[cost.provenance] = shares.get(cost.provenance, 0.0) + count * cost.device_s
-        total = sum(shares.values())
-        weakest = ("analytic", "interpolated", "table", "calibrated")
-        return next((p for p in weakest if shares.get(p, 0.0) > 0.1 * total), "analytic")
-
-    def _links_only_latency(self, run: _Run) -> float | None:
+    def _links_only_latency(self, text: str, run: _Run) -> float | None:
         """What the links alone predict, for a candidate that a measured table has changed."""
-        if not any(is_measured(self.network, op, run.placement) for op in _collectives(run.graph)):
+        transfers = self.built(text).schedule.transfers
+        if not any(
+            op.kind == "collective" and is_measured(self.network, op, run.placement)
+            for op, _ in transfers
+        ):
             return None
-        trace = simulate(run.graph, self.links_only, self.costs, placement=run.placement)
-        return trace.makespan_s
+        return self._trace(text, run.placement, self.links_only).makespan_s
 
     # ------------------------------------------------------------------------------ why
 
@@ -575,24 +644,25 @@ class _Planner:
             return "nothing can run"
         if len(ranked) == 1:
             return f"{ranked[0].spec} is the only one left"
-        first, second = ranked[:2]
-        gaps = self._gaps(first, second)
-        total = sum(gaps.values())
         unit = {"latency": "s", "throughput": "s per request", "cost": "GPU s per request"}
-        sentence = (
-            f"{second.spec} takes {total:.3g} {unit[self.request.goal.objective]} more"
-            f" ({_in_words(gaps)})"
-        )
-        apart = (first.latency_high_s or 0.0) < (second.latency_low_s or 0.0)
-        if apart:
-            return f"{sentence}; the intervals do not overlap"
-        return f"{sentence}; the intervals overlap: {self._deciding(first, second, gaps)}"
+        first, second = map(self._contender, ranked[:2])
+        return separation(first, second, unit[self.request.goal.objective])
 
-    def _gaps(self, first: Candidate, second: Candidate) -> dict[Part, float]:
-        """Part by part, how much more of the objective's time ``second`` takes than ``first``."""
-        one, two = (parts(self.runs[c.spec].breakdown) for c in (first, second))
-        of_one, of_two = self._weight(first), self._weight(second)
-        return {part: of_two * two[part] - of_one * one[part] for part in one}
+    def _contender(self, c: Candidate) -> Contender:
+        run = self.runs[c.spec]
+        transfers = [
+            (count * op.nbytes, op, tuple(run.placement[rank] for rank in op.ranks))
+            for op, count in self.built(c.spec).schedule.transfers
+        ]
+        return Contender(
+            spec=c.spec,
+            breakdown=run.breakdown,
+            factors=run.factors,
+            weight=self._weight(c),
+            low_s=c.latency_low_s or 0.0,
+            high_s=c.latency_high_s or 0.0,
+            largest=max(transfers, key=lambda each: each[0], default=None),
+        )
 
     def _weight(self, c: Candidate) -> float:
         """What a second of latency counts in the objective."""
@@ -601,81 +671,9 @@ class _Planner:
             self.request.goal.objective
         ]
 
-    def _deciding(self, first: Candidate, second: Candidate, gaps: Mapping[Part, float]) -> str:
-        """The measurement that would settle an order whose intervals overlap.
-
-        Both plans share their errors. An error common to one part (all compute f times as long)
-        turns the order at f = 1 - total / gap; the part whose f lies deepest inside its interval is
-        the one to measure. Where no factor turns it, the largest part of the difference is.
-        """
-        total = sum(gaps.values())
-        joint = {**gaps, "compute": gaps["compute"] + gaps["bubble"], "bubble": 0.0}
-        factors = self.runs[first.spec].factors
-        turning: list[tuple[float, Part, float]] = []
-        for part, gap in joint.items():
-            turn = 1 - total / gap if abs(gap) > 1e-12 else 0.0
-            reach = math.log(factors[part][turn > 1])
-            if turn > 0 and reach and (depth := math.log(turn) / reach) < FAR:
-                turning.append((depth, part, turn))
-        if not turning:
-            largest = max(joint, key=lambda part: joint[part])
-            measure = self._measurement(largest, first, second)
-            return f"no error common to both turns the order; to be sure, {measure}"
-        depth, part, turn = min(turning)
-        measure = self._measurement(part, first, second)
-        needed = f"{_NAMES[part]} takes {turn:.2f} times what is predicted"
-        if depth > 1:
-            low, high = factors[part]
-            needed += f", outside its interval of {low:.2f} to {high:.2f}"
-        return f"the order turns if {needed}; to be sure, {measure}"
-
-    def _measurement(self, part: Part, first: Candidate, second: Candidate) -> str:
-        if part != "comm":
-            return "measure one GPU (--measured-latency)"
-        transfers = [
-            (section.count * op.nbytes, op, run)
-            for run in (self.runs[first.spec], self.runs[second.spec])
-            for section in run.graph.sections
-            for op in section.ops
-            if op.kind in TRANSFERS
-        ]
-        _, op, run = max(transfers, key=lambda each: each[0])
-        size = op.nbytes * (len(op.ranks) if op.call == "all_gather" else 1)
-        tool = _NCCL_TESTS.get(op.call, "sendrecv_perf")
-        gpus = ",".join(map(str, run.devices(op)))
-        return f"measure nccl-tests {tool} with {size} bytes on GPUs {gpus}"
-
-
-_NAMES: Mapping[Part, str] = {
-    "compute": "compute",
-    "host": "launching from the host",
-    "comm": "exposed communication",
-    "bubble": "waiting (bubbles)",
-    "text_encoder": "the text encoder",
-    "vae": "the VAE",
-}
-_NCCL_TESTS = {
-    "all_gather": "all_gather_perf",
-    "all_reduce": "all_reduce_perf",
-    "reduce_scatter": "reduce_scatter_perf",
-    "all_to_all": "alltoall_perf",
-    "broadcast": "broadcast_perf",
-}
-
-
-def _in_words(gaps: Mapping[Part, float]) -> str:
-    """The parts of a difference, largest first, those below a twentieth of the largest left out."""
-    largest = max(abs(gap) for gap in gaps.values())
-    named = sorted(gaps.items(), key=lambda item: -abs(item[1]))
-    return ", ".join(f"{gap:+.3g} {_NAMES[part]}" for part, gap in named if abs(gap) > largest / 20)
-
 
 def _latency_s(stages: Stages) -> float:
     return stages.text_encoder_s + stages.denoise_s + stages.vae_s
-
-
-def _collectives(graph: ScheduleGraph) -> Iterator[Op]:
-    return (op for section in graph.sections for op in section.ops if op.kind == "collective")
 
 
 def _notes(request: Request) -> Iterator[str]:

@@ -12,8 +12,8 @@ from paradiff.cli import app, plan_app
 PLAN = {
     "--topology", "--model", "--height", "--width", "--frames", "--steps", "--batch", "--dtype",
     "--gpus", "--strategy", "--runtime", "--measured-latency", "--scope", "--objective",
-    "--exact-only", "--max-staleness", "--max-quality-loss", "--set", "--top", "--format",
-    "--output-dir", "--sweep", "--processes", "--ray",
+    "--exact-only", "--max-staleness", "--max-quality-loss", "--set", "--top", "--exhaustive",
+    "--format", "--output-dir", "--sweep", "--processes", "--ray",
 }  # fmt: skip
 IMPORT = {
     "--gpu", "--nvidia-smi", "--p2p", "--nccl-xml", "--nccl-log", "--nvbandwidth", "--p2p-test",

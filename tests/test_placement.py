@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import replace
-from itertools import combinations, permutations
+from itertools import permutations
 
 import networkx as nx
 import pytest
 from toys import transformer
-from unit_hardware import UnitCosts
+from unit_hardware import UnitCosts, random_box
 
 from analysis import text
 from paradiff.config import find
@@ -22,6 +21,7 @@ from simulator.engine import simulate
 from simulator.network import Network
 from simulator.placement import Wire, axis_orders, classes, placements, promising
 from simulator.planner import Plan, Request, plan
+from simulator.symmetry import whole
 from simulator.topology import Link, Node, Topology, load_topology
 
 BRIDGED = Topology(
@@ -37,28 +37,6 @@ BRIDGED = Topology(
     ),
 )
 """Four GPUs; the pairs (0, 2) and (1, 3), not (0, 1) and (2, 3), have a bridge four times as fast."""
-
-
-def random_box(seed: int) -> Topology:
-    """Two to five GPUs of one or two models on one to three joined switches, some pairs bridged."""
-    rng = random.Random(seed)
-    gpus = tuple(f"gpu{i}" for i in range(rng.randint(2, 5)))
-    switches = tuple(f"rc{i}" for i in range(rng.randint(1, 3)))
-    speeds = (1.0, 2.0, 4.0)
-    ends = [(gpu, rng.choice(switches)) for gpu in gpus]
-    ends += [(switches[i], switches[rng.randrange(i)]) for i in range(1, len(switches))]
-    links = [Link(a=a, b=b, bandwidth_bytes_per_s=rng.choice(speeds), kind="pcie") for a, b in ends]
-    bridged = [pair for pair in combinations(gpus, 2) if rng.random() < 0.2]
-    links += [Link(a=a, b=b, bandwidth_bytes_per_s=8.0, kind="nvlink") for a, b in bridged]
-    return Topology(
-        name=f"random{seed}",
-        gpus=gpus,
-        profiles=tuple(rng.choice(("unit", "l40")) for _ in gpus),
-        nodes=(Node(name="host", gpus=gpus, host_memory_bytes_per_s=rng.choice((3.0, 9.0))),),
-        switches=switches,
-        links=tuple(links),
-        peer_to_peer=rng.random() < 0.5,
-    )
 
 
 def automorphisms(box: Topology) -> list[dict[str, str]]:
@@ -156,7 +134,7 @@ def test_the_best_class_is_the_best_permutation(seed: int, spec: str) -> None:
     every = permutations(range(len(box.gpus)), graph.world_size)
     best_s = min(makespan_s(network, graph, p) for p in every)
     choices = classes(box, graph.world_size)
-    tried = (choices[0], *promising(Wire(network), graph, choices, 1000, slack=math.inf))
+    tried = (choices[0], *promising(Wire(network), whole(graph), choices, 1000, slack=math.inf))
     assert len(set(tried)) == len(choices)
     assert min(makespan_s(network, graph, p) for p in tried) == pytest.approx(best_s, rel=1e-9)
 
@@ -166,7 +144,7 @@ def test_what_the_score_leaves_holds_the_best(spec: str) -> None:
     """On the bridged box: the first placement that is promising is the best of all permutations."""
     network, graph = Network(BRIDGED), toy(spec)
     choices = classes(BRIDGED, graph.world_size)
-    first = promising(Wire(network), graph, choices, 1)[0]
+    first = promising(Wire(network), whole(graph), choices, 1)[0]
     every = permutations(range(4), graph.world_size)
     best_s = min(makespan_s(network, graph, p) for p in every)
     assert makespan_s(network, graph, first) == pytest.approx(best_s, rel=1e-9)

@@ -6,15 +6,17 @@ uses SMs is active (0: the same), ``Shape.h`` the host's time to issue it.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import pytest
 
 from paradiff.graph import Buffer, Op, OpKind, Ref, ScheduleGraph, Section, Shape, Work
 from paradiff.trace import Span, Trace, check_trace
 from simulator.engine import simulate
-from simulator.topology import Topology
+from simulator.topology import Link, Node, Topology
 
 
 @dataclass(frozen=True)
@@ -157,3 +159,25 @@ def run(
 def by_id(trace: Trace) -> list[Span]:
     """Spans in an order that does not depend on time."""
     return sorted(trace.spans, key=lambda span: (span.id, span.rank))
+
+
+def random_box(seed: int) -> Topology:
+    """Two to five GPUs of one or two models on one to three joined switches, some pairs bridged."""
+    rng = random.Random(seed)
+    gpus = tuple(f"gpu{i}" for i in range(rng.randint(2, 5)))
+    switches = tuple(f"rc{i}" for i in range(rng.randint(1, 3)))
+    speeds = (1.0, 2.0, 4.0)
+    ends = [(gpu, rng.choice(switches)) for gpu in gpus]
+    ends += [(switches[i], switches[rng.randrange(i)]) for i in range(1, len(switches))]
+    links = [Link(a=a, b=b, bandwidth_bytes_per_s=rng.choice(speeds), kind="pcie") for a, b in ends]
+    bridged = [pair for pair in combinations(gpus, 2) if rng.random() < 0.2]
+    links += [Link(a=a, b=b, bandwidth_bytes_per_s=8.0, kind="nvlink") for a, b in bridged]
+    return Topology(
+        name=f"random{seed}",
+        gpus=gpus,
+        profiles=tuple(rng.choice(("unit", "l40")) for _ in gpus),
+        nodes=(Node(name="host", gpus=gpus, host_memory_bytes_per_s=rng.choice((3.0, 9.0))),),
+        switches=switches,
+        links=tuple(links),
+        peer_to_peer=rng.random() < 0.5,
+    )

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from simulator.planner import Plan, Request
 
 SWEEP_OPTIONS = ("sweep", "output_dir", "processes", "ray")
+SHOWN = 10
+"""Candidates that matter where ``--top`` says nothing."""
 STALE_OUTPUT = re.compile(r"\d\d-.*\.plan\.yaml")
 
 
@@ -90,6 +92,10 @@ def plan(
         typer.Option("--set", metavar="PATH=VALUE", help="What if, on the box: peer_to_peer=true."),
     ] = None,
     top: Annotated[int | None, typer.Option(min=1, metavar="N", help="Keep the N best.")] = None,
+    exhaustive: Annotated[
+        bool,
+        typer.Option("--exhaustive", help="Simulate also what cannot be among those shown."),
+    ] = False,
     format_: Annotated[
         Literal["table", "json"], typer.Option("--format", help="Output on stdout.")
     ] = "table",
@@ -146,6 +152,7 @@ def plan(
                 max_quality_loss=max_quality_loss,
             ),
             measured=None if measured_latency is None else (measured_latency, scope),
+            top=None if exhaustive or strategy else top or SHOWN,
         )
         try:
             with progress(enabled=format_ == "table") as advance:
@@ -159,7 +166,7 @@ def plan(
     if format_ == "json":
         typer.echo(json_text(result.to_json(top)), nl=False)
     else:
-        _print_plan(result, top or 10, asked=bool(strategy))
+        _print_plan(result, top or SHOWN, asked=bool(strategy))
     if not result.ranked:
         _explain_nothing(result)
         raise typer.Exit(INFEASIBLE)
@@ -194,6 +201,8 @@ def _print_plan(plan: Plan, top: int, *, asked: bool) -> None:
     hidden = len(plan.ranked) - len(rows)
     if hidden > 0:
         typer.echo(f"\n{hidden} more are not shown (--top N, --format json).")
+    if plan.bounded:
+        typer.echo(("" if hidden > 0 else "\n") + text.bounded_line(plan, top))
     if plan.rejected:
         typer.echo(
             "\nNot possible here:" if asked else f"\nNot possible here: {len(plan.rejected)}"
@@ -218,7 +227,7 @@ def _stage_results(
 
     data = plan.to_json(top)
     (staging / "plan.json").write_text(json_text(data), encoding="utf-8")
-    for number, candidate in enumerate(plan.ranked[: top or 10], 1):
+    for number, candidate in enumerate(plan.ranked[: top or SHOWN], 1):
         content = {
             "schema": "paradiff.planfile/1",
             **inputs,
