@@ -127,9 +127,17 @@ def trace_stage(spec: StageSpec) -> Stage:
         shared = [{**whole[0], "p": p} for p in islice(divisors, 1)]
         recordings += [record(spec, modules, p, attentions) for p in (*strips, *shared)]
         _check_points_run(modules[0], recordings[0])
+    try:
+        aligned = _aligned(recordings, shared[0]["p"] if shared else 1)
+    except InvalidProfile:
+        if not shared:
+            raise
+        # With one head left a rank launches less (repeating a mask is a view then): such a small model
+        # does not say how it is divided.
+        shared = []
+        aligned = _aligned(recordings[:-1])
     fitter = Fitter([*whole, *strips, *shared], spec.levels, spec.frame_levels)
-    degree = shared[0]["p"] if shared else 1
-    assembly = _Assembly(fitter, _aligned(recordings, degree), attentions)
+    assembly = _Assembly(fitter, aligned, attentions)
     assembly.build(spec.name, parents=unit_parents(modules[0]) if spec.in_strips else {})
     return Stage(
         name=spec.name,

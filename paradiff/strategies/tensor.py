@@ -48,8 +48,8 @@ def check_tensor(build: Builder) -> None:
             )
     if not any(True for _ in build.denoiser.totals()):
         raise Infeasible(
-            f"tensor={n}: the profile of {name} does not say how its weights are divided; trace it"
-            " again",
+            f"tensor={n}: the profile of {name} does not say how its weights are divided (an"
+            " old trace, or a model of two heads)",
             "tensor=1",
         )
 
