@@ -115,7 +115,7 @@ def picture(box: Topology) -> go.Figure:
     return figure
 
 
-def _path(link: Link, place: dict[str, Position]) -> tuple[list[float], list[float]]:
+def path_of(link: Link, place: dict[str, Position]) -> tuple[list[float], list[float]]:
     """A straight line; between two GPUs, which stand in one row, an arc below it."""
     (x0, y0), (x1, y1) = place[link.a], place[link.b]
     if y0 == y1 and link.is_nvlink:
@@ -135,7 +135,7 @@ def _words(link: Link) -> str:
 
 
 def _line(link: Link, place: dict[str, Position]) -> go.Scatter:
-    xs, ys = _path(link, place)
+    xs, ys = path_of(link, place)
     source = html.escape(" ".join(link.source.split())) or "no source"
     lines = [source[i : i + 90] for i in range(0, len(source), 90)]
     hover = (
@@ -179,7 +179,7 @@ def _markers(box: Topology, place: dict[str, Position]) -> go.Scatter:
 
 def _label(link: Link, place: dict[str, Position]) -> dict[str, object]:
     """Rate and kind of a link, at its middle; shifted for cables that fan out of one switch."""
-    xs, ys = _path(link, place)
+    xs, ys = path_of(link, place)
     middle = len(xs) // 2
     return {
         "x": xs[middle],

@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from analysis.attribution import Breakdown, Stages, attribute
@@ -40,8 +39,9 @@ from paradiff.strategies import (
     parse_spec,
 )
 from paradiff.strategies.places import PLACES
-from paradiff.trace import Trace, write_chrome_trace
+from paradiff.trace import Trace
 from simulator.bounds import Incumbents, Merit, better, least_latency_s
+from simulator.collectives import Lowering, link_bytes
 from simulator.costs import CostModel, Runtime, Scope, StageSeconds
 from simulator.engine import simulate
 from simulator.gpu import load_gpu
@@ -693,11 +693,23 @@ def fingerprint(request: Request, spec: str) -> str:
     return build(parse_spec(spec), request.profile, request.workload).fingerprint()
 
 
-def write_trace(
-    request: Request, spec: str, path: Path, placement: Placement | None = None
-) -> None:
-    """Simulate ``spec`` step by step, nothing extrapolated, and write it for Perfetto."""
+class CloseUp(NamedTuple):
+    """One spec, every rank by itself and every step written down, nothing extrapolated.
+
+    ``memory``: of every rank. ``link_bytes``: resource of the network -> bytes that cross it; of a
+    call with a measured time, as many as keep the resource busy that long.
+    """
+
+    graph: ScheduleGraph
+    trace: Trace
+    memory: tuple[RankMemory, ...]
+    link_bytes: Mapping[str, float]
+
+
+def close_up(request: Request, spec: str, placement: Placement) -> CloseUp:
+    """What there is to see of ``spec`` on ``placement``. Raises Infeasible."""
     planner = _Planner(request)
     graph = build(parse_spec(spec), request.profile, request.workload)
     trace = simulate(graph, planner.network, planner.costs, placement=placement, periodic=False)
-    write_chrome_trace(trace, path)
+    crossing = link_bytes(graph, Lowering(planner.network, placement))
+    return CloseUp(graph, trace, planner.built(spec).memory, crossing)

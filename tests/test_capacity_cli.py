@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from pages import HOSTILE, Scripts, opened
 from typer.testing import CliRunner, Result
 
 from paradiff.cli import app
@@ -187,21 +187,6 @@ def test_an_empty_and_an_unordered_trace(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------ HTML
 
-HOSTILE = "<script>alert(1)</script>\"'&"
-
-
-class Scripts(HTMLParser):
-    """Elements of a page, and whatever would fetch something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.fetched: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.fetched += [v or "" for k, v in attrs if k in ("src", "href") and v != "data:,"]
-
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -246,33 +231,9 @@ def test_the_page_is_one_file_and_names_are_only_text(report: Path) -> None:
 
 
 def test_the_page_in_a_browser(report: Path) -> None:
-    """No console error, no request, marks in every chart; narrow, wide and dark."""
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = next(
-        filter(Path.exists, map(Path, ("/usr/bin/chromium", "/usr/bin/google-chrome"))), None
-    )
-    if chromium is None:
-        pytest.skip("no chromium in /usr/bin")
-    with sync.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=str(chromium), args=["--no-sandbox"])
-        for width, scheme in ((1280, "light"), (390, "dark")):
-            context = browser.new_context(
-                viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
-            )
-            page = context.new_page()
-            errors: list[str] = []
-            asked: list[str] = []
-            page.on("console", lambda m, e=errors: e.append(m.text) if m.type == "error" else None)
-            page.on("pageerror", lambda error, e=errors: e.append(str(error)))
-            page.on("request", lambda request, a=asked: a.append(request.url))
-            page.on("dialog", lambda dialog, e=errors: e.append("a dialog opened"))
-            page.goto(report.as_uri())
+    """Marks in every chart; narrow, wide and dark."""
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        with opened(report, width, scheme) as page:
             page.wait_for_selector("#utilisation .scatterlayer path.js-line")
             for chart in ("distribution", "load", "cost", "utilisation"):
                 assert page.locator(f"#{chart} .scatterlayer path.js-line").count() >= 1, chart
-            wide = page.evaluate("document.documentElement.scrollWidth")
-            assert wide <= width, "nothing sticks out"
-            assert errors == []
-            assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-            context.close()
-        browser.close()

@@ -85,7 +85,8 @@ def test_output_dir_holds_the_plan_runnable_files_and_a_trace(tmp_path: Path) ->
     names = sorted(p.name for p in out.iterdir())
     best = json.loads((out / "plan.json").read_text())["recommended"]
     other = {"serial": "cfg=2", "cfg=2": "serial"}[best]
-    assert names == [f"01-{best}.plan.yaml", f"02-{other}.plan.yaml", "plan.json", "trace.json.gz"]
+    files = ["plan.json", "report.html", "trace.json.gz"]
+    assert names == [f"01-{best}.plan.yaml", f"02-{other}.plan.yaml", *files]
     first = (out / names[0]).read_text()
     assert 'schema: "paradiff.planfile/1"' in first
     assert re.search(r'^fingerprint: "[0-9a-f]{64}"$', first, re.M)
@@ -97,9 +98,10 @@ def test_output_dir_holds_the_plan_runnable_files_and_a_trace(tmp_path: Path) ->
 def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
     """Separate processes: hash seeds differ, so set order would show."""
     for name in ("a", "b"):
-        assert script(*QUICK, "--output-dir", str(tmp_path / name)).returncode == 0
-    for path in sorted((tmp_path / "a").iterdir()):
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+        (tmp_path / name).mkdir()
+        assert script(*QUICK, "--output-dir", "out", cwd=tmp_path / name).returncode == 0
+    for path in sorted((tmp_path / "a" / "out").iterdir()):
+        assert path.read_bytes() == (tmp_path / "b" / "out" / path.name).read_bytes(), path.name
 
 
 def test_a_second_plan_replaces_the_plan_files_of_the_first(tmp_path: Path) -> None:
@@ -109,7 +111,7 @@ def test_a_second_plan_replaces_the_plan_files_of_the_first(tmp_path: Path) -> N
     names = {p.name for p in tmp_path.iterdir()}
     assert "notes.txt" in names
     assert "07-old=1.plan.yaml" not in names
-    assert {"plan.json", "trace.json.gz"} <= names
+    assert {"plan.json", "report.html", "trace.json.gz"} <= names
 
 
 def test_underscores_and_what_if() -> None:
@@ -322,7 +324,7 @@ def test_interrupt_is_130_and_leaves_nothing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("simulator.planner.write_trace", interrupted)
+    monkeypatch.setattr("simulator.planner.close_up", interrupted)
     done = plan(*QUICK, "--output-dir", str(tmp_path / "out"))
     assert done.exit_code == 130
     assert list(tmp_path.iterdir()) == []

@@ -101,7 +101,9 @@ def plan(
     ] = "table",
     output_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write plan.json, NN-SPEC.plan.yaml, trace.json.gz."),
+        typer.Option(
+            metavar="DIR", help="Write report.html, plan.json, NN-SPEC.plan.yaml, trace.json.gz."
+        ),
     ] = None,
     sweep: Annotated[
         Path | None,
@@ -223,6 +225,8 @@ def _explain_nothing(plan: Plan) -> None:
 def _stage_results(
     staging: Path, request: Request, plan: Plan, inputs: Mapping[str, Any], top: int | None
 ) -> None:
+    from analysis.plan_html import page
+    from paradiff.trace import write_chrome_trace
     from simulator import planner
 
     data = plan.to_json(top)
@@ -245,4 +249,7 @@ def _stage_results(
         target = staging / f"{number:02d}-{name}.plan.yaml"
         target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     best = plan.ranked[0]
-    planner.write_trace(request, best.spec, staging / "trace.json.gz", best.placement)
+    seen = planner.close_up(request, best.spec, best.placement or ())
+    write_chrome_trace(seen.trace, staging / "trace.json.gz")
+    report = page(request, plan, seen, sys.argv[1:])
+    (staging / "report.html").write_text(report, encoding="utf-8")

@@ -1,0 +1,408 @@
+"""A plan as one HTML file: what to run, how sure that is, where the time goes, why not the others.
+
+Decides which figures are drawn and how; every number comes from the plan and from the close-up of its
+first choice. The frame, and how text and data are kept harmless: ``analysis.page``.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from analysis import text as words
+from analysis.page import PALETTE, SYMBOLS, Chart, Figure, axis, figure, plain, render
+from analysis.topology_picture import path_of, positions
+from paradiff.graph import Instance, OpKind, ScheduleGraph
+from paradiff.trace import Span, Trace
+from simulator.gpu import Figure as GpuFigure
+from simulator.gpu import load_gpu
+from simulator.network import Network
+from simulator.planner import Candidate, CloseUp, Plan, Request
+from simulator.topology import Link, Topology
+
+NEUTRAL = "#8a8a8a"
+COLOURS = (*PALETTE, NEUTRAL)
+PATTERNS = ("", "/", "\\", "x", "-", ".", "|")
+"""Of bars, beside their colours."""
+KINDS: tuple[OpKind, ...] = ("compute", "collective", "permute", "p2p", "host")
+PARTS: Mapping[str, str] = {
+    "compute_s": "compute",
+    "exposed_comm_s": "exposed communication",
+    "bubble_s": "waiting for other ranks",
+    "host_s": "waiting for launches",
+}
+MAX_SPANS = 3000
+"""Bars of one timeline; a browser takes a second for as many."""
+SHOWN_STEPS = 2
+BANDS = (
+    (0.001, "#8a8a8a", "below 0.1 %"),
+    (0.1, "#56B4E9", "0.1 to 10 %"),
+    (0.25, "#0072B2", "10 to 25 %"),
+    (0.5, "#E69F00", "25 to 50 %"),
+    (math.inf, "#D55E00", "50 % and more"),
+)
+"""Utilisation below which a link has this colour; the lines also grow wider."""
+NAMED = 16
+"""GPUs up to which every one is named in the picture."""
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+def page(request: Request, plan: Plan, best: CloseUp, arguments: Sequence[str]) -> str:
+    """The report. ``best``: the first of the plan. ``arguments``: of the command that made it."""
+    first, *more = words.recommendation(plan).splitlines()
+    options = arguments[1:] if arguments[:1] == ["plan"] else arguments
+    return render(
+        "plan.html.j2",
+        _charts(request, plan, best),
+        title=words.title(plan),
+        baseline=words.baseline_line(plan),
+        sentences=[first, *more],
+        ranked=words.table(plan, len(plan.ranked)),
+        left=words.LEFT,
+        unable=[(c.spec, c.reason or "", c.nearest or "") for c in plan.rejected],
+        bounded=[(c.spec, words.seconds(c.bound_s)) for c in plan.bounded],
+        figures=list(_gpu_figures(request.topology)),
+        links=list(_links(request.topology)),
+        tables=[(t.kind, str(t.ranks), t.source) for t in request.topology.collectives],
+        model=", ".join(
+            f"{key} {value}"
+            for key, value in request.profile.source.items()
+            if isinstance(value, str)
+        ),
+        command=shlex.join(["paradiff-plan", *options]),
+    )
+
+
+def _charts(request: Request, plan: Plan, best: CloseUp) -> Iterator[Chart]:
+    first = plan.ranked[0]
+    ticks = {"yaxis": _ranks_axis(plan.ranked, [str(n + 1) for n in range(len(plan.ranked))])}
+    yield Chart(
+        "time",
+        "Where the time goes",
+        "The denoising loop of the rank that finishes last, between the text encoders and the VAE; the "
+        "whole bar is the latency, the line its 90 % interval. On a narrow screen bars are numbered as "
+        "in the table.",
+        _time(plan.ranked),
+        ticks,
+        6 + 1.6 * len(plan.ranked),
+    )
+    yield Chart(
+        "pareto",
+        "Latency, memory and staleness",
+        "Left and low is better; the mark says how old the values are that are read. What is on the "
+        "front of all three is filled.",
+        _pareto(plan),
+    )
+    yield Chart(
+        "memory",
+        "Memory per GPU",
+        f"{first.spec}: every rank at its peak, by part, of {words.gigabytes(plan.gpu_memory_bytes)}.",
+        _memory(best, first, plan.gpu_memory_bytes),
+        height_rem=9 + 1.6 * len(best.memory),
+    )
+    for name, heading, steps in _windows(best.trace, first.synchronous_steps or 0):
+        spans, complete = _within(best.trace, steps)
+        limit = "" if complete else f" Only the first {len(spans)} spans are drawn."
+        yield Chart(
+            name,
+            f"Timeline: {heading}",
+            f"{first.spec}, steps {steps[0]} to {steps[-1]}, a row for each rank and stream. Drag to "
+            f"zoom in, double-click to zoom out. All steps: trace.json.gz, in Perfetto.{limit}",
+            _timeline(best.graph, spans),
+            height_rem=9 + 1.4 * len(_lanes(spans)),
+        )
+    used = _utilisation(request.topology, best)
+    memory = [
+        f"{node.name} {used[f'{node.name}.memory']:.1%}"
+        for node in request.topology.nodes
+        if used.get(f"{node.name}.memory")
+    ]
+    yield Chart(
+        "topology",
+        "Use of the links",
+        f"{first.spec}: share of the whole latency in which its transfers keep a link busy, the busier "
+        f"direction. {'Host memory: ' * bool(memory)}{', '.join(memory)}",
+        _topology(request.topology, used, first.placement or ()),
+    )
+
+
+# ------------------------------------------------------------------------------------------ candidates
+
+
+def _bars(name: str, y: Sequence[Any], x: Sequence[float], k: int, **more: Any) -> Figure:
+    """Horizontal bars of one part."""
+    marker = {
+        "color": COLOURS[k % len(COLOURS)],
+        "pattern": {
+            "shape": PATTERNS[k % len(PATTERNS)], "fillmode": "overlay", "fgcolor": "#ffffff",
+            "fgopacity": 0.5, "size": 6,
+        },
+    }  # fmt: skip
+    shape = {"type": "bar", "orientation": "h", "name": name, "y": list(y), "x": list(x)}
+    return shape | {"marker": marker, "hovertemplate": "%{y}: " + name + " %{x:.3g}"} | more
+
+
+def _ranks_axis(ranked: Sequence[Candidate], names: Sequence[str]) -> Figure:
+    """One place for each candidate, the best at the top."""
+    places = list(range(len(ranked)))
+    return {
+        "tickvals": places,
+        "ticktext": [plain(name) for name in names],
+        "range": [len(ranked) - 0.5, -0.5],
+    }
+
+
+def _time(ranked: Sequence[Candidate]) -> Figure:
+    places = range(len(ranked))
+    named = [plain(c.spec) for c in ranked]
+    staged = {
+        "text encoders": [c.stages.text_encoder_s if c.stages else 0.0 for c in ranked],
+        **{label: [getattr(c, key) or 0.0 for c in ranked] for key, label in PARTS.items()},
+        "VAE": [c.stages.vae_s if c.stages else 0.0 for c in ranked],
+    }
+    order = ("compute", *PARTS.values(), "text encoders", "VAE")
+    traces = [
+        _bars(
+            label, places, staged[label], k,
+            text=named, textposition="none", hovertemplate="%{text}: " + label + " %{x:.3g} s",
+        )
+        for k, label in enumerate(dict.fromkeys(order))
+    ]  # fmt: skip
+    traces.append(
+        {
+            "type": "scatter", "mode": "markers", "name": "latency, 90 % interval",
+            "x": [c.latency_s for c in ranked], "y": list(places), "text": named,
+            "marker": {"color": NEUTRAL, "symbol": "line-ns-open", "size": 10},
+            "error_x": {
+                "type": "data", "symmetric": False, "color": NEUTRAL, "thickness": 1.5,
+                "array": [(c.latency_high_s or 0.0) - (c.latency_s or 0.0) for c in ranked],
+                "arrayminus": [(c.latency_s or 0.0) - (c.latency_low_s or 0.0) for c in ranked],
+            },
+            "hovertemplate": "%{text}: %{x:.3g} s",
+        }
+    )  # fmt: skip
+    drawn = figure(traces, axis("seconds"), _ranks_axis(ranked, [c.spec for c in ranked]))
+    drawn["layout"] |= {"barmode": "stack", "legend": _above()}
+    return drawn
+
+
+def _above() -> Figure:
+    """A legend at the top of a high chart, where its end is far away."""
+    return {
+        "orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "xanchor": "left",
+        "traceorder": "normal",
+    }  # fmt: skip
+
+
+def _pareto(plan: Plan) -> Figure:
+    traces = []
+    for k, label in enumerate(sorted({words.output_of(c) for c in plan.ranked})):
+        group = [(n, c) for n, c in enumerate(plan.ranked, 1) if words.output_of(c) == label]
+        symbols = [SYMBOLS[k % len(SYMBOLS)] + ("" if c.pareto else "-open") for _, c in group]
+        traces.append(
+            {
+                "type": "scatter", "mode": "markers", "name": label,
+                "x": [c.latency_s for _, c in group],
+                "y": [(c.peak_memory_bytes or 0) / 1e9 for _, c in group],
+                "text": [plain(f"{n} {c.spec}") for n, c in group],
+                "marker": {"color": PALETTE[k % len(PALETTE)], "symbol": symbols, "size": 11},
+                "hovertemplate": "%{text}: %{x:.3g} s, %{y:.3g} GB, " + label + "<extra></extra>",
+            }
+        )  # fmt: skip
+    return figure(traces, axis("latency, s"), axis("memory of the fullest GPU, GB"))
+
+
+def _memory(best: CloseUp, first: Candidate, capacity_bytes: int) -> Figure:
+    gpus = first.placement or ()
+    ranks = [f"rank {r}, GPU {gpu}" for r, gpu in enumerate(gpus)]
+    parts = {name: [m.parts()[name] / 1e9 for m in best.memory] for name in best.memory[0].parts()}
+    traces = [
+        _bars(name.replace("_", " "), ranks, values, k)
+        for k, (name, values) in enumerate(parts.items())
+        if any(values)
+    ]
+    x = axis("GB") | {"range": [0, 1.02 * capacity_bytes / 1e9]}
+    drawn = figure(traces, x, {"autorange": "reversed", "type": "category"})
+    drawn["layout"] |= {"barmode": "stack", "legend": _above()}
+    return drawn
+
+
+# ------------------------------------------------------------------------------------------ timeline
+
+
+def _windows(trace: Trace, synchronous: int) -> Iterator[tuple[str, str, range]]:
+    """(id, heading, steps) of what is shown of a run: its begin, and its middle once it is steady."""
+    steps = 1 + max((s.step for s in trace.spans if s.step is not None), default=0)
+    warm = 0 < synchronous < steps
+    yield "begin", "warm-up steps" if warm else "first steps", range(min(SHOWN_STEPS, steps))
+    first = (synchronous if warm else 0) + (steps - (synchronous if warm else 0)) // 2
+    if first >= SHOWN_STEPS:
+        yield "steady", "steady steps", range(first, min(first + SHOWN_STEPS, steps))
+
+
+def _within(trace: Trace, steps: range) -> tuple[list[Span], bool]:
+    """The spans that overlap ``steps``, and whether that is all of them."""
+    own = [span for span in trace.spans if span.step in steps]
+    begin, end = min(s.start_s for s in own), max(s.end_s for s in own)
+    found = [s for s in trace.spans if s.start_s < end and s.end_s > begin and s.end_s > s.start_s]
+    return found[:MAX_SPANS], len(found) <= MAX_SPANS
+
+
+def _lanes(spans: Iterable[Span]) -> list[tuple[int, str]]:
+    lanes = {(span.rank, span.stream) for span in spans}
+    return sorted(lanes, key=lambda lane: (lane[0], lane[1] != "compute", lane[1]))
+
+
+def _timeline(graph: ScheduleGraph, spans: Sequence[Span]) -> Figure:
+    ids = {span.id for span in spans}
+    instances = {each.id: each for each in graph.instances() if each.id in ids}
+    traces = []
+    for k, kind in enumerate(KINDS):
+        group = [span for span in spans if span.kind == kind]
+        if group:
+            lanes = [plain(f"rank {s.rank} {s.stream}") for s in group]
+            widths = [1e3 * (s.end_s - s.start_s) for s in group]
+            notes = [_about(s, instances[s.id]) for s in group]
+            bars = _bars(
+                kind, lanes, widths, k, base=[1e3 * s.start_s for s in group], text=notes,
+                textposition="none", hovertemplate="%{text}<extra></extra>",
+            )  # fmt: skip
+            bars["marker"]["line"] = {"width": 0}
+            traces.append(bars)
+    rows = [plain(f"rank {rank} {stream}") for rank, stream in _lanes(spans)]
+    y = {"type": "category", "categoryorder": "array", "categoryarray": rows[::-1]}
+    begin, end = min(s.start_s for s in spans), max(s.end_s for s in spans)
+    x = axis("ms of the request") | {"range": [1e3 * begin, 1e3 * end]}
+    drawn = figure(traces, x, y)
+    drawn["layout"] |= {"barmode": "overlay", "bargap": 0.15, "legend": _above()}
+    return drawn
+
+
+def _about(span: Span, instance: Instance) -> str:
+    """Op, duration, bytes, and the versions that it reads of what its rank holds."""
+    reads = [ref.show(instance.base) for ref in instance.op.reads]
+    reads = [name for name in reads if f"@r{span.rank}" in name] or reads
+    more = [f"and {len(reads) - 4} more"] * (len(reads) > 4)
+    lines = [
+        f"{span.id} ({span.call})",
+        f"{1e3 * (span.end_s - span.start_s):.4g} ms from {1e3 * span.start_s:.6g} ms",
+        *([f"{span.nbytes:,} bytes"] if span.nbytes else []),
+        *(f"reads {name}" for name in reads[:4]),
+        *more,
+    ]
+    return "<br>".join(map(plain, lines))
+
+
+# ------------------------------------------------------------------------------------------ topology
+
+
+def _utilisation(box: Topology, best: CloseUp) -> dict[str, float]:
+    """Resource of the network -> share of the latency in which the transfers keep it busy."""
+    capacity = {r.name: r.capacity_bytes_per_s for r in Network(box).resources}
+    seconds = {name: nbytes / capacity[name] for name, nbytes in best.link_bytes.items()}
+    return {name: busy / best.trace.makespan_s for name, busy in seconds.items()}
+
+
+def _topology(box: Topology, used: Mapping[str, float], placement: Sequence[int]) -> Figure:
+    place = positions(box)
+    traces = []
+    for below, links in _banded(box, used):
+        k = next(i for i, band in enumerate(BANDS) if band[0] == below)
+        lines: dict[str, list[Any]] = {"x": [], "y": [], "text": []}
+        for link in links:
+            xs, ys = path_of(link, place)
+            lines["x"] += [*xs, None]
+            lines["y"] += [*ys, None]
+            lines["text"] += [_link_note(link, used)] * len(xs) + [""]
+        traces.append(
+            {
+                "type": "scatter", "mode": "lines", "name": BANDS[k][2], **lines,
+                "line": {"color": BANDS[k][1], "width": 1.5 + 1.5 * k},
+                "hovertemplate": "%{text}<extra></extra>",
+            }
+        )  # fmt: skip
+    traces += [_vertices(box, place, placement)]
+    hidden = {"visible": False}
+    drawn = figure(traces, hidden, hidden)
+    drawn["layout"]["legend"] = _above() | {"y": 1.05}
+    return drawn
+
+
+def _share(link: Link, used: Mapping[str, float]) -> float:
+    """Of the busier direction."""
+    names = (f"{link.a}->{link.b}", f"{link.b}->{link.a}", f"{link.a}--{link.b}")
+    return max(used.get(name, 0.0) for name in names)
+
+
+def _banded(box: Topology, used: Mapping[str, float]) -> Iterator[tuple[float, list[Link]]]:
+    for lowest, (below, _, _) in zip((0.0, *(b[0] for b in BANDS)), BANDS, strict=False):
+        links = [link for link in box.links if lowest <= _share(link, used) < below]
+        if links:
+            yield below, links
+
+
+def _link_note(link: Link, used: Mapping[str, float]) -> str:
+    rate = f"{link.bandwidth_bytes_per_s / 1e9:.4g} GB/s"
+    return plain(f"{link.a} to {link.b}: busy {_share(link, used):.1%} ({link.kind}, {rate})")
+
+
+def _vertices(box: Topology, place: Mapping[str, Any], placement: Sequence[int]) -> Figure:
+    """GPUs as squares with the rank they run, switches as circles."""
+    rank = {box.gpus[device]: f"rank {r}" for r, device in enumerate(placement)}
+    names = [*box.gpus, *box.switches]
+    is_gpu = [name in box.gpus for name in names]
+    return {
+        "type": "scatter",
+        "mode": "markers+text" if len(box.gpus) <= NAMED else "markers",
+        "x": [place[name][0] for name in names],
+        "y": [place[name][1] for name in names],
+        "text": [plain(name) for name in names],
+        "hovertext": [plain(f"{name} {rank.get(name, '')}") for name in names],
+        "hoverinfo": "text",
+        "textposition": ["bottom center" if gpu else "top center" for gpu in is_gpu],
+        "showlegend": False,
+        "cliponaxis": False,
+        "marker": {
+            "color": [PALETTE[2] if name in rank else NEUTRAL for name in names],
+            "symbol": ["square" if gpu else "circle" for gpu in is_gpu],
+            "size": [18 if gpu else 14 for gpu in is_gpu],
+        },
+    }
+
+
+# ------------------------------------------------------------------------------------------ provenance
+
+
+def _gpu_figures(box: Topology) -> Iterator[tuple[str, str, str, str]]:
+    """(GPU and figure, value in base units, kind, source) of every GPU model of the box."""
+    for name in dict.fromkeys(box.profiles):
+        gpu = load_gpu(name)
+        for label, number, kind, source in _figures_of(gpu, ""):
+            yield f"{gpu.name}: {label}", number, kind, source
+
+
+def _figures_of(value: Any, label: str) -> Iterator[tuple[str, str, str, str]]:
+    if isinstance(value, GpuFigure):
+        yield label, f"{value.value:.4g}", value.kind, value.source
+    elif isinstance(value, BaseModel):
+        for key, inner in value:
+            yield from _figures_of(inner, f"{label} {key.replace('_', ' ')}".strip())
+    elif isinstance(value, tuple):
+        for i, inner in enumerate(value, 1):
+            yield from _figures_of(inner, f"{label} {i}")
+
+
+def _links(box: Topology) -> Iterator[tuple[str, str, str, str, str]]:
+    """(kind, how many, GB/s, latency, source), links that are alike together."""
+    alike = Counter(
+        (k.kind, k.bandwidth_bytes_per_s, k.latency_s, " ".join(k.source.split()))
+        for k in box.links
+    )
+    for (kind, rate, latency_s, source), count in sorted(alike.items()):
+        yield kind, str(count), f"{rate / 1e9:.4g}", f"{latency_s * 1e6:.3g}", source

@@ -1,0 +1,56 @@
+"""HTML reports as a reader meets them: their elements, and what a browser makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HOSTILE = "<script>alert(1)</script>\"'&"
+
+
+class Scripts(HTMLParser):
+    """Elements of a page, and whatever would fetch something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [v or "" for k, v in attrs if k in ("src", "href") and v != "data:,"]
+
+
+@contextmanager
+def opened(path: Path, width: int, scheme: str) -> Iterator[Any]:
+    """The page in chromium with the network cut. At the end: no error, no dialog, no request, and
+    nothing that sticks out. Skips where there is no browser."""
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = next(
+        filter(Path.exists, map(Path, ("/usr/bin/chromium", "/usr/bin/google-chrome"))), None
+    )
+    if chromium is None:
+        pytest.skip("no chromium in /usr/bin")
+    errors: list[str] = []
+    asked: list[str] = []
+    with sync.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=str(chromium), args=["--no-sandbox"])
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+        )
+        page = context.new_page()
+        page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("dialog", lambda dialog: errors.append("a dialog opened"))
+        page.goto(path.as_uri())
+        yield page
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert errors == []
+        assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+        browser.close()

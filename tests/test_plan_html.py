@@ -1,0 +1,157 @@
+"""``report.html``: what it says against plan.json, in a browser, with hostile names, at its largest."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import HOSTILE, Scripts, opened
+from typer.testing import CliRunner
+
+from analysis.plan_html import page
+from paradiff.cli import plan_app
+from paradiff.config import find
+from paradiff.profiles import load_profile
+from paradiff.strategies import Workload
+from simulator import planner
+from simulator.topology import load_topology
+
+SPECS = ["serial", "cfg=2", "patch=4", "cfg=2,distrifusion=4,warmup=2", "tensor=4"]
+BARS = ("time", "memory", "begin", "steady")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a box and a model with hostile names."""
+    folder = tmp_path_factory.mktemp("plan")
+    name = json.dumps(HOSTILE)
+    box, boxes = re.subn(
+        r"(?m)^name: .*", lambda _: f"name: {name}", find("topologies", "pcie8").read_text()
+    )
+    model, models = re.subn(
+        r'"name": *"sdxl"', lambda _: f'"name": {name}', find("models", "sdxl", ".json").read_text()
+    )
+    assert boxes == models == 1
+    (folder / "box.yaml").write_text(box)
+    (folder / "model.json").write_text(model)
+    done = CliRunner().invoke(
+        plan_app,
+        [
+            "--topology", str(folder / "box.yaml"), "--model", str(folder / "model.json"),
+            "--steps", "8", *(a for spec in SPECS for a in ("--strategy", spec)),
+            "--output-dir", str(folder / "out"),
+        ],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert sorted(p.name for p in folder.iterdir()) == ["box.yaml", "model.json", "out"]
+    return folder / "out" / "report.html"
+
+
+def test_the_page_is_one_file_and_names_are_only_text(report: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    assert len(text) < 8e6
+    elements = Scripts()
+    elements.feed(text)
+    assert elements.tags.count("script") == 3, "plotly, the charts, the table"
+    assert elements.fetched == []
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+
+
+def test_the_page_in_a_browser(report: Path) -> None:
+    """Marks in every chart; what the bars add up to is the plan's; sorting, filter, hover by keyboard
+    and mouse; narrow, wide and dark."""
+    data = json.loads((report.parent / "plan.json").read_text())
+    ranked = [c for c in data["candidates"] if c["feasible"]]
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        with opened(report, width, scheme) as browser:
+            browser.wait_for_selector("#topology .scatterlayer path.js-line", state="attached")
+            for chart in BARS:
+                assert browser.locator(f"#{chart} .barlayer .point path").count() >= 4, chart
+            points = browser.locator("#pareto .scatterlayer .point").count()
+            assert points == len(ranked)
+            bars = browser.evaluate(
+                "figures.time.data.filter(t => t.type === 'bar').map(t => t.x)"
+                ".reduce((sum, x) => sum.map((s, i) => s + x[i]))"
+            )
+            assert bars == pytest.approx([c["latency_s"] for c in ranked])
+            peak = browser.evaluate(
+                "Math.max(...figures.memory.data.map(t => t.x)"
+                ".reduce((sum, x) => sum.map((s, i) => s + x[i])))"
+            )
+            assert 1e9 * peak == pytest.approx(ranked[0]["peak_memory_bytes"], abs=1)
+            _sorts_and_filters(browser, ranked)
+            ink, paper = browser.evaluate(
+                "['color', 'backgroundColor'].map(k => getComputedStyle(document.body)[k])"
+            )
+            assert (_lightness(ink) > _lightness(paper)) == (scheme == "dark")
+            bar = browser.locator("#begin .barlayer .point path").first
+            bar.scroll_into_view_if_needed()
+            bar.hover(force=True)
+            browser.wait_for_selector("#begin .hoverlayer .hovertext")
+            assert "reads" in browser.locator("#begin .hoverlayer").text_content()
+
+
+def _lightness(colour: str) -> int:
+    return sum(map(int, re.findall(r"\d+", colour)[:3]))
+
+
+def _sorts_and_filters(browser: Any, ranked: Sequence[Mapping[str, Any]]) -> None:
+    def column(k: int) -> Any:
+        return browser.locator(f"#ranked tbody tr:visible td:nth-child({k})").all_inner_texts()
+
+    assert column(2) == [c["spec"] for c in ranked]
+    memory = browser.locator("#ranked th button", has_text="memory")
+    memory.focus()
+    for reverse, said in ((False, "ascending"), (True, "descending")):
+        browser.keyboard.press("Enter")
+        assert browser.locator("#ranked th[aria-sort]").get_attribute("aria-sort") == said
+        by_memory = sorted(
+            ranked, key=lambda c: round(c["peak_memory_bytes"] / 1e9, 1), reverse=reverse
+        )
+        assert column(2)[0] == by_memory[0]["spec"]
+    browser.locator("#filter").fill("CFG=2")
+    assert sorted(column(2)) == sorted(c["spec"] for c in ranked if "cfg=2" in c["spec"])
+    browser.locator("#filter").fill("")
+    assert len(column(2)) == len(ranked)
+
+
+def test_links_are_used_as_long_as_their_bytes_take() -> None:
+    """cfg=2 on one socket, without peer-to-peer: each GPU sends its half of the guidance to the other.
+    Bytes of one direction over bandwidth and latency is the share that is drawn."""
+    profile = load_profile(find("models", "sdxl", ".json"))
+    box = load_topology("pcie8", [])
+    request = planner.Request(
+        profile=profile, topology=box, workload=Workload(512, 512, 1, 4), gpus=2, specs=("cfg=2",)
+    )
+    plan = planner.plan(request)
+    best = planner.close_up(request, "cfg=2", (0, 1))
+    text = page(request, plan, best, [])
+    (link,) = [k for k in box.links if k.a == "gpu0" or k.b == "gpu0"]
+    sent = plan.ranked[0].comm_bytes_per_gpu
+    assert sent is not None
+    share = sent / link.bandwidth_bytes_per_s / best.trace.makespan_s
+    assert f"busy {share:.1%} (" in text
+
+
+def test_two_hundred_candidates_stay_below_the_limit() -> None:
+    """The largest report: 200 candidates, and the timeline of eight ranks in a pipeline."""
+    profile = load_profile(find("models", "pixart-alpha", ".json"))
+    request = planner.Request(
+        profile=profile,
+        topology=load_topology("pcie8", []),
+        workload=Workload(1024, 1024, 1, 8),
+        gpus=8,
+        specs=("pipefusion=8,patches=8,warmup=1",),
+    )
+    plan = planner.plan(request)
+    best = planner.close_up(request, plan.ranked[0].spec, plan.ranked[0].placement or ())
+    many = tuple(replace(plan.ranked[0], spec=f"{plan.ranked[0].spec},n={i}") for i in range(200))
+    text = page(request, replace(plan, ranked=many), best, [])
+    assert len(text.encode()) < 8e6
+    assert text.count("<tr") >= 200
