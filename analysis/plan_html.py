@@ -273,7 +273,7 @@ def _timeline(graph: ScheduleGraph, spans: Sequence[Span]) -> Figure:
                 kind, lanes, widths, k, base=[1e3 * s.start_s for s in group], text=notes,
                 textposition="none", hovertemplate="%{text}<extra></extra>",
             )  # fmt: skip
-            bars["marker"]["line"] = {"width": 0}
+            bars["marker"] = {"color": COLOURS[k], "line": {"width": 0}}
             traces.append(bars)
     rows = [plain(f"rank {rank} {stream}") for rank, stream in _lanes(spans)]
     y = {"type": "category", "categoryorder": "array", "categoryarray": rows[::-1]}

@@ -121,6 +121,18 @@ def _sorts_and_filters(browser: Any, ranked: Sequence[Mapping[str, Any]]) -> Non
     assert len(column(2)) == len(ranked)
 
 
+def test_on_paper_no_table_is_cut_off_and_sources_are_open(report: Path) -> None:
+    """718 pixels: A4 less its margins."""
+    with opened(report, 718, "light") as browser:
+        browser.emulate_media(media="print")
+        browser.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+        ends = "[...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right)"
+        rights = browser.evaluate(ends)
+        assert len(rights) >= 4
+        assert max(rights) <= 718
+        assert browser.locator("details:not([open])").count() == 0
+
+
 def test_links_are_used_as_long_as_their_bytes_take() -> None:
     """cfg=2 on one socket, without peer-to-peer: each GPU sends its half of the guidance to the other.
     Bytes of one direction over bandwidth and latency is the share that is drawn."""
