@@ -53,13 +53,14 @@ NAMED = 16
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
-def page(request: Request, plan: Plan, best: CloseUp, arguments: Sequence[str]) -> str:
-    """The report. ``best``: the first of the plan. ``arguments``: of the command that made it."""
+def page(request: Request, plan: Plan, seen: Sequence[CloseUp], arguments: Sequence[str]) -> str:
+    """The report. ``seen``: the first of the plan, and its runner-up where there is one.
+    ``arguments``: of the command that made it."""
     first, *more = words.recommendation(plan).splitlines()
     options = arguments[1:] if arguments[:1] == ["plan"] else arguments
     return render(
         "plan.html.j2",
-        _charts(request, plan, best),
+        _charts(request, plan, seen),
         title=words.title(plan),
         baseline=words.baseline_line(plan),
         sentences=[first, *more],
@@ -79,8 +80,8 @@ def page(request: Request, plan: Plan, best: CloseUp, arguments: Sequence[str]) 
     )
 
 
-def _charts(request: Request, plan: Plan, best: CloseUp) -> Iterator[Chart]:
-    first = plan.ranked[0]
+def _charts(request: Request, plan: Plan, seen: Sequence[CloseUp]) -> Iterator[Chart]:
+    first, best = plan.ranked[0], seen[0]
     ticks = {"yaxis": _ranks_axis(plan.ranked, [str(n + 1) for n in range(len(plan.ranked))])}
     yield Chart(
         "time",
@@ -106,17 +107,8 @@ def _charts(request: Request, plan: Plan, best: CloseUp) -> Iterator[Chart]:
         _memory(best, first, plan.gpu_memory_bytes),
         height_rem=9 + 1.6 * len(best.memory),
     )
-    for name, heading, steps in _windows(best.trace, first.synchronous_steps or 0):
-        spans, complete = _within(best.trace, steps)
-        limit = "" if complete else f" Only the first {len(spans)} spans are drawn."
-        yield Chart(
-            name,
-            f"Timeline: {heading}",
-            f"{first.spec}, steps {steps[0]} to {steps[-1]}, a row for each rank and stream. Drag to "
-            f"zoom in, double-click to zoom out. All steps: trace.json.gz, in Perfetto.{limit}",
-            _timeline(best.graph, spans),
-            height_rem=9 + 1.4 * len(_lanes(spans)),
-        )
+    for place, candidate, each in zip(("", "second_"), plan.ranked, seen, strict=False):
+        yield from _timelines(place, candidate, each)
     used = _utilisation(request.topology, best)
     memory = [
         f"{node.name} {used[f'{node.name}.memory']:.1%}"
@@ -234,6 +226,21 @@ def _memory(best: CloseUp, first: Candidate, capacity_bytes: int) -> Figure:
 
 
 # ------------------------------------------------------------------------------------------ timeline
+
+
+def _timelines(place: str, candidate: Candidate, seen: CloseUp) -> Iterator[Chart]:
+    """``place``: what their ids begin with."""
+    for name, heading, steps in _windows(seen.trace, candidate.synchronous_steps or 0):
+        spans, complete = _within(seen.trace, steps)
+        limit = "" if complete else f" Only the first {len(spans)} spans are drawn."
+        yield Chart(
+            place + name,
+            f"Timeline{' of the runner-up' * bool(place)}: {heading}",
+            f"{candidate.spec}, steps {steps[0]} to {steps[-1]}, a row for each rank and stream. Drag "
+            f"to zoom in, double-click to zoom out.{limit}",
+            _timeline(seen.graph, spans),
+            height_rem=9 + 1.4 * len(_lanes(spans)),
+        )
 
 
 def _windows(trace: Trace, synchronous: int) -> Iterator[tuple[str, str, range]]:

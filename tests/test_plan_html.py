@@ -22,7 +22,7 @@ from simulator import planner
 from simulator.topology import load_topology
 
 SPECS = ["serial", "cfg=2", "patch=4", "cfg=2,distrifusion=4,warmup=2", "tensor=4"]
-BARS = ("time", "memory", "begin", "steady")
+BARS = ("time", "memory", "begin", "steady", "second_begin", "second_steady")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_links_are_used_as_long_as_their_bytes_take() -> None:
     )
     plan = planner.plan(request)
     best = planner.close_up(request, "cfg=2", (0, 1))
-    text = page(request, plan, best, [])
+    text = page(request, plan, [best], [])
     (link,) = [k for k in box.links if k.a == "gpu0" or k.b == "gpu0"]
     sent = plan.ranked[0].comm_bytes_per_gpu
     assert sent is not None
@@ -164,6 +164,6 @@ def test_two_hundred_candidates_stay_below_the_limit() -> None:
     plan = planner.plan(request)
     best = planner.close_up(request, plan.ranked[0].spec, plan.ranked[0].placement or ())
     many = tuple(replace(plan.ranked[0], spec=f"{plan.ranked[0].spec},n={i}") for i in range(200))
-    text = page(request, replace(plan, ranked=many), best, [])
+    text = page(request, replace(plan, ranked=many), [best, best], [])
     assert len(text.encode()) < 8e6
     assert text.count("<tr") >= 200

@@ -248,8 +248,7 @@ def _stage_results(
         name = re.sub(r"[^\w=,.+-]", "_", candidate.spec)
         target = staging / f"{number:02d}-{name}.plan.yaml"
         target.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    best = plan.ranked[0]
-    seen = planner.close_up(request, best.spec, best.placement or ())
-    write_chrome_trace(seen.trace, staging / "trace.json.gz")
+    seen = [planner.close_up(request, c.spec, c.placement or ()) for c in plan.ranked[:2]]
+    write_chrome_trace(seen[0].trace, staging / "trace.json.gz")
     report = page(request, plan, seen, sys.argv[1:])
     (staging / "report.html").write_text(report, encoding="utf-8")
