@@ -13,7 +13,7 @@ PLAN = {
     "--topology", "--model", "--height", "--width", "--frames", "--steps", "--batch", "--dtype",
     "--gpus", "--strategy", "--runtime", "--measured-latency", "--scope", "--objective",
     "--exact-only", "--max-staleness", "--max-quality-loss", "--set", "--top", "--exhaustive",
-    "--format", "--output-dir", "--sweep", "--processes", "--ray",
+    "--format", "--emit", "--output-dir", "--sweep", "--processes", "--ray",
 }  # fmt: skip
 IMPORT = {
     "--gpu", "--nvidia-smi", "--p2p", "--nccl-xml", "--nccl-log", "--nvbandwidth", "--p2p-test",
@@ -39,6 +39,7 @@ CHOICES = {
     "--scope": ["denoise", "latent", "pipeline"],
     "--objective": ["latency", "throughput", "cost"],
     "--format": ["table", "json"],
+    "--emit": ["xdit", "diffusers", "sglang", "vllm-omni", "cache-dit"],
 }
 
 

@@ -27,6 +27,7 @@ from paradiff.cli.common import (
 from paradiff.cli.sweep import refuse_others, run_sweep
 
 if TYPE_CHECKING:
+    from analysis.emit import EngineName
     from simulator.planner import Plan, Request
 
 SWEEP_OPTIONS = ("sweep", "output_dir", "processes", "ray")
@@ -99,6 +100,10 @@ def plan(
     format_: Annotated[
         Literal["table", "json"], typer.Option("--format", help="Output on stdout.")
     ] = "table",
+    emit: Annotated[
+        Literal["xdit", "diffusers", "sglang", "vllm-omni", "cache-dit"] | None,
+        typer.Option(help="Also the best plan as this engine's launch line or snippet."),
+    ] = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(
@@ -165,13 +170,32 @@ def plan(
             inputs = {"model": portable(model), "topology": portable(topology), "set": set_ or []}
             with staged(output_dir, STALE_OUTPUT) as folder:
                 _stage_results(folder, request, result, inputs, top)
+    line, inexpressible = _emitted(emit, request, result) if emit else (None, None)
     if format_ == "json":
-        typer.echo(json_text(result.to_json(top)), nl=False)
+        emitted = {"emit": line} if emit else {}
+        typer.echo(json_text(result.to_json(top) | emitted), nl=False)
     else:
         _print_plan(result, top or SHOWN, asked=bool(strategy))
+        if line is not None:
+            typer.echo(f"\nFor {emit}:\n\n{line}")
     if not result.ranked:
         _explain_nothing(result)
         raise typer.Exit(INFEASIBLE)
+    if inexpressible is not None:
+        typer.echo(f"paradiff: --emit {emit}: {inexpressible}", err=True)
+        raise typer.Exit(INFEASIBLE)
+
+
+def _emitted(engine: EngineName, request: Request, plan: Plan) -> tuple[str | None, str | None]:
+    """The recommended plan in the words of ``engine``, or why it has none."""
+    from analysis.emit import Inexpressible, recommended
+
+    if not plan.ranked:
+        return None, None
+    try:
+        return recommended(engine, request, plan), None
+    except Inexpressible as error:
+        return None, str(error)
 
 
 def _print_plan(plan: Plan, top: int, *, asked: bool) -> None:
