@@ -17,8 +17,9 @@ from paradiff.profiles import Profile
 from paradiff.strategies import Infeasible, Spec, Workload, build, candidate_specs, parse_spec
 from paradiff.strategies.builder import Builder
 from paradiff.strategies.pipefusion import block_counts
-from simulator.planner import Plan, Request
+from simulator.planner import Candidate, Plan, Request
 from simulator.planner import plan as simulate
+from simulator.topology import Topology
 
 EngineName = Literal["xdit", "diffusers", "sglang", "vllm-omni", "cache-dit"]
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -142,19 +143,23 @@ def _check_axes(name: str, engine: Engine, spec: Spec, profile: Profile, support
 def recommended(name: EngineName, request: Request, plan: Plan) -> str:
     """The best of ``plan`` for the engine. Raises Inexpressible with the reason and, of all that the
     engine can express, the one that ranks best on this box."""
-    best = plan.ranked[0]
+    best, box = plan.ranked[0], request.topology
     try:
-        if len({request.topology.node_of(gpu).name for gpu in best.placement or ()}) > 1:
-            raise Inexpressible(
-                f"{best.spec} spans machines, and one launch line is of one machine"
-            )
+        if not _on_one_machine(box, best):
+            raise Inexpressible("it spans machines, and a launch line is of one")
         spec = parse_spec(best.spec)
         return emit(name, spec, request.profile, request.workload, best.placement)
     except Inexpressible as error:
-        specs = tuple(expressible(name, request.profile, request.workload, request.gpus))
+        gpus = min(request.gpus, max(len(node.gpus) for node in box.nodes))
+        specs = tuple(expressible(name, request.profile, request.workload, gpus))
         ranked = simulate(replace(request, specs=specs, top=1)).ranked if specs else ()
-        nearest = f"; nearest: --strategy {ranked[0].spec}" if ranked else ""
-        raise Inexpressible(f"{best.spec}: {error}{nearest}") from None
+        nearest = [c.spec for c in ranked if _on_one_machine(box, c)][:1]
+        words = [f"{best.spec}: {error}", *(f"nearest: --strategy {text}" for text in nearest)]
+        raise Inexpressible("; ".join(words)) from None
+
+
+def _on_one_machine(box: Topology, candidate: Candidate) -> bool:
+    return len({box.node_of(gpu).name for gpu in candidate.placement or ()}) <= 1
 
 
 def expressible(name: EngineName, profile: Profile, workload: Workload, gpus: int) -> Iterator[str]:
