@@ -194,6 +194,7 @@ class Topology:
 _RANGE = re.compile(r"([A-Za-z_][\w-]*?)(\d+)\.\.\1(\d+)(?:/([1-9]\d*))?", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 MAX_GPUS = 1024
+MAX_NAMES = 8 * MAX_GPUS
 
 
 def expand(text: str) -> tuple[str, ...]:
@@ -395,8 +396,11 @@ def _check_names(file: TopologyFile) -> None:
     named += [(n, ("nodes", i, "name")) for i, node in enumerate(file.nodes) for n in node.name]
     named += [(name, place) for name, _, place in file.gpu_entries()]
     named += [(n, ("switches", i)) for i, names in enumerate(file.switches) for n in names]
-    if len(named) > 2 * MAX_GPUS:
-        raise problem("too many GPUs", len(named), f"{MAX_GPUS} at most", ("nodes",))
+    gpus = sum(1 for _ in file.gpu_entries())
+    if gpus > MAX_GPUS:
+        raise problem("too many GPUs", gpus, f"{MAX_GPUS} at most", ("nodes",))
+    if len(named) > MAX_NAMES:
+        raise problem("too many nodes, GPUs and switches", len(named), f"{MAX_NAMES} at most")
     for name, place in named:
         if name in seen:
             raise problem("duplicate name", name, "each name once", place)

@@ -245,8 +245,10 @@ class TestShipped:
         topology = load_topology(name)
         assert topology.name == name
         network = Network(topology)
-        for i in range(len(topology.gpus)):
-            for j in range(len(topology.gpus)):
+        count = len(topology.gpus)
+        some = range(count) if count <= 72 else (0, 1, 9, count - 1)
+        for i in some:
+            for j in some:
                 route = network.route(i, j)
                 assert (route.path[0], route.path[-1]) == (topology.gpus[i], topology.gpus[j])
                 assert not set(route.path[1:-1]) & set(topology.gpus)
