@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 SWEEP_OPTIONS = ("sweep", "output_dir", "processes", "ray")
 SHOWN = 10
 """Candidates that matter where ``--top`` says nothing."""
+CLOSE_GPUS = 16
+"""Of a runner-up whose timeline is drawn; simulating every step of a ring of 64 takes a minute."""
 STALE_OUTPUT = re.compile(r"\d\d-.*\.plan\.yaml")
 
 
@@ -272,7 +274,8 @@ def _stage_results(
         name = re.sub(r"[^\w=,.+-]", "_", candidate.spec)
         target = staging / f"{number:02d}-{name}.plan.yaml"
         target.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    seen = [planner.close_up(request, c.spec, c.placement or ()) for c in plan.ranked[:2]]
+    looked_at = [plan.ranked[0], *(c for c in plan.ranked[1:2] if (c.n_gpus or 0) <= CLOSE_GPUS)]
+    seen = [planner.close_up(request, c.spec, c.placement or ()) for c in looked_at]
     write_chrome_trace(seen[0].trace, staging / "trace.json.gz")
     report = page(request, plan, seen, sys.argv[1:])
     (staging / "report.html").write_text(report, encoding="utf-8")
