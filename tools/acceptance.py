@@ -62,6 +62,7 @@ CASES: dict[int, list[tuple[str, str]]] = {
         ("sd3-medium", "pipefusion=2,patches=4,prepost=false"),
         ("flux1-dev", "pipefusion=2,patches=4,text=per_patch"),
         ("flux1-dev", "parastep=2,warmup=1"),
+        ("flux1-dev", "streambatch=2"),
         ("sd3-medium", "tensor=2"),
         ("flux1-dev", "tensor=2"),
         ("wan2.1-1.3b", "tensor=2"),

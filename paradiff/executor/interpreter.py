@@ -32,7 +32,7 @@ from paradiff.executor.payload import (
     parse_spans,
     take_rows,
 )
-from paradiff.executor.schedulers import Schedule
+from paradiff.executor.schedulers import WITHOUT_MEMORY, Schedule, has_memory
 from paradiff.executor.streams import Progress, Step, on_cuda, program, take_turns
 from paradiff.executor.transfers import transfer
 from paradiff.graph import Instance, Op, Ref, ScheduleGraph
@@ -53,6 +53,7 @@ EXECUTABLE = (
     "asyncdiff",
     "parastep",
     "batchstep",
+    "streambatch",
 )
 """Strategies whose every op has a meaning here."""
 POINT_KINDS = ("kv", "halo", "moments", "slots")
@@ -117,6 +118,11 @@ def check_executable(graph: ScheduleGraph, network: Network, request: Request) -
         raise Unexecutable(
             f"{spec.text!r} cannot be executed yet; executable: {', '.join(EXECUTABLE)}, with cfg,"
             " data, tensor, ulysses and ring as each allows"
+        )
+    if spec.name == "streambatch" and has_memory(request.scheduler):
+        raise Unexecutable(
+            f"{spec.text!r}: {type(request.scheduler).__name__} remembers earlier steps, which other"
+            f" ranks have made; schedulers that do not: {', '.join(WITHOUT_MEMORY)}"
         )
     if "weights" in spec.options:
         raise Unexecutable(
@@ -277,6 +283,7 @@ class _Run:
 
     def _text(self, _: int, instance: Instance) -> None:
         replica = int(dict(instance.op.tags)["replica"])
+        self.replica[instance.op.ranks[0]] = replica
         piece = Piece((0, self.shape["r"]), self.request.conditioning[replica])
         for ref in instance.op.writes:
             self._write(instance, ref, (piece,))
@@ -284,7 +291,6 @@ class _Run:
     def _noise(self, _: int, instance: Instance) -> None:
         tags = dict(instance.op.tags)
         replica = int(tags["replica"])
-        self.replica[instance.op.ranks[0]] = replica
         x = self.initial_latent(replica)
         for ref, span in zip(instance.op.writes, parse_spans(tags["rows"]), strict=True):
             self._write(instance, ref, (Piece(span, x[..., span[0] : span[1], :]),))

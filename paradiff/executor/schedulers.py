@@ -41,6 +41,21 @@ CLASSES = (
 )
 
 
+WITHOUT_MEMORY = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "CogVideoXDDIMScheduler",
+)
+"""Schedulers whose step needs nothing of the steps before."""
+
+
+def has_memory(scheduler: Any) -> bool:
+    """Whether a step needs predictions of earlier ones, so that one rank must make them all."""
+    return type(scheduler).__name__ not in WITHOUT_MEMORY
+
+
 def check_scheduler(scheduler: Any, steps: int) -> None:
     """Raise ValueError unless ``scheduler`` can be stepped row by row, once a denoising step."""
     name, config = type(scheduler).__name__, scheduler.config
@@ -216,7 +231,10 @@ class Schedule:
             scheduler.is_scale_input_called = True
             noise = Noise(self._sizes, self._seed + replica)
             noise.draw()  # the initial latent
-            self._running[rank, part] = _Running(scheduler, noise)
+            late = 0 if has_memory(scheduler) else step
+            for _ in range(late):
+                noise.draw()  # what ranks before this one have added
+            self._running[rank, part] = _Running(scheduler, noise, late)
         running = self._running[rank, part]
         assert running.done == step, (
             f"rank {rank}, part {part}: scheduler at step {running.done}, graph at {step}"

@@ -216,6 +216,31 @@ def test_weights_elsewhere_are_refused() -> None:
         latent("sd3-medium", "ulysses=2,weights=hsdp")
 
 
+# ----------------------------------------------------------------------------------- StreamBatch
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("sd21", "streambatch=2"),
+        ("sd21", "cfg=2,streambatch=2,patch=2"),
+        ("svd", "streambatch=3"),
+        ("flux1-dev", "streambatch=2,ulysses=2"),
+        (
+            "hunyuandit",
+            "streambatch=2",
+        ),  # DDPM: the second group adds noise where the first has ended
+    ],
+)
+def test_steps_handed_on_are_exact(name: str, spec: str) -> None:
+    assert plain.relative(latent(name, spec), reference(name)) < 1e-10
+
+
+def test_a_scheduler_with_memory_is_not_handed_on() -> None:
+    with pytest.raises(Unexecutable, match="DPMSolverMultistepScheduler remembers earlier steps"):
+        latent("pixart-alpha", "streambatch=2")
+
+
 # ----------------------------------------------------------------------------------------- blocks
 
 
