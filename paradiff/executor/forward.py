@@ -110,7 +110,11 @@ class Forward(Handler):
         self._greenlet = greenlet(self._run)
         self._segments = self.network.stage.segments
         end, ends = self.ranges[-1][1], [hi for _, hi in self.network.unit_ranges.values()]
-        self._last = max(hi for hi in ends if hi <= end) if end < len(self._segments) else None
+        self._last = (
+            max((hi for hi in ends if hi <= end), default=None)
+            if end < len(self._segments)
+            else None
+        )
 
     # ---------------------------------------------------------------------------- for the interpreter
 

@@ -97,8 +97,9 @@ def _performed(perform: Perform, number: int, instance: Instance, rank: int) -> 
 class Threads:
     """A thread for each stream of ``rank``; the compute stream is the calling thread.
 
-    ``doing`` says which op each stream has in hand. The first failure ends all of them: the caller gets
-    it raised, though a thread may still wait in a transfer that nobody will answer.
+    ``doing`` says which op each stream has in hand (or had last, between two). The first failure ends
+    all of them: the caller gets it raised, though a thread may still wait in a transfer that nobody will
+    answer.
     """
 
     rank: int
@@ -147,6 +148,7 @@ class Threads:
                 for step in steps:
                     if not self._one(name, step):
                         return
+            self.doing.pop(name, None)
         except BaseException as error:
             self._fail(error)
             if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -170,7 +172,6 @@ class Threads:
         (self._spans[number],) = spans_of(instance, [self.rank], ready or begin, begin, end)
         if number in self._done:
             self._done[number].set()
-        self.doing.pop(name, None)
         return True
 
     def _fail(self, error: BaseException) -> None:

@@ -211,7 +211,7 @@ def test_values_are_freed_at_their_last_read(monkeypatch: pytest.MonkeyPatch) ->
         ("svd-xt", "ring=2", "convolutions need halos"),
         ("hunyuanvideo", "cfg=2", "guidance is embedded"),
         ("flux1-schnell", "cfg=2", "guidance is none"),
-        ("mochi", "ulysses=4", "the 2 heads of tiny-mochi do not divide by 4"),
+        ("mochi", "ulysses=8", "the 4 heads of tiny-mochi do not divide by 8"),
         ("wan2.1-14b", "pipefusion=6", "has 5 blocks"),
         ("latte", "patch=3", "do not divide into 3 strips"),
     ],

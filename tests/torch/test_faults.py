@@ -58,8 +58,10 @@ def in_the_loop(folder: Path) -> dict[int, Status]:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         found = statuses(folder / "status")
-        ops = [op for status in found.values() for op in status["doing"].values()]
-        if len(found) == 2 and any(re.match(r"t00[1-9]/", op) for op in ops):
+        inside = [
+            any(re.match(r"t\d\d[1-9]/", op) for op in s["doing"].values()) for s in found.values()
+        ]
+        if len(found) == 2 and all(inside):
             return found
         time.sleep(0.1)
     raise AssertionError(f"the ranks never denoised: {statuses(folder / 'status')}")
