@@ -21,7 +21,7 @@ import torch
 from paradiff.executor.job import Job, Prepared, prepare
 
 LIMIT = 1.05
-MODELS = (("sd21", 320), ("pixart-alpha", 640), ("sd3-medium", 640))
+MODELS = (("sd21", 512), ("pixart-alpha", 1024), ("sd3-medium", 768))
 STEPS = 3
 STRATEGIES = {
     "sd21": ("cfg=2", "patch=2", "distrifusion=2,warmup=1", "pcpp=2,warmup=1",
