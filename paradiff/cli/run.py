@@ -151,12 +151,13 @@ class _Given:
 
         self.options = options
         self.plan: PlanFile | None = None
+        self.params = 0
         if options["plan"] is not None:
             self.plan = load_plan(options["plan"])
             for name in ("model", "strategy"):
                 if options[name] is not None:
                     raise ConfigError(f"--{name}: the plan {options['plan']} has its own")
-            _check_plan(self.plan, options["plan"])
+            self.params = _check_plan(self.plan, options["plan"])
         elif options["model"] is None and options["weights"] is None:
             raise ConfigError("nothing to run, allowed: a plan file, --model NAME or --weights DIR")
         if options["embeddings"] is not None and options["prompt"] is not None:
@@ -219,7 +220,6 @@ class _Given:
             device = f"cuda:{local_rank}"
         names = ("height", "width", "frames", "steps", "dtype")
         is_planned = real and self.plan is not None and all(options[name] is None for name in names)
-        params = load_model(self.plan.model).denoiser.params if self.plan else 0
         return Job(
             source=self.source,
             spec=self.spec,
@@ -235,19 +235,21 @@ class _Given:
             embeddings=options["embeddings"],
             prompt=options["prompt"],
             negative_prompt=options["negative_prompt"],
-            planned=(self.plan.fingerprint, params) if self.plan and is_planned else None,
+            planned=(self.plan.fingerprint, self.params) if self.plan and is_planned else None,
         )
 
 
-def _check_plan(plan: PlanFile, file: Path) -> None:
-    """Raises ConfigError unless this version makes the same schedule of what the plan says."""
+def _check_plan(plan: PlanFile, file: Path) -> int:
+    """Parameters of the plan's denoiser. Raises ConfigError unless this version makes the same schedule
+    of what the plan says."""
     from paradiff.config import ConfigError
     from paradiff.strategies import Infeasible, Workload, build, parse_spec
 
     (spec,) = parsed_specs([plan.spec])
     try:
         workload = Workload(**plan.workload.model_dump())
-        found = build(parse_spec(spec), load_model(plan.model), workload).fingerprint()
+        profile = load_model(plan.model)
+        found = build(parse_spec(spec), profile, workload).fingerprint()
     except (Infeasible, ValueError) as error:
         raise ConfigError(f"{file}: {error}") from None
     if found != plan.fingerprint:
@@ -255,6 +257,7 @@ def _check_plan(plan: PlanFile, file: Path) -> None:
             f"{file}: the schedule of {spec} on {plan.model} has fingerprint {found[:12]}, the plan"
             f" {plan.fingerprint[:12]}: it was made for another model, size or version"
         )
+    return profile.denoiser.params
 
 
 def _place() -> Place | None:

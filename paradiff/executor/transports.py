@@ -23,6 +23,7 @@ from paradiff.executor.payload import Payload, Piece
 from paradiff.executor.session import Group, Session, on_device
 from paradiff.executor.transfers import shares
 from paradiff.graph import Instance, Op, ScheduleGraph
+from paradiff.trace import TRANSFERS
 
 Reads = Sequence[tuple[int, Payload]]
 
@@ -128,7 +129,7 @@ def channels(session: Session, graph: ScheduleGraph) -> dict[tuple[str, tuple[in
     found: dict[tuple[str, tuple[int, ...]], Channel] = {}
     for section in graph.sections:
         for op in section.ops:
-            if op.kind in ("collective", "permute", "p2p") and (op.stream, op.ranks) not in found:
+            if op.kind in TRANSFERS and (op.stream, op.ranks) not in found:
                 found[op.stream, op.ranks] = Channel.of(session, op)
     return found
 
