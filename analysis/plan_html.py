@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from analysis import text as words
+from analysis.close_up import CloseUp
 from analysis.page import PALETTE, SYMBOLS, Chart, Figure, axis, figure, plain, render
 from analysis.topology_picture import path_of, positions
 from paradiff.graph import Instance, OpKind, ScheduleGraph
@@ -22,7 +23,7 @@ from paradiff.trace import Span, Trace
 from simulator.gpu import Figure as GpuFigure
 from simulator.gpu import load_gpu
 from simulator.network import Network
-from simulator.planner import Candidate, CloseUp, Plan, Request
+from simulator.planner import Candidate, Plan, Request
 from simulator.topology import Link, Topology
 
 NEUTRAL = "#8a8a8a"

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 
+from analysis.close_up import close_up
 from analysis.plan_html import page
 from paradiff.config import find
 from paradiff.profiles import load_profile
@@ -36,7 +37,7 @@ def main() -> None:
     seconds, size = [], 0
     for _ in range(runs):
         start = time.perf_counter()
-        best = planner.close_up(request, first.spec, first.placement or ())
+        best = close_up(request, first.spec, first.placement or ())
         size = len(page(request, replace(plan, ranked=many), [best, best], []).encode())
         seconds.append(time.perf_counter() - start)
     wall = statistics.median(seconds)

@@ -19,37 +19,29 @@ Intervals: ``analysis.intervals``. Reasons: ``analysis.reasons``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from analysis.attribution import Breakdown, Stages, attribute
-from analysis.intervals import Factors, Part, factors, is_measured, parts, prices, provenance
+from analysis.attribution import Stages
+from analysis.intervals import is_measured, parts, provenance
 from analysis.reasons import Contender, separation
-from paradiff.graph import ScheduleGraph, traffic
 from paradiff.profiles import Profile
 from paradiff.strategies import (
     Infeasible,
     Spec,
     Workload,
-    build,
     candidate_specs,
     facts,
     parse_spec,
 )
 from paradiff.strategies.places import PLACES
-from paradiff.trace import Trace
 from simulator.bounds import Incumbents, Merit, better, least_latency_s
-from simulator.collectives import Lowering, link_bytes
-from simulator.costs import CostModel, Runtime, Scope, StageSeconds
-from simulator.engine import simulate
-from simulator.gpu import load_gpu
-from simulator.memory import RankMemory, misfit, peak_memory
-from simulator.network import Network
-from simulator.placement import MAX_GPUS, Placement, Wire, placements, promising
+from simulator.costs import Runtime, Scope
+from simulator.memory import RankMemory, misfit
+from simulator.placement import MAX_GPUS, Placement, placements, promising
 from simulator.remedies import remedied
-from simulator.symmetry import Asymmetric, Quotient, quotient, uncollected, whole
+from simulator.runs import Run, Runs
 from simulator.tailored import tailored_specs
 from simulator.topology import Topology
 
@@ -67,10 +59,6 @@ tried."""
 NOTABLE = 0.01
 """Share of the latency that is worth a note."""
 NEAREST = 32
-
-
-class Contradiction(ValueError):
-    """A measured latency that leaves no time for the denoising loop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +86,10 @@ class Request:
     measured: tuple[float, Scope] | None = None
     top: int | None = None
     """Only these many of the best matter, and the Pareto front; None: simulate every candidate."""
+
+    def runs(self) -> Runs:
+        """Where its specs are built and simulated. Raises Contradiction."""
+        return Runs(self.profile, self.topology, self.workload, self.runtime, self.measured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,145 +249,38 @@ def _merit(c: Candidate, latency_s: float) -> Merit:
     return latency_s, c.peak_memory_bytes or 0, c.max_staleness_steps or 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Built:
-    """One spec: its schedule, one rank of each kind, and what follows from the graph alone."""
-
-    schedule: Quotient
-    memory: tuple[RankMemory, ...]
-    """Of every rank."""
-
-    def received_bytes(self) -> float:
-        """Bytes that the rank receives that receives most."""
-        received = dict.fromkeys(self.schedule.ranks, 0.0)
-        for op, count in self.schedule.transfers:
-            for rank, (_, size) in traffic(op).items():
-                if rank in received:
-                    received[rank] += count * size
-        return max(received.values())
-
-
-class _Run(NamedTuple):
-    """One spec simulated on one placement."""
-
-    placement: Placement
-    breakdown: Breakdown
-    factors: Mapping[Part, Factors]
-
-    @property
-    def latency_s(self) -> float:
-        return _latency_s(self.breakdown.stages)
-
-
 class _Planner:
     """One request in work: prices, networks and the baseline are made once."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        names = request.topology.profiles
-        gpus = {name: load_gpu(name) for name in dict.fromkeys(names)}
-        self.gpus = tuple(gpus[name] for name in names)
-        self.devices_by_model = {name: i for i, name in enumerate(names)}
-        """A device of each GPU model."""
-        self.mixed = len(gpus) > 1
-        self.memory_bytes = int(min(gpu.memory.value for gpu in self.gpus[: request.gpus]))
-        self.network = Network(request.topology)
-        self.costs = CostModel(request.profile, self.gpus, request.workload.dtype, request.runtime)
-        self.wire = Wire(self.network)
-        self.runs: dict[str, _Run] = {}
+        self.runs = request.runs()
+        self.memory_bytes = int(min(gpu.memory.value for gpu in self.runs.gpus[: request.gpus]))
+        self.found: dict[str, Run] = {}
+        """The best run of each spec so far."""
         self.misfits: list[tuple[int, str]] = []
         """Bytes that the fullest rank needs, and the spec, of all that do not fit."""
         self.choices: dict[str, list[Placement]] = {}
         self.incumbents = Incumbents(request.top)
-        self.kept: dict[str, _Built] = {}
-        """Of those that might be the first on another placement."""
-        self._latest = lru_cache(maxsize=2)(self._make)
-        if request.measured is not None:
-            self.costs = self._calibrated(*request.measured)
         self.baseline = self._baseline()
-
-    @cached_property
-    def links_only(self) -> Network:
-        """The box without its measured collectives."""
-        return Network(replace(self.request.topology, collectives=()))
-
-    def _calibrated(self, seconds: float, scope: Scope) -> CostModel:
-        serial = self._run("serial", (0,)).breakdown
-        stages = StageSeconds(**asdict(serial.stages), host_s=serial.host_s)
-        try:
-            return self.costs.calibrated(seconds, scope, stages)
-        except ValueError as error:
-            raise Contradiction(str(error)) from error
-
-    def _build(self, spec: Spec) -> ScheduleGraph:
-        return build(spec, self.request.profile, self.request.workload)
-
-    def built(self, text: str) -> _Built:
-        """The schedule of a spec. Raises Infeasible."""
-        return self.kept.get(text) or self._latest(text)
-
-    def _make(self, text: str) -> _Built:
-        """Replicas of a schedule are built once."""
-        spec, replicas = parse_spec(text), 1
-        if not self.mixed and "data" in spec.strategy.axes:
-            replicas = spec.degree("data")
-            spec = replace(spec, options={k: v for k, v in spec.options.items() if k != "data"})
-        with uncollected():
-            graph = self._build(spec)
-            schedule = whole(graph) if self.mixed else quotient(graph)
-        schedule = schedule if replicas == 1 else schedule.copies(replicas)
-        memory = peak_memory(
-            schedule,
-            self.request.profile,
-            self.request.workload.dtype,
-            channels=self.gpus[0].collective_sms.value,
-            ideal=self.gpus[0].kernel_floor.value == 0,
-        )
-        return _Built(schedule, memory)
-
-    def _trace(self, text: str, placement: Placement, network: Network) -> Trace:
-        """The run of a spec; rank by rank where its ranks are not alike on this placement."""
-        try:
-            return simulate(self.built(text).schedule, network, self.costs, placement=placement)
-        except Asymmetric:
-            graph = self._build(parse_spec(text))
-            return simulate(graph, network, self.costs, placement=placement)
-
-    def _run(self, text: str, placement: Placement) -> _Run:
-        breakdown = attribute(self._trace(text, placement, self.network))
-        schedule, rank = self.built(text).schedule, breakdown.rank
-        spread = factors(self.costs, self.network, schedule, placement, rank)
-        return _Run(placement, breakdown, spread)
-
-    def _slowest_rank_s(self, graph: ScheduleGraph) -> Callable[[Placement], float]:
-        """Compute seconds of the rank that has most of them, by placement."""
-        work = {
-            (rank, name): sum(
-                n * cost.device_s for _, n, cost in prices(self.costs, graph, rank, device)
-            )
-            for name, device in self.devices_by_model.items()
-            for rank in range(graph.world_size)
-        }
-        names = self.request.topology.profiles
-        return lambda placement: max(work[r, names[d]] for r, d in enumerate(placement))
 
     def _baseline(self) -> Baseline:
         try:
-            memory = self.built("serial").memory
+            memory = self.runs.built("serial").memory
         except Infeasible as error:
             return Baseline(None, None, None, str(error))
         peak, misfits, fitting = self._memory(memory, [(0,)])
         if misfits is not None:
             return Baseline(None, peak, None, misfits)
-        stages = self._run("serial", fitting[0]).breakdown.stages
-        return Baseline(_latency_s(stages), peak, stages, None)
+        run = self.runs.run("serial", fitting[0])
+        return Baseline(run.latency_s, peak, run.breakdown.stages, None)
 
     # ------------------------------------------------------------------------------ one candidate
 
     def specs(self) -> tuple[str, ...]:
         """What is worth comparing anywhere, and what this box suggests."""
         profile, workload, gpus = self.request.profile, self.request.workload, self.request.gpus
-        tailored = tailored_specs(profile, workload, self.costs, self.network, gpus)
+        tailored = tailored_specs(profile, workload, self.runs.costs, self.runs.network, gpus)
         return tuple(dict.fromkeys((*candidate_specs(profile, workload, gpus), *tailored)))
 
     def candidate(self, text: str) -> Candidate:
@@ -409,7 +294,7 @@ class _Planner:
                     f"needs {known.n_gpus} GPUs, there are {self.request.gpus}",
                     spec.narrower(self.request.gpus),
                 )
-            built = self.built(text)
+            built = self.runs.built(text)
         except Infeasible as error:
             return Candidate(
                 spec=text, feasible=False, reason=str(error), nearest=error.nearest,
@@ -439,8 +324,10 @@ class _Planner:
         if reason is not None:
             return replace(base, feasible=False, reason=reason)
         if self.request.top is not None:
-            models = [d for d in self.devices_by_model.values() if d < self.request.gpus]
-            bound_s = least_latency_s(built.schedule, self.costs, self.wire, fitting, models)
+            models = [d for d in self.runs.devices_by_model.values() if d < self.request.gpus]
+            bound_s = least_latency_s(
+                built.schedule, self.runs.costs, self.runs.wire, fitting, models
+            )
             value, merit = self._least_value(base, spec, bound_s), _merit(base, bound_s)
             if self.incumbents.rule_out(value, merit, exact=known.exact):
                 why = (
@@ -448,12 +335,12 @@ class _Planner:
                 )
                 return replace(base, bound_s=bound_s, pareto=False, reason=why)
         self.choices[text] = fitting
-        run = self.runs[text] = self._run(text, fitting[0])
+        run = self.found[text] = self.runs.run(text, fitting[0])
         timed = self._timed(base, spec, run)
         value, merit = self._weight(timed) * run.latency_s, _merit(timed, run.latency_s)
         self.incumbents.add(value, merit, exact=known.exact)
         if self._least(timed, run) < self.incumbents.first:
-            self.kept[text] = built
+            self.runs.kept[text] = built
         return timed
 
     def _least_value(self, base: Candidate, spec: Spec, bound_s: float) -> float:
@@ -465,14 +352,14 @@ class _Planner:
         gpus = base.n_gpus or 1
         return {"latency": bound_s, "throughput": each_s, "cost": gpus * each_s}[objective]
 
-    def _least(self, c: Candidate, run: _Run) -> float:
+    def _least(self, c: Candidate, run: Run) -> float:
         """What ``c`` would count in the objective without waiting and exposed communication."""
         waits_s = run.breakdown.communication_s + run.breakdown.bubble_s
         return self._weight(c) * (run.latency_s - waits_s)
 
     def _fits(self, text: str) -> bool:
         try:
-            memory = self.built(text).memory
+            memory = self.runs.built(text).memory
         except Infeasible:
             return False
         return self._memory(memory, [tuple(range(len(memory)))])[1] is None
@@ -491,7 +378,7 @@ class _Planner:
         places = [part for part in parts if part.partition("=")[0] in PLACES]
         if places:
             plain = ",".join(part for part in parts if part not in places)
-            run = self._run(plain, ranked[0].placement or ())
+            run = self.runs.run(plain, ranked[0].placement or ())
             more = (ranked[0].latency_s or 0.0) - run.latency_s
             yield (
                 f"{','.join(places)} costs {more:.3g} s of each request: {plain} would take"
@@ -505,7 +392,7 @@ class _Planner:
         best = ranked[0]
         latency_s = best.latency_s or 0.0
         try:
-            together = self._run(f"{best.spec},vae=split", best.placement or ())
+            together = self.runs.run(f"{best.spec},vae=split", best.placement or ())
         except Infeasible:
             return
         saved = latency_s - together.latency_s
@@ -515,24 +402,23 @@ class _Planner:
                 f" {saved:.2g} s earlier"
             )
 
-    def _timed(self, base: Candidate, spec: Spec, run: _Run) -> Candidate:
+    def _timed(self, base: Candidate, spec: Spec, run: Run) -> Candidate:
         """``base`` with everything that comes from the simulation."""
         split, stages = parts(run.breakdown), run.breakdown.stages
         low, high = (
             sum(seconds * run.factors[part][side] for part, seconds in split.items())
             for side in (0, 1)
         )
-        graph, rank = self.built(base.spec).schedule.graph, run.breakdown.rank
-        latency_s = _latency_s(stages)
+        graph, rank = self.runs.built(base.spec).schedule.graph, run.breakdown.rank
         rate = spec.mesh.dp / self._occupied_s(spec, run)
         one_gpu_s = self.baseline.latency_s
         return replace(
             base,
             placement=run.placement,
-            latency_s=latency_s,
+            latency_s=run.latency_s,
             latency_low_s=low,
             latency_high_s=high,
-            speedup=None if one_gpu_s is None else one_gpu_s / latency_s,
+            speedup=None if one_gpu_s is None else one_gpu_s / run.latency_s,
             compute_s=split["compute"],
             exposed_comm_s=split["comm"],
             bubble_s=split["bubble"],
@@ -540,11 +426,11 @@ class _Planner:
             stages=stages,
             throughput_per_s=rate,
             cost=self._cost(spec.n_gpus, rate),
-            provenance=provenance(self.costs, graph, rank, run.placement[rank]),
+            provenance=provenance(self.runs.costs, graph, rank, run.placement[rank]),
             topology_only_latency_s=self._links_only_latency(base.spec, run),
         )
 
-    def _occupied_s(self, spec: Spec, run: _Run) -> float:
+    def _occupied_s(self, spec: Spec, run: Run) -> float:
         """Seconds from one request to the next at saturation: the latency, or, where requests follow
         each other through the ranks, what the busiest of them computes."""
         if not spec.strategy.streams:
@@ -558,28 +444,28 @@ class _Planner:
             c.spec: self._weight(c) * c.latency_s for c in candidates if c.latency_s is not None
         }
         for text in sorted(times, key=lambda text: times[text]):
-            run = self.runs[text]
+            run = self.found[text]
             least, first = self._least(found[text], run), min(times.values())
             settled = least > (1 - WORTH) * times[text] or least >= first
-            if settled and not self.mixed:
+            if settled and not self.runs.mixed:
                 continue
             slack = SLACK if times[text] == first else 1.0
             best = self._best_placement(text, run, self.choices[text], slack)
             if best is not run:
-                self.runs[text] = best
+                self.found[text] = best
                 found[text] = self._timed(found[text], parse_spec(text), best)
                 times[text] *= best.latency_s / run.latency_s
         return list(found.values())
 
     def _best_placement(
-        self, text: str, first: _Run, choices: Sequence[Placement], slack: float
-    ) -> _Run:
+        self, text: str, first: Run, choices: Sequence[Placement], slack: float
+    ) -> Run:
         """The fastest of a run and those of its promising other placements."""
-        best, schedule = first, self.built(text).schedule
-        slowest = self._slowest_rank_s(schedule.graph) if self.mixed else None
+        best, schedule = first, self.runs.built(text).schedule
+        slowest = self.runs.slowest_rank_s(schedule.graph) if self.runs.mixed else None
         limit = TRIES if schedule.world_size <= MAX_GPUS else 1
-        for placement in promising(self.wire, schedule, choices, limit, slowest, slack):
-            other = self._run(text, placement)
+        for placement in promising(self.runs.wire, schedule, choices, limit, slowest, slack):
+            other = self.runs.run(text, placement)
             if other.latency_s < best.latency_s * (1 - 1e-9):
                 best = other
         return best
@@ -613,7 +499,9 @@ class _Planner:
         """Peak bytes of the fullest rank, why that fits nowhere (None where it does), and where it
         fits."""
         reasons = {
-            models: misfit(used, [self.gpus[self.devices_by_model[name]] for name in models])
+            models: misfit(
+                used, [self.runs.gpus[self.runs.devices_by_model[name]] for name in models]
+            )
             for models in dict.fromkeys(map(self._models, choices))
         }
         fitting = [p for p in choices if reasons[self._models(p)] is None]
@@ -626,15 +514,15 @@ class _Planner:
 
     # ------------------------------------------------------------------------------ intervals, basis
 
-    def _links_only_latency(self, text: str, run: _Run) -> float | None:
+    def _links_only_latency(self, text: str, run: Run) -> float | None:
         """What the links alone predict, for a candidate that a measured table has changed."""
-        transfers = self.built(text).schedule.transfers
+        transfers = self.runs.built(text).schedule.transfers
         if not any(
-            op.kind == "collective" and is_measured(self.network, op, run.placement)
+            op.kind == "collective" and is_measured(self.runs.network, op, run.placement)
             for op, _ in transfers
         ):
             return None
-        return self._trace(text, run.placement, self.links_only).makespan_s
+        return self.runs.trace(text, run.placement, self.runs.links_only).makespan_s
 
     # ------------------------------------------------------------------------------ why
 
@@ -649,10 +537,10 @@ class _Planner:
         return separation(first, second, unit[self.request.goal.objective])
 
     def _contender(self, c: Candidate) -> Contender:
-        run = self.runs[c.spec]
+        run = self.found[c.spec]
         transfers = [
             (count * op.nbytes, op, tuple(run.placement[rank] for rank in op.ranks))
-            for op, count in self.built(c.spec).schedule.transfers
+            for op, count in self.runs.built(c.spec).schedule.transfers
         ]
         return Contender(
             spec=c.spec,
@@ -672,10 +560,6 @@ class _Planner:
         ]
 
 
-def _latency_s(stages: Stages) -> float:
-    return stages.text_encoder_s + stages.denoise_s + stages.vae_s
-
-
 def _notes(request: Request) -> Iterator[str]:
     """What the reader should know about how the question was understood."""
     goal = request.goal
@@ -683,33 +567,3 @@ def _notes(request: Request) -> Iterator[str]:
         yield f"there is no quality data for {request.profile.name}; stale strategies were left out"
     if goal.objective == "cost" and request.topology.price_per_hour is None:
         yield f"{request.topology.name} has no price_per_hour; ranked by GPU seconds per request"
-
-
-# --------------------------------------------------------------------------------------- for files
-
-
-def fingerprint(request: Request, spec: str) -> str:
-    """The fingerprint of the schedule that ``spec`` means: what all ranks compare before a run."""
-    return build(parse_spec(spec), request.profile, request.workload).fingerprint()
-
-
-class CloseUp(NamedTuple):
-    """One spec, every rank by itself and every step written down, nothing extrapolated.
-
-    ``memory``: of every rank. ``link_bytes``: resource of the network -> bytes that cross it; of a
-    call with a measured time, as many as keep the resource busy that long.
-    """
-
-    graph: ScheduleGraph
-    trace: Trace
-    memory: tuple[RankMemory, ...]
-    link_bytes: Mapping[str, float]
-
-
-def close_up(request: Request, spec: str, placement: Placement) -> CloseUp:
-    """What there is to see of ``spec`` on ``placement``. Raises Infeasible."""
-    planner = _Planner(request)
-    graph = build(parse_spec(spec), request.profile, request.workload)
-    trace = simulate(graph, planner.network, planner.costs, placement=placement, periodic=False)
-    crossing = link_bytes(graph, Lowering(planner.network, placement))
-    return CloseUp(graph, trace, planner.built(spec).memory, crossing)

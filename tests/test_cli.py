@@ -324,7 +324,7 @@ def test_interrupt_is_130_and_leaves_nothing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("simulator.planner.close_up", interrupted)
+    monkeypatch.setattr("analysis.close_up.close_up", interrupted)
     done = plan(*QUICK, "--output-dir", str(tmp_path / "out"))
     assert done.exit_code == 130
     assert list(tmp_path.iterdir()) == []

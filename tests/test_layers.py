@@ -18,8 +18,8 @@ L0 = ("paradiff.graph", "paradiff.trace", "paradiff.profiles", "paradiff.units",
 L1 = ("paradiff.strategies", "paradiff.planfile")
 MODELS = ("paradiff.models", "paradiff.executor")
 L3 = (
-    "analysis", "simulator.planner", "simulator.service", "simulator.cuts", "simulator.search",
-    "simulator.capacity", "simulator.sweep",
+    "analysis", "simulator.runs", "simulator.planner", "simulator.service", "simulator.cuts",
+    "simulator.search", "simulator.capacity", "simulator.sweep",
 )  # fmt: skip
 L4 = ("paradiff.cli", "paradiff.__main__")
 L2 = ("simulator",)

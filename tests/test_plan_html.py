@@ -13,6 +13,7 @@ import pytest
 from pages import HOSTILE, Scripts, opened
 from typer.testing import CliRunner
 
+from analysis.close_up import close_up
 from analysis.plan_html import page
 from paradiff.cli import plan_app
 from paradiff.config import find
@@ -142,7 +143,7 @@ def test_links_are_used_as_long_as_their_bytes_take() -> None:
         profile=profile, topology=box, workload=Workload(512, 512, 1, 4), gpus=2, specs=("cfg=2",)
     )
     plan = planner.plan(request)
-    best = planner.close_up(request, "cfg=2", (0, 1))
+    best = close_up(request, "cfg=2", (0, 1))
     text = page(request, plan, [best], [])
     (link,) = [k for k in box.links if k.a == "gpu0" or k.b == "gpu0"]
     sent = plan.ranked[0].comm_bytes_per_gpu
@@ -162,7 +163,7 @@ def test_two_hundred_candidates_stay_below_the_limit() -> None:
         specs=("pipefusion=8,patches=8,warmup=1",),
     )
     plan = planner.plan(request)
-    best = planner.close_up(request, plan.ranked[0].spec, plan.ranked[0].placement or ())
+    best = close_up(request, plan.ranked[0].spec, plan.ranked[0].placement or ())
     many = tuple(replace(plan.ranked[0], spec=f"{plan.ranked[0].spec},n={i}") for i in range(200))
     text = page(request, replace(plan, ranked=many), [best, best], [])
     assert len(text.encode()) < 8e6

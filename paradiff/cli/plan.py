@@ -133,6 +133,7 @@ def plan(
     with one_message():
         from paradiff.config import ConfigError
         from simulator import planner
+        from simulator.runs import Contradiction
         from simulator.topology import load_topology
 
         if topology is None:
@@ -166,7 +167,7 @@ def plan(
         try:
             with progress(enabled=format_ == "table") as advance:
                 result = planner.plan(request, advance)
-        except planner.Contradiction as error:
+        except Contradiction as error:
             raise ConfigError(f"--measured-latency: {error}") from None
         if output_dir is not None and result.ranked:
             inputs = {"model": portable(model), "topology": portable(topology), "set": set_ or []}
@@ -251,9 +252,9 @@ def _explain_nothing(plan: Plan) -> None:
 def _stage_results(
     staging: Path, request: Request, plan: Plan, inputs: Mapping[str, Any], top: int | None
 ) -> None:
+    from analysis.close_up import close_up, fingerprint
     from analysis.plan_html import page
     from paradiff.trace import write_chrome_trace
-    from simulator import planner
 
     data = plan.to_json(top)
     (staging / "plan.json").write_text(json_text(data), encoding="utf-8")
@@ -265,7 +266,7 @@ def _stage_results(
             "runtime": plan.runtime,
             "spec": candidate.spec,
             "placement": list(candidate.placement or ()),
-            "fingerprint": planner.fingerprint(request, candidate.spec),
+            "fingerprint": fingerprint(request, candidate.spec),
             "predicted_latency_s": candidate.latency_s,
         }
         lines = [
@@ -275,7 +276,7 @@ def _stage_results(
         target = staging / f"{number:02d}-{name}.plan.yaml"
         target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     looked_at = [plan.ranked[0], *(c for c in plan.ranked[1:2] if (c.n_gpus or 0) <= CLOSE_GPUS)]
-    seen = [planner.close_up(request, c.spec, c.placement or ()) for c in looked_at]
+    seen = [close_up(request, c.spec, c.placement or ()) for c in looked_at]
     write_chrome_trace(seen[0].trace, staging / "trace.json.gz")
     report = page(request, plan, seen, sys.argv[1:])
     (staging / "report.html").write_text(report, encoding="utf-8")

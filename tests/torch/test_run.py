@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+from analysis.close_up import fingerprint
 from paradiff.cli import app
 from paradiff.config import find
 from paradiff.models.tiny import tiny_model, tiny_plan
@@ -96,7 +97,7 @@ def test_timed_kernels_take_their_modelled_time(tmp_path: Path) -> None:
     assert candidate.stages is not None
     predicted_s = candidate.stages.denoise_s
     assert predicted_s < summary["stages"]["denoise_s"] < predicted_s + 0.2
-    assert summary["fingerprint"] == planner.fingerprint(request, "cfg=2")
+    assert summary["fingerprint"] == fingerprint(request, "cfg=2")
 
 
 def test_compiled_regions_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

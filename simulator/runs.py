@@ -1,0 +1,158 @@
+"""Schedules of one request built, priced and simulated; what they share is made once.
+
+Knows the model, the box, the workload and how kernels are launched. Which specs are worth a run, and
+what their times mean for a choice, is for the planner to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from analysis.attribution import Breakdown, attribute
+from analysis.intervals import Factors, Part, factors, prices
+from paradiff.graph import ScheduleGraph, traffic
+from paradiff.profiles import Profile
+from paradiff.strategies import Spec, Workload, build, parse_spec
+from paradiff.trace import Trace
+from simulator.costs import CostModel, Runtime, Scope, StageSeconds
+from simulator.engine import simulate
+from simulator.gpu import load_gpu
+from simulator.memory import RankMemory, peak_memory
+from simulator.network import Network
+from simulator.placement import Placement, Wire
+from simulator.symmetry import Asymmetric, Quotient, quotient, uncollected, whole
+from simulator.topology import Topology
+
+
+class Contradiction(ValueError):
+    """A measured latency that leaves no time for the denoising loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """One spec: its schedule, one rank of each kind, and what follows from the graph alone."""
+
+    schedule: Quotient
+    memory: tuple[RankMemory, ...]
+    """Of every rank."""
+
+    def received_bytes(self) -> float:
+        """Bytes that the rank receives that receives most."""
+        received = dict.fromkeys(self.schedule.ranks, 0.0)
+        for op, count in self.schedule.transfers:
+            for rank, (_, size) in traffic(op).items():
+                if rank in received:
+                    received[rank] += count * size
+        return max(received.values())
+
+
+class Run(NamedTuple):
+    """One spec simulated on one placement."""
+
+    placement: Placement
+    breakdown: Breakdown
+    factors: Mapping[Part, Factors]
+
+    @property
+    def latency_s(self) -> float:
+        stages = self.breakdown.stages
+        return stages.text_encoder_s + stages.denoise_s + stages.vae_s
+
+
+class Runs:
+    """Where a request's specs are built and run. ``measured``: a one-GPU run's seconds, and what its
+    clock covered; raises Contradiction where they cannot be."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        topology: Topology,
+        workload: Workload,
+        runtime: Runtime,
+        measured: tuple[float, Scope] | None = None,
+    ) -> None:
+        self.profile, self.topology, self.workload = profile, topology, workload
+        names = topology.profiles
+        gpus = {name: load_gpu(name) for name in dict.fromkeys(names)}
+        self.gpus = tuple(gpus[name] for name in names)
+        self.devices_by_model = {name: i for i, name in enumerate(names)}
+        """A device of each GPU model."""
+        self.mixed = len(gpus) > 1
+        self.network = Network(topology)
+        self.costs = CostModel(profile, self.gpus, workload.dtype, runtime)
+        self.wire = Wire(self.network)
+        self.kept: dict[str, Built] = {}
+        """Schedules to remember beside the last two."""
+        self._latest = lru_cache(maxsize=2)(self._make)
+        if measured is not None:
+            self.costs = self._calibrated(*measured)
+
+    @cached_property
+    def links_only(self) -> Network:
+        """The box without its measured collectives."""
+        return Network(replace(self.topology, collectives=()))
+
+    def _calibrated(self, seconds: float, scope: Scope) -> CostModel:
+        serial = self.run("serial", (0,)).breakdown
+        stages = StageSeconds(**asdict(serial.stages), host_s=serial.host_s)
+        try:
+            return self.costs.calibrated(seconds, scope, stages)
+        except ValueError as error:
+            raise Contradiction(str(error)) from error
+
+    def graph(self, spec: Spec) -> ScheduleGraph:
+        """Every rank's ops. Raises Infeasible."""
+        return build(spec, self.profile, self.workload)
+
+    def built(self, text: str) -> Built:
+        """The schedule of a spec. Raises Infeasible."""
+        return self.kept.get(text) or self._latest(text)
+
+    def _make(self, text: str) -> Built:
+        """Replicas of a schedule are built once."""
+        spec, replicas = parse_spec(text), 1
+        if not self.mixed and "data" in spec.strategy.axes:
+            replicas = spec.degree("data")
+            spec = replace(spec, options={k: v for k, v in spec.options.items() if k != "data"})
+        with uncollected():
+            graph = self.graph(spec)
+            schedule = whole(graph) if self.mixed else quotient(graph)
+        schedule = schedule if replicas == 1 else schedule.copies(replicas)
+        memory = peak_memory(
+            schedule,
+            self.profile,
+            self.workload.dtype,
+            channels=self.gpus[0].collective_sms.value,
+            ideal=self.gpus[0].kernel_floor.value == 0,
+        )
+        return Built(schedule, memory)
+
+    def trace(self, text: str, placement: Placement, network: Network) -> Trace:
+        """The run of a spec; rank by rank where its ranks are not alike on this placement."""
+        try:
+            return simulate(self.built(text).schedule, network, self.costs, placement=placement)
+        except Asymmetric:
+            graph = self.graph(parse_spec(text))
+            return simulate(graph, network, self.costs, placement=placement)
+
+    def run(self, text: str, placement: Placement) -> Run:
+        """One spec on one placement: where its time goes, and how sure that is."""
+        breakdown = attribute(self.trace(text, placement, self.network))
+        schedule, rank = self.built(text).schedule, breakdown.rank
+        spread = factors(self.costs, self.network, schedule, placement, rank)
+        return Run(placement, breakdown, spread)
+
+    def slowest_rank_s(self, graph: ScheduleGraph) -> Callable[[Placement], float]:
+        """Compute seconds of the rank that has most of them, by placement."""
+        work = {
+            (rank, name): sum(
+                n * cost.device_s for _, n, cost in prices(self.costs, graph, rank, device)
+            )
+            for name, device in self.devices_by_model.items()
+            for rank in range(graph.world_size)
+        }
+        names = self.topology.profiles
+        return lambda placement: max(work[r, names[d]] for r, d in enumerate(placement))
