@@ -141,13 +141,15 @@ def _activity(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankTime:
-    """The whole run of one rank: the three add up to the makespan. ``communication_s`` is what of its
-    transfers no compute hides, ``waiting_s`` the rest: for other ranks, or at the end."""
+    """The whole run of one rank: the first three add up to the makespan. ``communication_s`` is what of
+    its transfers no compute hides, ``waiting_s`` the rest: for other ranks, or at the end.
+    ``overlapped_s`` is what of its transfers compute hides."""
 
     rank: int
     compute_s: float
     communication_s: float
     waiting_s: float
+    overlapped_s: float
 
 
 def by_rank(trace: Trace) -> Iterable[RankTime]:
@@ -155,11 +157,15 @@ def by_rank(trace: Trace) -> Iterable[RankTime]:
     wall = _Wall(trace)
     for rank in trace.ranks():
         compute, _, transfers = _activity(s for s in trace.spans if s.rank == rank)
-        exposed = _minus(_union(interval for _, interval in transfers), compute)
+        moving = _union(interval for _, interval in transfers)
+        exposed = _minus(moving, compute)
         compute_s, communication_s = wall.total(compute), wall.total(exposed)
-        rest = max(trace.makespan_s - compute_s - communication_s, 0.0)
         yield RankTime(
-            rank=rank, compute_s=compute_s, communication_s=communication_s, waiting_s=rest
+            rank=rank,
+            compute_s=compute_s,
+            communication_s=communication_s,
+            waiting_s=max(trace.makespan_s - compute_s - communication_s, 0.0),
+            overlapped_s=wall.total(moving) - communication_s,
         )
 
 

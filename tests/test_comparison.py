@@ -1,0 +1,137 @@
+"""Predicted against measured: hand-made runs whose every number is known; faults that the gate sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from unit_hardware import Graph, UnitCosts, run
+
+from analysis.comparison import SCHEMA, compare, to_json
+from paradiff.graph import ScheduleGraph
+from paradiff.trace import Trace, TraceMismatch
+from simulator.topology import Topology
+
+STEPS = 6
+
+
+@pytest.fixture
+def graph() -> ScheduleGraph:
+    """A step: 5 s on rank 0, 3 s on rank 1; both swap 4 bytes; meanwhile rank 0 computes 2 s more."""
+    g = Graph(2)
+    for r in range(2):
+        g.compute("encode", r, 1, writes=["x#-1"], step=None)
+    g.section("encode", 0)
+    for r in range(2):
+        g.compute("net", r, 5 if r == 0 else 3, reads=["x#-1"], writes=["y"])
+    g.collective("permute", "swap", (0, 1), 4, "y", "x")
+    g.compute("beside", 0, 2, reads=["y"])
+    g.section("loop", 0, STEPS)
+    return g.build()
+
+
+def slower(trace: Trace, factor: float) -> Trace:
+    """The same run on a clock that is ``factor`` as fast: a measurement with a known error."""
+    spans = tuple(
+        span._replace(
+            **{n: getattr(span, n) * factor for n in ("ready_s", "start_s", "end_s", "busy_s")}
+        )
+        for span in trace.expanded().spans
+    )
+    return Trace(spans, trace.makespan_s * factor, (), trace.meta)
+
+
+def test_a_run_equals_itself(graph: ScheduleGraph) -> None:
+    predicted = run(graph)
+    found = compare(predicted, [predicted.expanded()])
+    # 1 s, then six steps of 5 s on rank 0 and 4 s on the wire.
+    assert found.latency.predicted_s == found.latency.measured_s == 1 + STEPS * 9
+    assert found.latency.error == 0
+    assert found.spread == 0
+    assert found.median_op_error == 0
+    assert [both.predicted_s for both in found.steps] == [9.0] * STEPS
+    assert all(op.miss_s == 0 for op in found.ops)
+    assert found.within(0.0)
+
+
+def test_sums_by_kind_and_rank(graph: ScheduleGraph) -> None:
+    predicted = run(graph)
+    found = compare(predicted, [slower(predicted, 2.0)])
+    assert found.latency.error == pytest.approx(1 / 2 - 1)
+    # compute: two encoders of 1 s, then 5 + 3 + 2 a step; a swap works 4 s on each of two ranks.
+    compute, swap = found.kinds["compute"], found.kinds["permute"]
+    assert (compute.ops, compute.times.predicted_s) == (2 + 3 * STEPS, 2 + 10 * STEPS)
+    assert (swap.ops, swap.times.predicted_s) == (2 * STEPS, 8 * STEPS)
+    assert compute.times.measured_s == 2 * compute.times.predicted_s
+    assert compute.median_error == swap.median_error == pytest.approx(0.5)
+    (rank0, slow0), (rank1, _) = found.ranks
+    # On rank 0 two of the four seconds of a swap lie under compute. Rank 1 hides nothing, and waits 2 s
+    # a step before rank 0 comes to the swap.
+    assert (rank0.compute_s, rank0.communication_s, rank0.overlapped_s) == (43, 12, 12)
+    assert (rank1.compute_s, rank1.communication_s, rank1.overlapped_s) == (19, 24, 0)
+    assert (rank0.waiting_s, rank1.waiting_s) == (0, 12)
+    assert slow0.communication_s == 2 * rank0.communication_s
+
+
+def test_repeats_become_medians_and_a_spread(graph: ScheduleGraph) -> None:
+    predicted = run(graph)
+    found = compare(predicted, [slower(predicted, f) for f in (1.5, 1.0, 1.1, 1.2, 1.05)])
+    latency = 1 + STEPS * 9
+    assert found.latency.measured_s == pytest.approx(1.1 * latency)
+    # Quartiles of 1, 1.05, 1.1, 1.2, 1.5 are the second and the fourth.
+    assert found.spread == pytest.approx((1.2 - 1.05) / 1.1)
+    assert found.typical.makespan_s == pytest.approx(1.1 * latency)
+    assert found.latency.error == pytest.approx(1 / 1.1 - 1)
+    assert found.within(0.1)
+    assert not found.within(0.09)
+
+
+def test_the_worst_op_is_the_one_that_was_moved(graph: ScheduleGraph) -> None:
+    """The last ``beside`` takes 5 s in place of 2: it ends 1 s after the swap that it began with."""
+    predicted, name = run(graph), f"t{STEPS - 1:03d}/beside@r0"
+    longer = [
+        span._replace(busy_s=span.busy_s + 3, end_s=span.end_s + 3) if span.id == name else span
+        for span in predicted.expanded().spans
+    ]
+    measured = Trace(tuple(longer), predicted.makespan_s + 1)
+    data = to_json(compare(predicted, [measured]), 0.1)
+    assert data["schema"] == SCHEMA
+    assert data["passed"]
+    first = data["worst_ops"][0]
+    assert (first["id"], first["predicted_s"], first["measured_s"]) == (name, 2.0, 5.0)
+    assert data["by_kind"]["permute"]["error"] == 0
+    assert data["steps"][-1]["measured_s"] == data["steps"][-1]["predicted_s"] + 1
+
+
+def test_other_ops_are_not_compared(graph: ScheduleGraph) -> None:
+    predicted = run(graph)
+    whole = predicted.expanded()
+    with pytest.raises(
+        TraceMismatch, match=r"repeat 2: .* predicted, but not measured \(1 ops differ"
+    ):
+        compare(predicted, [whole, replace(whole, spans=whole.spans[:-1])])
+    with pytest.raises(ValueError, match="no measured run"):
+        compare(predicted, [])
+
+
+Fault = Callable[[ScheduleGraph], Trace]
+FAULTS: dict[str, Fault] = {
+    "a link twice too fast": lambda g: run(g, Topology.uniform(2, bandwidth_bytes_per_s=2.0)),
+    "no fixed cost of a call": lambda g: run(g, costs=UnitCosts(fixed_s=0.0)),
+    "compute a fifth too slow": lambda g: run(g, costs=UnitCosts(unit_s=1.2, fixed_s=1.0)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_simulator_fails_the_gate(graph: ScheduleGraph, fault: str) -> None:
+    """The measured run has links of 1 B/s and calls that cost 1 s more: 1 + 6 x (5 + 1 + 4) = 61 s.
+
+    Twice as fast: 1 + 6 x 8 = 49 s (here without the fixed cost missing: 1 + 6 x (5 + 0 + 2) = 43).
+    No fixed cost: 1 + 6 x 9 = 55 s, 9.8 % too little.
+    """
+    measured = run(graph, costs=UnitCosts(fixed_s=1.0)).expanded()
+    assert measured.makespan_s == 61
+    right = compare(run(graph, costs=UnitCosts(fixed_s=1.0)), [measured])
+    assert right.within(0.0)
+    assert not compare(FAULTS[fault](graph), [measured]).within(0.09)
