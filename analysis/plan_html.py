@@ -356,8 +356,8 @@ def _banded(box: Topology, used: Mapping[str, float]) -> Iterator[tuple[float, l
 
 
 def _link_note(link: Link, used: Mapping[str, float]) -> str:
-    rate = f"{link.bandwidth_bytes_per_s / 1e9:.4g} GB/s"
-    return plain(f"{link.a} to {link.b}: busy {_share(link, used):.1%} ({link.kind}, {rate})")
+    share = f"{_share(link, used):.1%}"
+    return plain(f"{link.a} to {link.b}: busy {share} ({link.kind}, {link.rate_text})")
 
 
 def _vertices(box: Topology, place: Mapping[str, Any], placement: Sequence[int]) -> Figure:
@@ -409,8 +409,8 @@ def _figures_of(value: Any, label: str) -> Iterator[tuple[str, str, str, str]]:
 def _links(box: Topology) -> Iterator[tuple[str, str, str, str, str]]:
     """(kind, how many, GB/s, latency, source), links that are alike together."""
     alike = Counter(
-        (k.kind, k.bandwidth_bytes_per_s, k.latency_s, " ".join(k.source.split()))
+        (k.kind, k.bandwidth_bytes_per_s, k.latency_s, " ".join(k.source.split()), k.rate_text)
         for k in box.links
     )
-    for (kind, rate, latency_s, source), count in sorted(alike.items()):
-        yield kind, str(count), f"{rate / 1e9:.4g}", f"{latency_s * 1e6:.3g}", source
+    for (kind, _, latency_s, source, rate), count in sorted(alike.items()):
+        yield kind, str(count), rate.replace(" GB/s", ""), f"{latency_s * 1e6:.3g}", source

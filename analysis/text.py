@@ -285,6 +285,4 @@ def topology_tree(box: Topology) -> Iterator[str]:
 
 def _cable(link: Link) -> str:
     half = ", half duplex" if link.duplex == "half" else ""
-    return (
-        f"{link.kind}, {link.bandwidth_bytes_per_s / 1e9:g} GB/s, {link.latency_s * 1e6:g} us{half}"
-    )
+    return f"{link.kind}, {link.rate_text}, {link.latency_s * 1e6:g} us{half}"

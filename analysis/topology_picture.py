@@ -131,7 +131,7 @@ def _colour(link: Link) -> str:
 
 def _words(link: Link) -> str:
     half = ", half duplex" if link.duplex == "half" else ""
-    return f"{html.escape(link.kind)}, {link.bandwidth_bytes_per_s / 1e9:.4g} GB/s{half}"
+    return f"{html.escape(link.kind)}, {link.rate_text}{half}"
 
 
 def _line(link: Link, place: dict[str, Position]) -> go.Scatter:
@@ -184,7 +184,7 @@ def _label(link: Link, place: dict[str, Position]) -> dict[str, object]:
     return {
         "x": xs[middle],
         "y": ys[middle],
-        "text": f"{link.bandwidth_bytes_per_s / 1e9:.4g} GB/s<br>{html.escape(link.kind)}",
+        "text": f"{link.rate_text}<br>{html.escape(link.kind)}",
         "showarrow": False,
         "font": {"size": 9, "color": _colour(link)},
         "bgcolor": "rgba(255,255,255,0.85)",

@@ -268,7 +268,7 @@ class Network:
             through = transits + (here in gpus and here != source)
             for there, link in self._links[here].items():
                 if there not in done:
-                    step = link.latency_s + ROUTING_BYTES / link.bandwidth_bytes_per_s
+                    step = link.latency_s + ROUTING_BYTES / link.rate_from(here)
                     heapq.heappush(heap, (through, cost + step, (*path, there)))
         raise ValueError(f"{self.topology.name}: no route from {source} to {destination}")
 
@@ -284,7 +284,7 @@ def _resources(topology: Topology) -> tuple[Resource, ...]:
     capacity: dict[str, float] = {}
     for link in topology.links:
         for start in (link.a, link.b):
-            capacity[_direction(link, start)] = link.bandwidth_bytes_per_s
+            capacity[_direction(link, start)] = link.rate_from(start)
     for node in topology.nodes:
         capacity[f"{node.name}.memory"] = node.host_memory_bytes_per_s
         if not node.memory_at:

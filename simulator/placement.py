@@ -87,9 +87,10 @@ def axis_orders(axes: Sequence[int], ranks: int) -> Iterator[Placement]:
 # ------------------------------------------------------------------------------------------- classes
 
 
-def _look(link: Link) -> tuple[float, float, bool, str]:
-    """What of a link decides transfers."""
-    return link.bandwidth_bytes_per_s, link.latency_s, link.is_nvlink, link.duplex
+def _look(link: Link, start: str) -> tuple[float, float, float, bool, str]:
+    """What of a link decides transfers, as ``start`` sees it."""
+    out, back = link.rate_from(start), link.rate_from(link.b if start == link.a else link.a)
+    return out, back, link.latency_s, link.is_nvlink, link.duplex
 
 
 @cache
@@ -97,7 +98,7 @@ def _pools(topology: Topology) -> tuple[tuple[int, ...], ...]:
     """Twins together, by their first device."""
     graph = topology.graph()
     around = {
-        gpu: {to: _look(edge["link"]) for to, edge in graph.adj[gpu].items()}
+        gpu: {to: _look(edge["link"], gpu) for to, edge in graph.adj[gpu].items()}
         for gpu in topology.gpus
     }
     scopes = [set(t.scope) for t in topology.collectives if not isinstance(t.scope, str)]
@@ -109,6 +110,7 @@ def _pools(topology: Topology) -> tuple[tuple[int, ...], ...]:
             and topology.node_of(a) == topology.node_of(b)
             and {k: v for k, v in around[one].items() if k != two}
             == {k: v for k, v in around[two].items() if k != one}
+            and around[one].get(two) == around[two].get(one)
             and all((one in scope) == (two in scope) for scope in scopes)
         )
 
@@ -152,9 +154,11 @@ def _images(word: tuple[int, ...], maps: Sequence[Sequence[int]]) -> Iterator[tu
 def _pool_automorphisms(
     topology: Topology, pools: Sequence[Sequence[int]]
 ) -> tuple[tuple[int, ...], ...]:
-    """Where each pool goes, for every automorphism of the graph of pools; the identity among them."""
+    """Where each pool goes, for every automorphism of the graph of pools; the identity among them, and
+    alone where a table names its GPUs or a link has two rates (the graph has no directions)."""
     identity = tuple(range(len(pools)))
-    if any(not isinstance(table.scope, str) for table in topology.collectives):
+    named = any(not isinstance(table.scope, str) for table in topology.collectives)
+    if named or any(link.back_bytes_per_s is not None for link in topology.links):
         return (identity,)
     graph = _pool_graph(topology, pools)
     matcher = GraphMatcher(
@@ -172,7 +176,9 @@ def _pool_graph(topology: Topology, pools: Sequence[Sequence[int]]) -> nx.Graph:
     """Pools, switches and machines, with what makes them differ as ``look``."""
     pool_of = {topology.gpus[d]: ("pool", i) for i, pool in enumerate(pools) for d in pool}
     inside = {
-        pool_of[k.a]: _look(k) for k in topology.links if pool_of.get(k.a, 0) == pool_of.get(k.b, 1)
+        pool_of[k.a]: _look(k, k.a)
+        for k in topology.links
+        if pool_of.get(k.a, 0) == pool_of.get(k.b, 1)
     }
     graph = nx.Graph()
     for i, pool in enumerate(pools):
@@ -188,7 +194,7 @@ def _pool_graph(topology: Topology, pools: Sequence[Sequence[int]]) -> nx.Graph:
     for link in topology.links:
         a, b = (pool_of.get(end, ("switch", end)) for end in (link.a, link.b))
         if a != b:
-            graph.add_edge(a, b, look=_look(link))
+            graph.add_edge(a, b, look=_look(link, link.a))
     return graph
 
 

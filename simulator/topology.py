@@ -33,7 +33,8 @@ UNKNOWN_GPU = "unit"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
     """A cable between two vertices. ``bandwidth`` holds for each direction if ``duplex`` is full,
-    for both together if it is half. Infinite bandwidth is allowed in code."""
+    for both together if it is half; ``back`` is that from b to a where it is another. Infinite
+    bandwidth is allowed in code."""
 
     a: str
     b: str
@@ -42,10 +43,25 @@ class Link:
     kind: str = "link"
     duplex: Duplex = "full"
     source: str = ""
+    back_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.bandwidth_bytes_per_s > 0 or not self.latency_s >= 0:
+        rates = (self.bandwidth_bytes_per_s, self.back_bytes_per_s or self.bandwidth_bytes_per_s)
+        if not min(rates) > 0 or not self.latency_s >= 0:
             raise ValueError(f"{self.a}--{self.b}: needs bandwidth > 0 and latency >= 0")
+
+    def rate_from(self, start: str) -> float:
+        """Bytes/s that leave ``start`` over this link."""
+        back = start == self.b and self.back_bytes_per_s is not None
+        return self.back_bytes_per_s if back else self.bandwidth_bytes_per_s  # type: ignore[return-value]
+
+    @property
+    def rate_text(self) -> str:
+        """Its rate in words, of both directions where they differ."""
+        there = f"{self.bandwidth_bytes_per_s / 1e9:.4g} GB/s"
+        if self.back_bytes_per_s is None:
+            return there
+        return f"{there} (back {self.back_bytes_per_s / 1e9:.4g})"
 
     @property
     def is_nvlink(self) -> bool:
@@ -281,11 +297,14 @@ class LinkFile(Strict):
     latency: Seconds
     duplex: Duplex = "full"
     source: str = ""
+    bandwidth_back: BytesPerSecond | None = None
 
     @model_validator(mode="after")
     def _even(self) -> LinkFile:
         shorter, longer = sorted(map(len, self.ends))
         _check_runs(longer, shorter, ("ends",))
+        if self.duplex == "half" and self.bandwidth_back is not None:
+            raise problem("two rates", "half duplex", "duplex: full", ("bandwidth_back",))
         return self
 
 
@@ -375,6 +394,7 @@ class TopologyFile(Strict):
             kind=entry.kind,
             duplex=entry.duplex,
             source=entry.source,
+            back_bytes_per_s=entry.bandwidth_back,
         )
 
 

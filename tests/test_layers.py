@@ -19,7 +19,7 @@ L1 = ("paradiff.strategies", "paradiff.planfile")
 MODELS = ("paradiff.models", "paradiff.executor")
 L3 = (
     "analysis", "simulator.runs", "simulator.planner", "simulator.service", "simulator.cuts",
-    "simulator.search", "simulator.capacity", "simulator.sweep",
+    "simulator.search", "simulator.capacity", "simulator.sweep", "paradiff.lab",
 )  # fmt: skip
 L4 = ("paradiff.cli", "paradiff.__main__")
 L2 = ("simulator",)

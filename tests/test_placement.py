@@ -96,6 +96,29 @@ def test_shipped_boxes(name: str, ranks: int, count: int) -> None:
     assert found[0] == tuple(range(ranks))
 
 
+def test_the_two_directions_of_a_link_are_two() -> None:
+    """Two machines of one GPU and a trunk. Alike both ways, it matters not which rank is where; with
+    another rate back it does: a message from rank 0 to rank 1 takes 1 s or 4 s."""
+    even = Topology(
+        name="even",
+        gpus=("gpu0", "gpu1"),
+        profiles=("unit",) * 2,
+        nodes=(Node(name="one", gpus=("gpu0",)), Node(name="two", gpus=("gpu1",))),
+        switches=("s", "t"),
+        links=(
+            Link(a="gpu0", b="s", bandwidth_bytes_per_s=9.0),
+            Link(a="gpu1", b="t", bandwidth_bytes_per_s=9.0),
+            Link(a="s", b="t", bandwidth_bytes_per_s=1.0),
+        ),
+    )
+    slow_back = replace(even.links[2], back_bytes_per_s=0.25)
+    uneven = replace(even, links=(*even.links[:2], slow_back))
+    assert len(list(classes(even, 2))) == 1
+    assert sorted(classes(uneven, 2)) == [(0, 1), (1, 0)]
+    times = [Network(uneven).message_s(a, b, 1.0) for a, b in ((0, 1), (1, 0))]
+    assert times == pytest.approx([1.0, 4.0])
+
+
 def test_big_boxes_nest_their_axes() -> None:
     assert list(axis_orders((2, 4), 8)) == [tuple(range(8)), (0, 2, 4, 6, 1, 3, 5, 7)]
     found = placements(load_topology("nvlink8x8-h100"), 64, (1, 2, 8, 1, 4))

@@ -10,7 +10,7 @@ import pytest
 
 from paradiff.config import ConfigError, available
 from simulator.gpu import Gpu, load_gpu
-from simulator.network import Network
+from simulator.network import Flow, Network, simulate_flows
 from simulator.topology import CollectiveTable, Node, Topology, TopologyFile, expand, load_topology
 
 GOOD = """\
@@ -52,6 +52,25 @@ def test_a_file_becomes_hardware(tmp_path: Path) -> None:
         ("rc0", "rc1", 20e9, "half"),
     ]
     assert sorted(topology.graph().neighbors("rc0")) == ["gpu0", "gpu1", "rc1"]
+
+
+def test_a_link_may_have_another_rate_back(tmp_path: Path) -> None:
+    """gpu0 sends 26 GB into rc0 in a second and takes 13 in two: its own link lets 6.5 GB/s down."""
+    file = tmp_path / "box.yaml"
+    cable = (
+        "{ends: [gpu0, rc0], kind: x, bandwidth: 26 GB/s, bandwidth_back: 6.5 GB/s, latency: 0 s}"
+    )
+    other = "{ends: [gpu1, rc0], kind: x, bandwidth: 26 GB/s, latency: 0 s}"
+    head, _, tail = GOOD.replace("false", "true").partition("  - {ends: [gpu0..gpu1")
+    file.write_text(f"{head}  - {cable}\n  - {other}\n{tail.partition(chr(10))[2]}")
+    box = load_topology(file)
+    assert box.links[0].rate_text == "26 GB/s (back 6.5)"
+    assert [box.links[0].rate_from(end) for end in ("gpu0", "rc0")] == [26e9, 6.5e9]
+    assert simulate_flows(box, [Flow(0, 1, 26e9), Flow(1, 0, 13e9)]) == pytest.approx((1.0, 2.0))
+    wrong = file.read_text().replace(
+        "bandwidth_back: 6.5 GB/s", "bandwidth_back: 1 GB/s, duplex: half"
+    )
+    assert "two rates ('half duplex'), allowed: duplex: full" in complaint(tmp_path, wrong)
 
 
 COMPACT = """\

@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-import namespaces
 from counting_rank import graph_of
+
+from paradiff.lab import namespaces
 
 REASON = namespaces.why_not()
 pytestmark = [pytest.mark.torch, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -36,7 +37,7 @@ def test_links_carry_what_the_graph_says(tmp_path: Path) -> None:
     cases = tmp_path / "cases.json"
     cases.write_text(json.dumps(CASES))
     root = Path(__file__).parents[2]
-    with namespaces.star(4) as hosts:
+    with namespaces.hosts(namespaces.star(4)) as hosts:
         ranks = [
             namespaces.start(
                 host,
