@@ -375,7 +375,7 @@ class Forward(Handler):
             more = attend(q.joined(), key.joined(), value.joined(), mask_of(key, mask))
             found = merged(found, more)
         self._at = at
-        return found[0]
+        return found[0].to(q.image.dtype)
 
     def _heads_back(self) -> Tokens:
         """All heads of the own tokens, and of text that every rank has."""

@@ -117,7 +117,26 @@ def heads_together(pieces: Sequence[Piece]) -> Tokens:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention over one block of keys, and the log-sum-exp of its scores (b, h, n, 1)."""
+    """Attention over one block of keys, and the log-sum-exp of its scores (b, h, n, 1; float32
+    where half precision is fused).
+
+    By torch's fused kernels, which never hold the scores; on a GPU they take no float64, and no mask
+    that is broadcast, where the scores are written out.
+    """
+    fused = torch.ops.aten
+    if query.device.type == "cpu":
+        bias = None if mask is None else torch.zeros(mask.shape, dtype=query.dtype)
+        if bias is not None:
+            bias = bias.masked_fill(~mask, -torch.inf).expand(-1, -1, query.shape[2], -1)
+        out, total = fused._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=bias
+        )
+        return out, total.unsqueeze(-1)
+    if mask is None and query.dtype != torch.float64:
+        out, total, *_ = fused._scaled_dot_product_efficient_attention(
+            query, key, value, None, compute_log_sumexp=True
+        )
+        return out, total[:, :, : query.shape[2], None]
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from paradiff.cli import app
 from paradiff.executor.interpreter import run_graph
 from paradiff.executor.network import Network
+from paradiff.executor.sequence import attend
 from paradiff.trace import check_trace, read_chrome_trace
 
 pytestmark = [
@@ -66,6 +67,18 @@ def test_streams_compute_what_the_cpu_computes(name: str, spec: str) -> None:
     check_trace(graph, result.trace)
     expected = execute(name, graph).latents[0]
     assert plain.relative(result.latents[0].cpu(), expected) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_attention_of_a_block_is_that_of_the_cpu(dtype: torch.dtype) -> None:
+    """Fused where there is no mask; 70 queries are no multiple of what its sums are padded to."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 64, generator=generator) for n in (70, 90, 90))
+    mask = torch.rand(2, 1, 1, 90, generator=generator) > 0.4
+    for seen in (None, mask):
+        ours = attend(*(x.cuda().to(dtype) for x in (query, key, value)), on_gpu(seen))
+        for got, expected in zip(ours, attend(query, key, value, seen), strict=True):
+            torch.testing.assert_close(got.float().cpu(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_the_command_runs_there(tmp_path: Path) -> None:

@@ -122,13 +122,23 @@ def test_convolutions_cannot_be_spread() -> None:
         graph_of("sd21", "ulysses=2")
 
 
-def test_blocks_of_keys_merge_to_attention_over_all() -> None:
-    draw = partial(torch.randn, 2, 3, dtype=torch.float64)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_blocks_of_keys_merge_to_attention_over_all(
+    dtype: torch.dtype, error: float, masked: bool
+) -> None:
+    """Of three blocks of keys, the first of each is seen where the mask hides some."""
     generator = torch.Generator().manual_seed(0)
-    query = draw(5, 8, generator=generator)
-    keys, values = (list(draw(12, 8, generator=generator).split([3, 4, 5], dim=2)) for _ in "kv")
+    draw = partial(torch.randn, 2, 3, generator=generator, dtype=torch.float64)
+    query, key, value = (draw(n, 8).to(dtype) for n in (5, 12, 12))
+    seen = torch.rand(2, 1, 1, 12, generator=generator) > 0.4 if masked else None
     found = None
-    for key, value in zip(keys, values, strict=True):
-        found = merged(found, attend(query, key, value))
-    whole = F.scaled_dot_product_attention(query, torch.cat(keys, 2), torch.cat(values, 2))
-    torch.testing.assert_close(found[0], whole, rtol=1e-13, atol=1e-13)
+    for block in torch.arange(12).split([3, 4, 5]):
+        if seen is not None:
+            seen[..., block[0]] = True
+        mask = None if seen is None else seen[..., block]
+        found = merged(found, attend(query, key[:, :, block], value[:, :, block], mask))
+    whole = F.scaled_dot_product_attention(query, key, value, seen)
+    torch.testing.assert_close(found[0].to(dtype), whole, rtol=error, atol=error)
