@@ -7,13 +7,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
-from readme import BLOCK, README, ROWS, printed, shipped
+from readme import README, ROWS, commands, printed, shipped
 
 
-def test_the_output_at_the_top_is_real() -> None:
-    found = BLOCK.search(README.read_text(encoding="utf-8"))
-    assert found is not None
-    assert printed(found["arguments"]) == found["output"], "run: python tools/readme.py"
+def test_the_output_at_the_top_is_real(tmp_path: Path) -> None:
+    shown = next(commands(README.read_text(encoding="utf-8")))
+    assert printed(shown.command, str(tmp_path)) == shown.output, "run: python tools/readme.py"
 
 
 def test_every_shipped_name_is_listed() -> None:

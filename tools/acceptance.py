@@ -3,7 +3,8 @@
 Under torchrun, Slurm or Ray with 2, 4 or 8 ranks: tiny twins in float64, so that the result must agree
 to 1e-12 on gloo (1e-10 on a GPU) and the trace be a legal run of the graph. Rank 0 prints a line for
 each case and writes ``acceptance.json`` (versions, machines, times, errors: what to send back). The exit
-code is 1 if a case failed. ``--cases FILE`` takes a JSON list of [model, spec] instead.
+code is 1 if a case failed. The trace of each case lies beside it in ``traces``. ``--cases FILE`` takes a
+JSON list of [model, spec] instead.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from analysis.attribution import by_rank
 from paradiff.executor.distributed import run_rank
 from paradiff.executor.interpreter import Result
 from paradiff.executor.job import Job, Prepared, prepare
-from paradiff.executor.session import Place, Session
-from paradiff.trace import TraceMismatch, check_trace
+from paradiff.executor.place import Place
+from paradiff.executor.session import Session
+from paradiff.trace import TraceMismatch, check_trace, write_chrome_trace
 
 STEPS = 4
 CASES: dict[int, list[tuple[str, str]]] = {
@@ -148,8 +150,8 @@ def difference(ours: Result, theirs: Result) -> float:
     return max(float(d / torch.linalg.norm(b)) for d, b in norms)
 
 
-def one(name: str, spec: str, device: str, session: Session) -> dict[str, Any]:
-    """Run a case on all ranks; on rank 0, judge it."""
+def one(name: str, spec: str, device: str, session: Session, trace: Path) -> dict[str, Any]:
+    """Run a case on all ranks; on rank 0, judge it and write its trace."""
     prepared = case(name, spec, device)
     result = run_rank(prepared.graph, prepared.pipeline.network, prepared.request, session)
     line: dict[str, Any] = {"case": [name, spec], "latency_s": result.trace.makespan_s}
@@ -160,6 +162,7 @@ def one(name: str, spec: str, device: str, session: Session) -> dict[str, Any]:
         line["trace"] = str(error)
     line["ranks"] = [asdict(each) for each in by_rank(result.trace)]
     if session.rank == 0:
+        write_chrome_trace(result.trace, trace)
         line["replicas"] = sorted(result.latents)
         line["error"] = difference(result, prepared.in_process())
     return line
@@ -180,6 +183,7 @@ def facts(session: Session) -> dict[str, Any]:
         "python": platform.python_version(),
         "nccl": {k: v for k, v in sorted(os.environ.items()) if k.startswith("NCCL_")},
         "clock_residual_s": session.residual_s,
+        "machines": session.machines(),
     }
 
 
@@ -199,8 +203,12 @@ def main() -> None:
     session = Session.join(place, options.timeout, device, json.dumps(cases))
     limit = 1e-12 if options.device == "cpu" else 1e-10
     lines = []
-    for name, spec in cases:
-        line = one(name, spec, device, session)
+    traces = options.output_dir / "traces"
+    if place.rank == 0:
+        traces.mkdir(parents=True, exist_ok=True)
+    for number, (name, spec) in enumerate(cases):
+        trace = traces / f"{number:02d}-{name}-{spec}.trace.json.gz"
+        line = one(name, spec, device, session, trace)
         if session.rank == 0:
             line["passed"] = line["error"] < limit and line["trace"] == "legal"
             word = "ok  " if line["passed"] else "FAIL"
@@ -211,7 +219,6 @@ def main() -> None:
     summary = facts(session) | {"cases": lines}
     session.leave()
     if place.rank == 0:
-        options.output_dir.mkdir(parents=True, exist_ok=True)
         staged = options.output_dir / f".acceptance.json.{os.getpid()}"
         staged.write_text(json.dumps(summary, indent=1) + "\n")
         staged.replace(options.output_dir / "acceptance.json")

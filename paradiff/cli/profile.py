@@ -201,7 +201,8 @@ def network(
         with _needs_torch("measuring"):
             from paradiff.executor import measure, measure_network
             from paradiff.executor.faults import RunFailed
-            from paradiff.executor.session import Place, Session
+            from paradiff.executor.place import Place
+            from paradiff.executor.session import Session
         if (topology is None) != (output is None):
             raise ConfigError("--topology and --output: give both, or none")
         try:

@@ -32,7 +32,8 @@ from paradiff.cli.common import (
 if TYPE_CHECKING:
     from paradiff.executor.interpreter import Result
     from paradiff.executor.job import Job, Prepared
-    from paradiff.executor.session import Place, Session
+    from paradiff.executor.place import Place
+    from paradiff.executor.session import Session
     from paradiff.graph import Instance, ScheduleGraph
     from paradiff.planfile import PlanFile
     from paradiff.trace import Trace
@@ -128,7 +129,7 @@ def run(
             check_output_dir(output_dir)
             _launch(given, launch, timeout)
             return
-        place = _place()
+        place = None if in_process else _place()
         if place is not None:
             given.check_world(place.world_size, "WORLD_SIZE")
             _as_rank(given, place)
@@ -261,17 +262,16 @@ def _check_plan(plan: PlanFile, file: Path) -> int:
 
 
 def _place() -> Place | None:
-    if "RANK" not in os.environ:
-        return None
     from paradiff.config import ConfigError
-
-    _needs_torch()
-    from paradiff.executor.session import Place
+    from paradiff.executor.place import Place
 
     try:
-        return Place.of_environment()
+        place = Place.of_environment()
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if place is not None:
+        _needs_torch()
+    return place
 
 
 def _needs_torch() -> None:
@@ -309,7 +309,11 @@ def _in_process(given: _Given) -> None:
         _exit(INFEASIBLE, str(error))
     except RunFailed as error:
         _exit(FAILED, str(error))
-    _report(given, prepared.graph, result.trace, "all ranks in one process", prepared, result)
+    from paradiff.executor.machine import facts
+
+    graph = prepared.graph
+    machines = [facts() | {"ranks": [*range(graph.world_size)]}]
+    _report(given, graph, result.trace, "all ranks in one process", machines, prepared, result)
 
 
 def _exit(code: int, message: str) -> NoReturn:
@@ -415,8 +419,9 @@ def _finish_rank(
     given: _Given, session: Session, graph: ScheduleGraph, trace: Trace, *more: Any
 ) -> None:
     how = f"{session.world_size} processes over {session.backend}"
+    machines = [] if given.options["output_dir"] is None else session.machines()
     if session.rank == 0:
-        _report(given, graph, trace, how, *more)
+        _report(given, graph, trace, how, machines, *more)
     session.leave()
 
 
@@ -509,6 +514,7 @@ def _report(
     graph: ScheduleGraph,
     trace: Trace,
     how: str,
+    machines: list[dict[str, Any]],
     prepared: Prepared | None = None,
     result: Result | None = None,
 ) -> None:
@@ -532,6 +538,7 @@ def _report(
         "predicted_latency_s": given.plan.predicted_latency_s if given.plan else None,
         "clock_residual_s": float(meta.get("clock_residual_s", 0.0)),
         "ranks": [asdict(each) for each in by_rank(trace)],
+        "machines": machines,
         "files": [],
     }
     target = given.options["output_dir"]

@@ -22,38 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paradiff.executor.faults import OtherGraph, RanksMissing, ranks_text
+from paradiff.executor.machine import facts
+from paradiff.executor.place import Place
 
 HEARTBEAT_S = 0.25
 CLOCK_ROUNDS = 12
 Group = Any
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Which rank this process is, as torchrun (or any launcher that sets the same names) says."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    address: str
-    port: int
-    is_store_hosted: bool
-
-    @classmethod
-    def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Place | None:
-        """None where no launcher has set ``RANK``. Raises ValueError for half of the names."""
-        if "RANK" not in environment:
-            return None
-        missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in environment]
-        if missing:
-            raise ValueError(f"RANK is set, but not {', '.join(missing)}: start it with torchrun")
-        try:
-            rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-            local, port = int(environment.get("LOCAL_RANK", rank)), int(environment["MASTER_PORT"])
-        except ValueError as error:
-            raise ValueError(f"RANK, WORLD_SIZE, LOCAL_RANK, MASTER_PORT: {error}") from None
-        hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return cls(rank, world, local, environment["MASTER_ADDR"], port, hosted)
 
 
 @dataclass
@@ -166,6 +140,21 @@ class Session:
         """What every rank says, on every rank, in order."""
         buffer = torch.frombuffer(bytearray(own.encode()), dtype=torch.uint8)
         return [bytes(each.numpy()).decode() for each in self.gather(buffer)]
+
+    def machines(self) -> list[dict[str, Any]]:
+        """What each machine says of itself (``machine.facts``) and which ranks it has, on every rank.
+
+        The first rank of a machine speaks for it.
+        """
+        host = socket.gethostname()
+        said = facts() if self.place.local_rank == 0 else {"host": host}
+        found: dict[str, dict[str, Any]] = {}
+        for rank, text in enumerate(self.gather_text(json.dumps(said))):
+            own = json.loads(text)
+            known = found.setdefault(own["host"], {"host": own["host"], "ranks": []})
+            known["ranks"].append(rank)
+            known.update(own)
+        return list(found.values())
 
     # ------------------------------------------------------------------------------ groups
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from paradiff.executor.distributed import run_rank
 from paradiff.executor.network import Network
-from paradiff.executor.session import Place, Session
+from paradiff.executor.place import Place
+from paradiff.executor.session import Session
 from paradiff.models.tiny import tiny_model
 from paradiff.profiles import Profile
 

@@ -71,6 +71,8 @@ def test_a_plan_runs_on_its_twin_in_one_process_and_launched(
     graph = build(parse_spec("cfg=2"), profile, Workload(128, 128, 1, 3, 1, "fp64"))
     assert summary["fingerprint"] == graph.fingerprint()
     check_trace(graph, read_chrome_trace(tmp_path / "b" / "trace.json.gz"))
+    (machine,) = summary["machines"]
+    assert (machine["ranks"], machine["torch"]) == ([0, 1], torch.__version__)
     for rank in summary["ranks"]:
         whole = rank["compute_s"] + rank["communication_s"] + rank["waiting_s"]
         assert whole == pytest.approx(summary["latency_s"], rel=1e-9)
@@ -186,4 +188,4 @@ def test_a_launch_of_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     done = run("--model", "sd21")
     assert done.exit_code == 2
-    assert "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT" in done.stderr
+    assert "one of several ranks, but without WORLD_SIZE, MASTER_ADDR, MASTER_PORT" in done.stderr

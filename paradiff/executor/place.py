@@ -1,0 +1,75 @@
+"""Which rank this process is, as the launcher that started it says. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SLURM = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+}
+SLURM_PORTS = range(15_000, 30_000)
+"""Below the ports that Linux gives to outgoing connections."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Rank, and where rank 0 is met. ``is_store_hosted``: torchrun already keeps the store there."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+    is_store_hosted: bool
+
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Place | None:
+        """From the names that torchrun sets (as may any launcher), else from those of a Slurm step.
+
+        None where there are neither. A batch script is no step, nor is a step of one task: in both
+        ``paradiff run`` is a process of its own, although ``SLURM_PROCID`` is set. Raises ValueError for
+        half of the names.
+        """
+        if "RANK" not in environment:
+            if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+                return None
+            environment = {**_of_slurm(environment), **environment}
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in names if name not in environment]
+        if missing:
+            raise ValueError(
+                f"one of several ranks, but without {', '.join(missing)}: start it with torchrun"
+            )
+        try:
+            rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+            local, port = int(environment.get("LOCAL_RANK", rank)), int(environment["MASTER_PORT"])
+        except ValueError as error:
+            raise ValueError(f"RANK, WORLD_SIZE, LOCAL_RANK, MASTER_PORT: {error}") from None
+        hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return cls(rank, world, local, environment["MASTER_ADDR"], port, hosted)
+
+
+def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's names for a task of an srun step (srun(1), Output Environment Variables).
+
+    Rank 0 is the first task of the first node. All tasks of a step agree on a port, and the next step of
+    the job takes another.
+    """
+    job, step = (int(environment.get(f"SLURM_{n}_ID", "0")) for n in ("JOB", "STEP"))
+    own = {ours: environment[slurms] for ours, slurms in SLURM.items() if slurms in environment}
+    own["MASTER_PORT"] = str(SLURM_PORTS[(job + step) % len(SLURM_PORTS)])
+    if "SLURM_STEP_NODELIST" in environment:
+        own["MASTER_ADDR"] = first_host(environment["SLURM_STEP_NODELIST"])
+    return own
+
+
+def first_host(nodes: str) -> str:
+    """``gpu[07-09,12]-ib,login1`` -> ``gpu07-ib``: the first of a Slurm node list."""
+    found = re.match(r"(?P<before>[^\[,]*)(?:\[(?P<number>\d+)[^\]]*\](?P<after>[^,]*))?", nodes)
+    assert found is not None, "every part is optional"
+    return "".join(part or "" for part in found.groups())

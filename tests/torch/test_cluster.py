@@ -1,0 +1,133 @@
+"""tools/cluster: ranks that torchrun starts on two nodes, that Slurm starts, that Ray starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from paradiff.cli import app
+from paradiff.executor.place import Place
+from paradiff.lab import namespaces
+from paradiff.trace import read_chrome_trace
+
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "tools" / "cluster"
+ENVIRONMENT = {
+    **os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
+}  # fmt: skip
+NO_ROOT = namespaces.why_not()
+
+
+def asked(spec: str, output: Path) -> list[str]:
+    return [
+        "run", "--model", "sd21", "--strategy", spec, "--steps", "2", "--dtype", "fp64",
+        "--output-dir", str(output),
+    ]  # fmt: skip
+
+
+def check(spec: str, output: Path, tmp_path: Path) -> None:
+    """What the ranks made is what one process makes; machines and a trace of all ranks are written."""
+    done = CliRunner().invoke(app, asked(spec, tmp_path / "here"))
+    assert done.exit_code == 0, done.output
+    ours, here = (
+        load_file(p / "latents.safetensors")["latents.0"] for p in (output, tmp_path / "here")
+    )
+    assert torch.allclose(ours, here, rtol=1e-12, atol=1e-12)
+    summary = json.loads((output / "summary.json").read_text())
+    ranks = list(range(len(summary["ranks"])))
+    assert sorted(r for machine in summary["machines"] for r in machine["ranks"]) == ranks
+    assert {machine["torch"] for machine in summary["machines"]} == {torch.__version__}
+    trace = read_chrome_trace(output / "trace.json.gz")
+    assert sorted({span.rank for span in trace.spans}) == ranks
+
+
+@pytest.mark.skipif(NO_ROOT is not None, reason=str(NO_ROOT))
+def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
+    """Two hosts of two ranks: cfg between the nodes, patches inside them."""
+    with namespaces.hosts(namespaces.star(2)) as hosts:
+        nodes = [
+            namespaces.start(
+                host,
+                ["bash", str(CLUSTER / "torchrun.sh"), str(number), "2", "2",
+                 f"{hosts[0].address}:29571", *asked("cfg=2,patch=2", tmp_path / "out")],
+                {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": namespaces.INTERFACE, "NCCL_DEBUG": "INFO"},
+            )
+            for number, host in enumerate(hosts)
+        ]  # fmt: skip
+        outputs = [node.communicate(timeout=400) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs[0][1][-2000:]
+    check("cfg=2,patch=2", tmp_path / "out", tmp_path)
+    (machine,) = json.loads((tmp_path / "out" / "summary.json").read_text())["machines"]
+    assert machine["NCCL_DEBUG"] == "INFO"
+
+
+SRUN = f"""#!{sys.executable}
+import os, subprocess, sys
+assert sys.argv[1] == "--kill-on-bad-exit=1", sys.argv
+tasks = int(os.environ["SLURM_NTASKS"])
+step = {{"SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_ID": "0"}}
+ranks = [
+    subprocess.Popen(
+        sys.argv[2:], env={{**os.environ, **step, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}
+    )
+    for i in range(tasks)
+]
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+"""Starts the tasks of a step as srun does, on this machine."""
+
+
+def test_slurm(tmp_path: Path) -> None:
+    """The batch script under an srun that starts its tasks here."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    batch = {
+        "SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+        "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "127.0.0.1",
+    }  # fmt: skip
+    assert Place.of_environment(batch) is None
+    done = subprocess.run(
+        ["bash", str(CLUSTER / "paradiff.sbatch"), *asked("patch=2", tmp_path / "out")],
+        env={**ENVIRONMENT, **batch, "PATH": f"{srun.parent}:{os.environ['PATH']}"},
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    check("patch=2", tmp_path / "out", tmp_path)
+
+
+def test_ray(tmp_path: Path) -> None:
+    """Acceptance on a Ray of one node: it compares with one process and writes what to send back."""
+    pytest.importorskip("ray", reason="Ray is not installed (the [ray] extra)")
+    cases = tmp_path / "cases.json"
+    cases.write_text(json.dumps([["sd21", "patch=2"]]))
+    done = subprocess.run(
+        [sys.executable, str(CLUSTER / "ray_ranks.py"), "--address", "local", "--ranks", "2",
+         "acceptance", "--device", "cpu", "--cases", str(cases), "--output-dir", str(tmp_path / "out")],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "1 of 1 passed" in done.stdout
+    summary = json.loads((tmp_path / "out" / "acceptance.json").read_text())
+    assert [machine["ranks"] for machine in summary["machines"]] == [[0, 1]]
+    trace = read_chrome_trace(tmp_path / "out" / "traces" / "00-sd21-patch=2.trace.json.gz")
+    assert {span.rank for span in trace.spans} == {0, 1}
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "paradiff.sbatch"])
+def test_scripts_parse_and_say_how_they_are_used(script: str) -> None:
+    done = subprocess.run(
+        ["bash", str(CLUSTER / script)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, "usage: " in done.stderr) == (1, True)
