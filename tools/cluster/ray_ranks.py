@@ -1,8 +1,8 @@
 """A run on a Ray cluster: one actor a rank, packed on as few machines as hold them.
 
-``python tools/cluster/ray_ranks.py --address auto --ranks 8 --gpus-per-rank 1 run PLAN.yaml --device cuda``
-starts ``paradiff run PLAN.yaml --device cuda`` as eight ranks (``acceptance`` and its options in place of
-``run ...``: tools/acceptance.py). Needs ``pip install 'paradiff[run,ray]'`` on every machine, and this
+``python tools/cluster/ray_ranks.py --ranks 8 --gpus-per-rank 1 run PLAN.yaml --device cuda`` starts
+``paradiff run PLAN.yaml --device cuda`` as eight ranks (``acceptance`` and its options in place of ``run
+...``: tools/acceptance.py). Needs ``pip install 'paradiff[run,ray]'`` on every machine, and this
 directory at the same path there. Ranks are numbered machine by machine. Rank 0's output is printed. The
 exit code is that of the first rank that fails; the others are then ended.
 """
@@ -65,15 +65,19 @@ def run(command: list[str], ranks: int, cpus: float, gpus: float, timeout_s: flo
         for i in range(ranks)
     ]
     places = ray.get([actor.where.remote() for actor in actors])
-    order = sorted(range(ranks), key=lambda i: (places[i][0] != places[0][0], places[i][0], i))
+    machines = [machine for machine, _ in places]
+    order = sorted(range(ranks), key=lambda i: machines.index(machines[i]))
     address, port = places[order[0]]
     running: dict[Any, int] = {}
     for rank, i in enumerate(order):
+        # Where Ray shows a rank its own GPU alone, that GPU is number 0.
+        local = 0 if gpus else sum(machines[j] == machines[i] for j in order[:rank])
         facts = {
-            "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": local_rank(order, places, rank, gpus),
-            "MASTER_ADDR": address, "MASTER_PORT": str(port),
+            "RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": local, "MASTER_ADDR": address,
+            "MASTER_PORT": port,
         }  # fmt: skip
-        running[actors[i].run.remote(command, os.getcwd(), facts)] = rank
+        texts = {name: str(value) for name, value in facts.items()}
+        running[actors[i].run.remote(command, os.getcwd(), texts)] = rank
     while running:
         (done, *_), _ = ray.wait(list(running), num_returns=1)
         rank = running.pop(done)
@@ -86,12 +90,6 @@ def run(command: list[str], ranks: int, cpus: float, gpus: float, timeout_s: flo
                 ray.kill(actor)
             return int(code)
     return 0
-
-
-def local_rank(order: list[int], places: list[tuple[str, int]], rank: int, gpus: float) -> str:
-    """Number of a rank on its machine; 0 where Ray shows each rank its own GPU alone."""
-    mine = places[order[rank]][0]
-    return "0" if gpus else str(sum(places[i][0] == mine for i in order[:rank]))
 
 
 def main() -> None:
