@@ -1,7 +1,8 @@
 """Run the commands of README.md and of the pages in docs/, and put what they really print under them.
 
 ``python tools/readme.py [PAGE...]`` rewrites these pages in place, and three rows of the README's table
-of what is supported; ``tests/test_readme.py`` and ``tests/test_docs.py`` fail while they are not current.
+of what is supported; ``tests/test_readme.py`` and ``tests/test_docs.py`` fail while they are not
+current.
 
 Every page is run from an empty directory, block after block, as a reader would. What a fenced block is
 called says what is done with it:
@@ -27,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *(ROOT / "docs" / name for name in ("tutorial.md", "howto.md", "cluster.md"))]
+PAGES = [README, ROOT / "docs" / "tutorial.md"]
 """Pages whose commands are run."""
 BLOCK = re.compile(r"^```(?P<kind>console(?: measured)?|sh)\n(?P<body>.*?)^```$", re.M | re.S)
 COMMAND = re.compile(r"^\$ (?P<command>(?:.*\\\n)*.*)\n(?P<output>(?:(?!\$ ).*\n)*)", re.M)
