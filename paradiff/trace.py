@@ -17,7 +17,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +71,39 @@ class Repeat(NamedTuple):
     period_s: float
     copies: int
     steps: int
+
+
+class LinkUse(NamedTuple):
+    """What one op takes of one link (or of host memory), at a constant rate from ``begin_s`` on.
+
+    ``op``: its id in the graph.
+    """
+
+    link: str
+    op: str
+    begin_s: float
+    end_s: float
+    bytes_per_s: float
+
+
+class Counter(NamedTuple):
+    """A number over time: (seconds, value), each until the next. Of a rank, or (None) of the box."""
+
+    name: str
+    rank: int | None
+    unit: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Tracks:
+    """What is seen of a run beside its spans (``analysis.tracks``). No link is used twice by one op."""
+
+    links: Sequence[LinkUse] = ()
+    counters: Sequence[Counter] = ()
+
+
+NO_TRACKS = Tracks()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,13 +242,18 @@ def _check_span(
 # ---------------------------------------------------------------------------------------- Chrome JSON
 
 
-def write_chrome_trace(trace: Trace, path: Path) -> None:
+LINK_LANES = "links"
+"""Name of the process whose threads are the links."""
+
+
+def write_chrome_trace(trace: Trace, path: Path, tracks: Tracks = NO_TRACKS) -> None:
     """Write ``trace`` (expanded) for Perfetto and chrome://tracing; gzip if ``path`` ends in ``.gz``.
 
     A process per rank, a thread per stream, an arrow from each transfer's first rank to its others,
-    categories by op kind. Equal traces give equal bytes; a reader never sees half a file.
+    categories by op kind. Of ``tracks``: a process of the links, a thread for each (more where ops
+    share it), and counters. Equal traces give equal bytes; a reader never sees half a file.
     """
-    text = "\n".join(_chrome_lines(trace.expanded())) + "\n"
+    text = "\n".join(_chrome_lines(trace.expanded(), tracks)) + "\n"
     data = text.encode()
     if path.suffix == ".gz":
         packed = io.BytesIO()
@@ -233,7 +271,7 @@ def write_chrome_trace(trace: Trace, path: Path) -> None:
         raise
 
 
-def _chrome_lines(trace: Trace) -> Iterator[str]:
+def _chrome_lines(trace: Trace, tracks: Tracks) -> Iterator[str]:
     """One event a line, so that a trace can be read with text tools."""
     streams = sorted({(span.rank, span.stream) for span in trace.spans})
     ranks = sorted({rank for rank, _ in streams})
@@ -243,6 +281,8 @@ def _chrome_lines(trace: Trace) -> Iterator[str]:
         yield _event(ph="M", name="process_name", pid=rank, args={"name": f"rank {rank}"}) + ","
     for (rank, stream), tid in threads.items():
         yield _event(ph="M", name="thread_name", pid=rank, tid=tid, args={"name": stream}) + ","
+    box = ranks[-1] + 1 if ranks else 0
+    yield from _link_lines(tracks, box, len(threads))
     roots: dict[str, Span] = {}
     for number, span in enumerate(trace.spans):
         tid = threads[span.rank, span.stream]
@@ -272,6 +312,40 @@ def _chrome_lines(trace: Trace) -> Iterator[str]:
     yield "]}"
 
 
+def _link_lines(tracks: Tracks, box: int, tid: int) -> Iterator[str]:
+    """Links as threads of process ``box``, numbered from ``tid`` on; counters of it and of the ranks."""
+    if tracks.links or any(counter.rank is None for counter in tracks.counters):
+        yield _event(ph="M", name="process_name", pid=box, args={"name": LINK_LANES}) + ","
+    for link, lanes in _lanes(tracks.links).items():
+        for lane in lanes:
+            yield _event(ph="M", name="thread_name", pid=box, tid=tid, args={"name": link}) + ","
+            for use in lane:
+                seconds = use.end_s - use.begin_s
+                yield _event(
+                    ph="X", name=use.op, cat="link", pid=box, tid=tid, ts=use.begin_s * 1e6,
+                    dur=seconds * 1e6, args={"bytes": round(seconds * use.bytes_per_s)},
+                ) + ","  # fmt: skip
+            tid += 1
+    for counter in tracks.counters:
+        pid = box if counter.rank is None else counter.rank
+        for at, value in counter.points:
+            args = {counter.unit: value}
+            yield _event(ph="C", name=counter.name, pid=pid, ts=at * 1e6, args=args) + ","
+
+
+def _lanes(uses: Iterable[LinkUse]) -> dict[str, list[list[LinkUse]]]:
+    """Link -> as few rows as hold its uses without overlap."""
+    lanes: dict[str, list[list[LinkUse]]] = {}
+    for use in sorted(uses, key=lambda use: (use.link, use.begin_s)):
+        rows = lanes.setdefault(use.link, [])
+        free = next((row for row in rows if row[-1].end_s <= use.begin_s), None)
+        if free is None:
+            rows.append([use])
+        else:
+            free.append(use)
+    return lanes
+
+
 def _event(**fields: Any) -> str:
     return json.dumps(fields, separators=(", ", ": "))
 
@@ -289,7 +363,11 @@ def read_chrome_trace(path: Path) -> Trace:
             for event in events
             if event["name"] == "thread_name" and event["ph"] == "M"
         }
-        spans = tuple(_span(event, streams) for event in events if event["ph"] == "X")
+        spans = tuple(
+            _span(event, streams)
+            for event in events
+            if event["ph"] == "X" and event["cat"] != "link"
+        )
         makespan_s, meta = float(other["makespan_s"]), dict(other["meta"])
     except (ValueError, KeyError, TypeError, OSError, EOFError, StopIteration) as error:
         raise TraceMismatch(f"{path} is no paradiff trace: {error!r}") from error

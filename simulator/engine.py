@@ -42,9 +42,9 @@ from simpy import Environment
 from simpy.events import Event, EventPriority
 
 from paradiff.graph import Dependencies, Instance, Op, ScheduleGraph, Section, Work
-from paradiff.trace import TRANSFERS, Repeat, Span, Trace
+from paradiff.trace import TRANSFERS, LinkUse, Repeat, Span, Trace
 from simulator.collectives import BACKENDS, Backend, Lowering
-from simulator.fluid import Alarm, Bundle, Drain, Fluid, on_grid
+from simulator.fluid import Alarm, Bundle, Drain, Fluid, Stretch, on_grid
 from simulator.network import Network
 from simulator.symmetry import Asymmetric, Members, Quotient, whole
 from simulator.topology import Topology
@@ -98,11 +98,13 @@ def simulate(
     placement: Sequence[int] | None = None,
     periodic: bool = True,
     backend: str = "nccl",
+    uses: list[LinkUse] | None = None,
 ) -> Trace:
     """Run ``graph`` with rank r on device ``placement[r]`` (default: device r).
 
     ``periodic=False`` simulates every iteration; the makespan is the same. A ``Network`` may be
-    passed to share its memory between runs. Raises ValueError for an impossible placement or an
+    passed to share its memory between runs. ``uses`` is extended by what each transfer takes of each
+    link, of the iterations that are simulated. Raises ValueError for an impossible placement or an
     unknown back end, InvalidGraph where the graph reads what is not there, Asymmetric for a quotient
     that is none on this network.
     """
@@ -117,8 +119,11 @@ def simulate(
     if backend not in BACKENDS:
         raise ValueError(f"back end {backend!r}, one of {', '.join(BACKENDS)}")
     lowering = Lowering(network, devices, BACKENDS[backend])
-    engine = _Engine(schedule, lowering, costs, periodic)
-    return engine.run()
+    engine = _Engine(schedule, lowering, costs, periodic, watched=uses is not None)
+    trace = engine.run()
+    if uses is not None:
+        uses += engine.uses()
+    return trace
 
 
 @dataclass(slots=True)
@@ -288,14 +293,23 @@ class _Engine:
     """One run."""
 
     def __init__(
-        self, schedule: Quotient, lowering: Lowering, costs: Costs, periodic: bool
+        self,
+        schedule: Quotient,
+        lowering: Lowering,
+        costs: Costs,
+        periodic: bool,
+        *,
+        watched: bool = False,
     ) -> None:
         graph = self._graph = schedule.graph
         self._lowering = lowering
         self._costs = costs
         self.backend: Backend = lowering.backend
         self._env = Environment()
-        self._fluid: Fluid[_Task] = Fluid(self._env, lowering.network, self._device_done)
+        self._stretches: list[Stretch[_Task]] | None = [] if watched else None
+        self._fluid: Fluid[_Task] = Fluid(
+            self._env, lowering.network, self._device_done, self._stretches
+        )
         ranks = range(graph.world_size)
         self._clock_s = [0.0] * graph.world_size
         """Per rank: when its host is free to issue."""
@@ -345,6 +359,18 @@ class _Engine:
             "topology": self._lowering.network.topology.name,
         }
         return Trace(spans, makespan_s, tuple(self._repeats), tuple(sorted(meta.items())))
+
+    def uses(self) -> Iterator[LinkUse]:
+        """What was taken of the network, in the order in which the stretches ended."""
+        network = self._lowering.network
+        for task, begin_s, end_s, routes, rates in self._stretches or ():
+            taken: dict[int, float] = {}
+            for route, rate in zip(routes, rates, strict=True):
+                for resource, weight in network.usage(route):
+                    taken[resource] = taken.get(resource, 0.0) + weight * rate
+            name = Instance(task.plan.op, task.base).id
+            for resource, rate in taken.items():
+                yield LinkUse(network.resources[resource].name, name, begin_s, end_s, rate)
 
     def plan(self, op: Op, members: Members) -> _Plan:
         """Cost and lowering of ``op``, and of those it stands for."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, ulp
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from simpy import Environment
 from simpy.events import NORMAL, Event
@@ -91,15 +91,31 @@ class Drain(Generic[Owner]):
         self.mark_s = now
 
 
+class Stretch(NamedTuple, Generic[Owner]):
+    """From ``begin_s`` to ``end_s`` the flows of one bundle, by route, ran at these rates."""
+
+    owner: Owner
+    begin_s: float
+    end_s: float
+    routes: tuple[int, ...]
+    rates: tuple[float, ...]
+
+
 class Fluid(Generic[Owner]):
-    """All bundles under way on a network. Calls ``drained(owner)`` when one has no bytes left."""
+    """All bundles under way on a network. Calls ``drained(owner)`` when one has no bytes left, and
+    adds every stretch of constant rates to ``log``."""
 
     def __init__(
-        self, env: Environment, network: Network, drained: Callable[[Owner], None]
+        self,
+        env: Environment,
+        network: Network,
+        drained: Callable[[Owner], None],
+        log: list[Stretch[Owner]] | None = None,
     ) -> None:
         self._env = env
         self._network = network
         self._drained = drained
+        self._log = log
         self._active: dict[Drain[Owner], None] = {}
         self._numbers: dict[tuple[int, ...], int] = {}
         self._masks: dict[int, int] = {}
@@ -179,18 +195,24 @@ class Fluid(Generic[Owner]):
     def _retime(self, drain: Drain[Owner], rates: tuple[float, ...]) -> None:
         now = self._env.now
         if drain.mark_s != now:
-            drain.settle(now)
+            self._settle(drain, now)
         drain.rates = rates
         drain.token += 1
         delay_s = min([left / rate for left, rate in zip(drain.remaining, rates, strict=True)])
         Alarm(self._env, on_grid(delay_s) if delay_s > 0 else 0.0, self._some_drained, drain)
+
+    def _settle(self, drain: Drain[Owner], now: float) -> None:
+        if self._log is not None and now > drain.mark_s:
+            routes = drain.bundle.routes
+            self._log.append(Stretch(drain.owner, drain.mark_s, now, routes, drain.rates))
+        drain.settle(now)
 
     def _some_drained(self, alarm: Alarm) -> None:
         drain: Drain[Owner] = alarm.subject
         if alarm.token != drain.token:
             return
         now = self._env.now
-        drain.settle(now)
+        self._settle(drain, now)
         bundle = drain.bundle
         slack_s = 4 * max(_QUANTUM_S, ulp(now))
         live = [

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from paradiff.graph import BufferKind, Op, ScheduleGraph, Shape
+from paradiff.graph import BufferKind, Op, ScheduleGraph, Work
 from paradiff.profiles import Profile
 from paradiff.strategies.builder import DTYPE_BYTES
 from paradiff.strategies.places import PER_STEP, blocks_of, held_params
@@ -44,7 +44,7 @@ P2P_CHANNELS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMemory:
-    """Bytes of one rank in the phase where it peaks."""
+    """Bytes of one rank in one phase, at their most."""
 
     phase: Phase
     weights: float
@@ -83,7 +83,25 @@ def peak_memory(
     channels: int = 4,
     ideal: bool = False,
 ) -> tuple[RankMemory, ...]:
-    """Peak memory of every rank of ``schedule``.
+    """Peak memory of every rank of ``schedule``: ``phase_memory`` in the phase where it is largest."""
+    found = phase_memory(
+        schedule, profile, dtype, offload_text_encoders=offload_text_encoders, phases=phases,
+        channels=channels, ideal=ideal,
+    )  # fmt: skip
+    return tuple(max(each, key=lambda m: m.total) for each in found)
+
+
+def phase_memory(
+    schedule: ScheduleGraph | Quotient,
+    profile: Profile,
+    dtype: str,
+    *,
+    offload_text_encoders: bool = False,
+    phases: Sequence[Phase] = PHASES,
+    channels: int = 4,
+    ideal: bool = False,
+) -> tuple[tuple[RankMemory, ...], ...]:
+    """Memory of every rank of ``schedule`` at its most in each of ``phases``.
 
     Without offload every module a rank runs stays resident throughout, as in diffusers' plain
     pipelines. What takes turns is known from the graph's loads; ``offload_text_encoders`` says of any
@@ -97,7 +115,7 @@ def peak_memory(
     if isinstance(schedule, ScheduleGraph):
         schedule = whole(schedule)
     graph = schedule.graph
-    profile = profile.share(max((op.work.shape.p for op in _compute_ops(graph)), default=1))  # type: ignore[union-attr]
+    profile = shared(profile, graph)
     itemsize, used = DTYPE_BYTES[dtype], _usage(graph, profile)
     communicators = _communicators(schedule, channels)
     buffers = graph.peak_bytes([kind for kind in get_args(BufferKind) if kind != "weights"])
@@ -155,21 +173,31 @@ class _Use:
     live: int
 
 
+def shared(profile: Profile, graph: ScheduleGraph) -> Profile:
+    """``profile`` as one of the ranks that divide its layers in ``graph`` sees it."""
+    return profile.share(max((op.work.shape.p for op in _compute_ops(graph)), default=1))  # type: ignore[union-attr]
+
+
+def live_elements(profile: Profile, work: Work) -> int:
+    """Largest live set of activations while ``work`` runs."""
+    stage = profile.stages[work.stage]
+    bound = stage.bind(work.shape._asdict())
+    return max(
+        (s.live(bound) for lo, hi in work.ranges for s in stage.segments[lo:hi]), default=0
+    )
+
+
 def _usage(graph: ScheduleGraph, profile: Profile) -> list[dict[str, _Use]]:
     """Per rank: stage -> use. Every iteration of a section runs the same work."""
     used: list[dict[str, _Use]] = [{} for _ in range(graph.world_size)]
-    peaks: dict[tuple[str, tuple[int, int], Shape], int] = {}
+    peaks: dict[Work, int] = {}
     for op in _compute_ops(graph):
         assert op.work is not None
-        stage = profile.stages[op.work.stage]
         use = used[op.ranks[0]].setdefault(op.work.stage, _Use(set(), 0))
-        for lo, hi in op.work.ranges:
-            key = (op.work.stage, (lo, hi), op.work.shape)
-            if key not in peaks:
-                bound = stage.bind(op.work.shape._asdict())
-                peaks[key] = max((s.live(bound) for s in stage.segments[lo:hi]), default=0)
-            use.segments.update(range(lo, hi))
-            use.live = max(use.live, peaks[key])
+        if op.work not in peaks:
+            peaks[op.work] = live_elements(profile, op.work)
+        use.segments.update(*(range(lo, hi) for lo, hi in op.work.ranges))
+        use.live = max(use.live, peaks[op.work])
     return used
 
 
@@ -203,8 +231,8 @@ def _rank_memory(
     phases: Sequence[Phase],
     turns: Collection[str],
     ideal: bool,
-) -> RankMemory:
-    """The phase with the largest total."""
+) -> tuple[RankMemory, ...]:
+    """One for each phase."""
     stages = list(profile.stages)
     before = stages[: stages.index("denoiser")]
     weights, live = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0.0)
@@ -239,7 +267,13 @@ def _rank_memory(
                 phase=phase, context=fixed + slack * live[phase], low=low, high=high, **resident
             )
         )
-    return max(candidates, key=lambda m: m.total)
+    return tuple(candidates)
+
+
+def phase_of(stage: str, profile: Profile) -> Phase:
+    """When a stage runs: before the denoiser, in the loop, after it."""
+    stages = list(profile.stages)
+    return _phase(stage, stages[: stages.index("denoiser")])
 
 
 def _phase(stage: str, before: Sequence[str]) -> Phase:

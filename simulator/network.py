@@ -151,6 +151,10 @@ class Network:
             self._masks.append(sum(1 << r for r in finite))
         return known
 
+    def usage(self, route_id: int) -> Usage:
+        """What a flow on a known route takes of each resource."""
+        return self._by_id[route_id].resources
+
     def message_s(self, source: int, destination: int, nbytes: float = ROUTING_BYTES) -> float:
         """Seconds of one message between two devices on idle links."""
         route = self.route(source, destination)

@@ -1,0 +1,118 @@
+"""What a run did to links and memory over time, for a trace file.
+
+Decides what is counted. Of a simulated run, links as the engine shared them out; of a measured one,
+whose links nobody watched, what every rank sent and received while its transfers ran. Memory is the
+model's (``simulator.memory``), at the times of the run: what is resident in a phase, and the
+activations of the computation that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+
+from paradiff.graph import ScheduleGraph, traffic
+from paradiff.profiles import Profile
+from paradiff.strategies.builder import DTYPE_BYTES
+from paradiff.trace import TRANSFERS, Counter, LinkUse, Span, Trace, Tracks
+from simulator.memory import PHASES, RankMemory, live_elements, phase_of, shared
+
+Piece = tuple[float, float, float]
+"""A part of a number over time: from, until, how much."""
+
+
+def simulated(
+    uses: Sequence[LinkUse], capacity_bytes_per_s: Mapping[str, float], memory: Iterable[Counter]
+) -> Tracks:
+    """``uses`` as the engine logged them; utilisation of every link in percent of its capacity."""
+    pieces: dict[str, list[Piece]] = {}
+    for use in uses:
+        share = 100 * use.bytes_per_s / capacity_bytes_per_s[use.link]
+        pieces.setdefault(use.link, []).append((use.begin_s, use.end_s, share))
+    links = [Counter(link, None, "%", levels(pieces[link])) for link in sorted(pieces)]
+    return Tracks(joined(uses), (*links, *memory))
+
+
+def measured(graph: ScheduleGraph, trace: Trace, memory: Iterable[Counter] = ()) -> Tracks:
+    """What each rank sent and received, evenly while its transfers ran, in GB/s."""
+    moves = {
+        each.id: traffic(each.op) for each in graph.instances() if each.op.kind in TRANSFERS
+    }
+    uses = [
+        LinkUse(f"rank {span.rank} {way}", span.id, span.start_s, span.end_s, nbytes / seconds)
+        for span in trace.spans
+        if span.id in moves and (seconds := span.end_s - span.start_s) > 0
+        for way, nbytes in zip(("sends", "receives"), moves[span.id][span.rank], strict=True)
+        if nbytes
+    ]
+    pieces: dict[str, list[Piece]] = {}
+    for use in uses:
+        pieces.setdefault(use.link, []).append((use.begin_s, use.end_s, use.bytes_per_s / 1e9))
+    links = [Counter(link, None, "GB/s", levels(pieces[link])) for link in sorted(pieces)]
+    return Tracks(uses, (*links, *memory))
+
+
+def joined(uses: Iterable[LinkUse]) -> tuple[LinkUse, ...]:
+    """One use for each op and link, from its first byte to its last, at its mean rate."""
+    found: dict[tuple[str, str], tuple[float, float, float]] = {}
+    for use in uses:
+        begin, end, nbytes = found.get((use.link, use.op), (use.begin_s, use.end_s, 0.0))
+        nbytes += (use.end_s - use.begin_s) * use.bytes_per_s
+        found[use.link, use.op] = min(begin, use.begin_s), max(end, use.end_s), nbytes
+    return tuple(
+        LinkUse(link, op, begin, end, nbytes / (end - begin))
+        for (link, op), (begin, end, nbytes) in found.items()
+    )
+
+
+def levels(pieces: Iterable[Piece]) -> tuple[tuple[float, float], ...]:
+    """(seconds, sum of the pieces from then on), from 0 s on, where it changes; 0 where there is none."""
+    changes: dict[float, list[tuple[int, float]]] = {0.0: []}
+    for begin, end, value in pieces:
+        changes.setdefault(begin, []).append((1, value))
+        changes.setdefault(end, []).append((-1, value))
+    points: list[tuple[float, float]] = []
+    active, total = 0, 0.0
+    for at in sorted(changes):
+        for sign, value in changes[at]:
+            active, total = active + sign, total + sign * value
+        total = total if active else 0.0
+        if not points or points[-1][1] != total:
+            points.append((at, total))
+    return tuple(points)
+
+
+def memory_over_time(
+    graph: ScheduleGraph,
+    trace: Trace,
+    profile: Profile,
+    dtype: str,
+    memory: Sequence[Sequence[RankMemory]],
+) -> Iterator[Counter]:
+    """A counter for each rank of ``trace``, in GB; its maximum is the rank's peak.
+
+    ``memory``: of every rank in each of PHASES (``simulator.memory.phase_memory``).
+    """
+    profile, itemsize = shared(profile, graph), DTYPE_BYTES[dtype]
+    phases = {name: PHASES.index(phase_of(name, profile)) for name in profile.stages}
+    works = {op.work for section in graph.sections for op in section.ops if op.work is not None}
+    live = {work: itemsize * live_elements(profile, work) for work in works}
+    ops = {each.id: each.op for each in graph.instances() if each.op.work is not None}
+    own: dict[int, list[Span]] = {rank: [] for rank in trace.ranks()}
+    for span in trace.spans:
+        if span.id in ops:
+            own[span.rank].append(span)
+    for rank, spans in own.items():
+        begins: dict[int, float] = {}
+        pieces: list[Piece] = []
+        for span in spans:
+            work = ops[span.id].work
+            assert work is not None
+            begins.setdefault(phases[work.stage], span.start_s)
+            pieces.append((span.start_s, span.end_s, live[work] / 1e9))
+        ordered = sorted(begins)
+        starts = [0.0, *(begins[phase] for phase in ordered[1:]), trace.makespan_s]
+        for phase, (begin, end) in zip(ordered, pairwise(starts), strict=True):
+            at_most = memory[rank][phase]
+            pieces.append((begin, end, (at_most.total - at_most.activations) / 1e9))
+        yield Counter("memory", rank, "GB", levels(pieces))

@@ -1,0 +1,136 @@
+"""Links and memory over time: what the engine shares out, what a measured run shows, what files hold."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter as Tally
+from pathlib import Path
+
+import pytest
+from shipped import profile
+from unit_hardware import Graph, UnitCosts
+
+from analysis.close_up import close_up
+from analysis.tracks import joined, levels, measured, simulated
+from paradiff.graph import ScheduleGraph
+from paradiff.strategies import Workload
+from paradiff.trace import LinkUse, Trace, Tracks, read_chrome_trace, write_chrome_trace
+from simulator.engine import simulate
+from simulator.network import Network
+from simulator.planner import Request
+from simulator.topology import Topology, load_topology
+
+
+@pytest.fixture
+def graph() -> ScheduleGraph:
+    """Rank 0 sends 4 bytes to rank 1 and 2 bytes to rank 2 at once."""
+    g = Graph(3)
+    g.compute("net", 0, 1, writes=["x"])
+    g.send("long", 0, 1, 4, "x", "y")
+    g.send("short", 0, 2, 2, "x", "y")
+    return g.build()
+
+
+def run(graph: ScheduleGraph) -> tuple[Trace, list[LinkUse], dict[str, float]]:
+    network, uses = Network(Topology.uniform(3)), list[LinkUse]()
+    trace = simulate(graph, network, UnitCosts(), periodic=False, uses=uses)
+    return trace, uses, {r.name: r.capacity_bytes_per_s for r in network.resources}
+
+
+def test_two_sends_share_a_link_until_the_shorter_is_done(graph: ScheduleGraph) -> None:
+    """From 1 s both run at 1/2 B/s; 2 bytes take 4 s; of the 4 bytes 2 are left, alone at 1 B/s until
+    7 s. The link of the sender is full all the time, that of rank 1 half full until 5 s."""
+    trace, uses, capacity = run(graph)
+    assert trace.makespan_s == 7
+    tracks = simulated(uses, capacity, ())
+    found = {c.name: c.points for c in tracks.counters}
+    assert found == {
+        "gpu0->switch": ((0, 0), (1, 100), (7, 0)),
+        "switch->gpu1": ((0, 0), (1, 50), (5, 100), (7, 0)),
+        "switch->gpu2": ((0, 0), (1, 50), (5, 0)),
+    }
+    assert LinkUse("switch->gpu1", "t000/long", 1, 7, 4 / 6) in tracks.links
+    assert LinkUse("gpu0->switch", "t000/short", 1, 5, 1 / 2) in tracks.links
+
+
+def test_a_measured_run_shows_what_ranks_send_while_their_transfers_run(
+    graph: ScheduleGraph,
+) -> None:
+    """4 bytes in 6 s and 2 bytes in 4 s: rank 0 sends 2/3 + 1/2 bytes/s for 4 s."""
+    trace, _, _ = run(graph)
+    tracks = measured(graph, trace)
+    found = {c.name: c.points for c in tracks.counters}
+    assert list(found) == ["rank 0 sends", "rank 1 receives", "rank 2 receives"]
+    at, values = zip(*found["rank 0 sends"], strict=True)
+    assert at == (0, 1, 5, 7)
+    assert values == pytest.approx((0, (2 / 3 + 1 / 2) / 1e9, 2 / 3 / 1e9, 0))
+    moved = sum(u.bytes_per_s * (u.end_s - u.begin_s) for u in tracks.links)
+    assert moved == pytest.approx(2 * (4 + 2)), "each byte is sent and received"
+
+
+def test_levels_add_up_and_return_to_nothing() -> None:
+    assert levels([(1, 3, 0.1), (2, 4, 0.2), (4, 5, 0.2)]) == (
+        (0, 0), (1, 0.1), (2, pytest.approx(0.3)), (3, pytest.approx(0.2)), (5, 0),
+    )  # fmt: skip
+
+
+def test_memory_peaks_where_the_planner_says_and_links_carry_what_it_counts() -> None:
+    """Of every rank: the counter's maximum is the peak of ``RankMemory``. Of every link: the integral of
+    its utilisation is the bytes that cross it over its capacity."""
+    request = Request(
+        profile=profile("sdxl"), topology=load_topology("pcie8"),
+        workload=Workload(512, 512, 1, 6), gpus=4,
+    )  # fmt: skip
+    seen = close_up(request, "cfg=2,distrifusion=2,warmup=2", (0, 1, 2, 3))
+    peaks = {
+        c.rank: max(value for _, value in c.points)
+        for c in seen.tracks.counters
+        if c.name == "memory"
+    }
+    assert peaks == pytest.approx({r: m.total / 1e9 for r, m in enumerate(seen.memory)})
+    capacity = {r.name: r.capacity_bytes_per_s for r in Network(request.topology).resources}
+    for counter in seen.tracks.counters:
+        if counter.rank is None:
+            ends = [at for at, _ in counter.points[1:]]
+            seconds = sum(
+                value / 100 * (end - at)
+                for (at, value), end in zip(counter.points, ends, strict=False)
+            )
+            nbytes = seconds * capacity[counter.name]
+            assert nbytes == pytest.approx(seen.link_bytes[counter.name], rel=1e-6)
+    assert {c.name for c in seen.tracks.counters if c.rank is None} == set(seen.link_bytes)
+
+
+def test_the_file_has_a_thread_for_each_link_and_counters(
+    graph: ScheduleGraph, tmp_path: Path
+) -> None:
+    """Slices of one thread never overlap; a link that two ops share has two threads; the spans are read
+    back as they were."""
+    trace, uses, capacity = run(graph)
+    path = tmp_path / "trace.json"
+    write_chrome_trace(trace, path, simulated(uses, capacity, ()))
+    assert read_chrome_trace(path) == trace
+    events = json.loads(path.read_text())["traceEvents"]
+    (box,) = [e["pid"] for e in events if e["ph"] == "M" and e["args"].get("name") == "links"]
+    assert box not in trace.ranks()
+    threads = Tally(
+        e["args"]["name"] for e in events if e["name"] == "thread_name" and e["pid"] == box
+    )
+    assert threads == {"gpu0->switch": 2, "switch->gpu1": 1, "switch->gpu2": 1}
+    rows: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for e in events:
+        if e["ph"] == "X":
+            rows.setdefault((e["pid"], e["tid"]), []).append((e["ts"], e["ts"] + e["dur"]))
+    for slices in rows.values():
+        assert all(a[1] <= b[0] for a, b in zip(sorted(slices), sorted(slices)[1:], strict=False))
+    counters = [e for e in events if e["ph"] == "C"]
+    assert {(e["name"], e["pid"]) for e in counters} == {(name, box) for name in threads}
+    assert [(e["ts"], e["args"]) for e in counters if e["name"] == "switch->gpu2"] == [
+        (0, {"%": 0}), (1e6, {"%": 50}), (5e6, {"%": 0}),
+    ]  # fmt: skip
+
+
+def test_uses_of_one_op_are_joined() -> None:
+    uses = [LinkUse("a", "x", 0, 2, 3.0), LinkUse("a", "x", 4, 5, 3.0), LinkUse("b", "x", 0, 1, 1.0)]
+    assert joined(uses) == (LinkUse("a", "x", 0, 5, 9 / 5), LinkUse("b", "x", 0, 1, 1.0))
+    assert Tracks().links == ()
