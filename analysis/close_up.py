@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from analysis.tracks import memory_over_time, simulated
 from paradiff.graph import ScheduleGraph
 from paradiff.strategies import build, parse_spec
-from paradiff.trace import Trace
+from paradiff.trace import LinkUse, Trace, Tracks
 from simulator.collectives import Lowering, link_bytes
 from simulator.engine import simulate
-from simulator.memory import RankMemory
+from simulator.memory import RankMemory, peak
 from simulator.placement import Placement
 from simulator.planner import Request
+from simulator.symmetry import Asymmetric, Quotient, whole
 
 
 def fingerprint(request: Request, spec: str) -> str:
@@ -20,8 +22,13 @@ def fingerprint(request: Request, spec: str) -> str:
     return build(parse_spec(spec), request.profile, request.workload).fingerprint()
 
 
+WIDE = 16
+"""Ranks up to which every one is simulated by itself."""
+
+
 class CloseUp(NamedTuple):
-    """One spec, every rank by itself and every step written down, nothing extrapolated.
+    """One spec, every step simulated and written down, nothing extrapolated. Of more than WIDE ranks,
+    those that do the same at the same time are there once: ``representative[r]`` does what r does.
 
     ``memory``: of every rank. ``link_bytes``: resource of the network -> bytes that cross it; of a
     call with a measured time, as many as keep the resource busy that long.
@@ -29,14 +36,37 @@ class CloseUp(NamedTuple):
 
     graph: ScheduleGraph
     trace: Trace
+    representative: tuple[int, ...]
     memory: tuple[RankMemory, ...]
     link_bytes: Mapping[str, float]
+    tracks: Tracks
 
 
 def close_up(request: Request, spec: str, placement: Placement) -> CloseUp:
     """What there is to see of ``spec`` on ``placement``. Raises Infeasible."""
-    runs = request.runs()
-    graph = runs.graph(parse_spec(spec))
-    trace = simulate(graph, runs.network, runs.costs, placement=placement, periodic=False)
-    crossing = link_bytes(graph, Lowering(runs.network, placement))
-    return CloseUp(graph, trace, runs.built(spec).memory, crossing)
+    runs, uses = request.runs(), list[LinkUse]()
+    built, network = runs.built(spec), runs.network
+
+    def run(schedule: Quotient) -> Trace:
+        return simulate(
+            schedule, network, runs.costs, placement=placement, periodic=False, uses=uses
+        )
+
+    every = parse_spec(spec)
+    schedule = built.schedule if built.schedule.world_size > WIDE else whole(runs.graph(every))
+    try:
+        trace = run(schedule)
+    except Asymmetric:
+        schedule = whole(runs.graph(every))
+        trace = run(schedule)
+    phases, dtype = runs.phases(schedule), request.workload.dtype
+    memory = memory_over_time(schedule.graph, trace, request.profile, dtype, phases)
+    capacity = {r.name: r.capacity_bytes_per_s for r in network.resources}
+    return CloseUp(
+        schedule.graph,
+        trace,
+        schedule.representative,
+        tuple(map(peak, phases)),
+        link_bytes(schedule.transfers, Lowering(network, placement)),
+        simulated(uses, capacity, memory),
+    )

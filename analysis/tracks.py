@@ -15,7 +15,7 @@ from paradiff.graph import ScheduleGraph, traffic
 from paradiff.profiles import Profile
 from paradiff.strategies.builder import DTYPE_BYTES
 from paradiff.trace import TRANSFERS, Counter, LinkUse, Span, Trace, Tracks
-from simulator.memory import PHASES, RankMemory, live_elements, phase_of, shared
+from simulator.memory import PHASES, RankMemory, live_elements, phase_memory, phase_of, shared
 
 Piece = tuple[float, float, float]
 """A part of a number over time: from, until, how much."""
@@ -33,23 +33,26 @@ def simulated(
     return Tracks(joined(uses), (*links, *memory))
 
 
-def measured(graph: ScheduleGraph, trace: Trace, memory: Iterable[Counter] = ()) -> Tracks:
+def measured(graph: ScheduleGraph, trace: Trace, profile: Profile, dtype: str) -> Tracks:
     """What each rank sent and received, evenly while its transfers ran, in GB/s."""
-    moves = {
-        each.id: traffic(each.op) for each in graph.instances() if each.op.kind in TRANSFERS
-    }
-    uses = [
+    memory = memory_over_time(graph, trace, profile, dtype, phase_memory(graph, profile, dtype))
+    sent = _sent(graph, trace)
+    pieces: dict[str, list[Piece]] = {}
+    for use in sent:
+        pieces.setdefault(use.link, []).append((use.begin_s, use.end_s, use.bytes_per_s / 1e9))
+    links = [Counter(link, None, "GB/s", levels(pieces[link])) for link in sorted(pieces)]
+    return Tracks(sent, (*links, *memory))
+
+
+def _sent(graph: ScheduleGraph, trace: Trace) -> list[LinkUse]:
+    moves = {each.id: traffic(each.op) for each in graph.instances() if each.op.kind in TRANSFERS}
+    return [
         LinkUse(f"rank {span.rank} {way}", span.id, span.start_s, span.end_s, nbytes / seconds)
         for span in trace.spans
         if span.id in moves and (seconds := span.end_s - span.start_s) > 0
         for way, nbytes in zip(("sends", "receives"), moves[span.id][span.rank], strict=True)
         if nbytes
     ]
-    pieces: dict[str, list[Piece]] = {}
-    for use in uses:
-        pieces.setdefault(use.link, []).append((use.begin_s, use.end_s, use.bytes_per_s / 1e9))
-    links = [Counter(link, None, "GB/s", levels(pieces[link])) for link in sorted(pieces)]
-    return Tracks(uses, (*links, *memory))
 
 
 def joined(uses: Iterable[LinkUse]) -> tuple[LinkUse, ...]:
@@ -66,7 +69,7 @@ def joined(uses: Iterable[LinkUse]) -> tuple[LinkUse, ...]:
 
 
 def levels(pieces: Iterable[Piece]) -> tuple[tuple[float, float], ...]:
-    """(seconds, sum of the pieces from then on), from 0 s on, where it changes; 0 where there is none."""
+    """(seconds, sum of the pieces from then on) where that changes, from 0 s on."""
     changes: dict[float, list[tuple[int, float]]] = {0.0: []}
     for begin, end, value in pieces:
         changes.setdefault(begin, []).append((1, value))
@@ -115,4 +118,4 @@ def memory_over_time(
         for phase, (begin, end) in zip(ordered, pairwise(starts), strict=True):
             at_most = memory[rank][phase]
             pieces.append((begin, end, (at_most.total - at_most.activations) / 1e9))
-        yield Counter("memory", rank, "GB", levels(pieces))
+        yield Counter("modelled memory", rank, "GB", levels(pieces))

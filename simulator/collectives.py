@@ -31,8 +31,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from paradiff.graph import Op, ScheduleGraph
-from paradiff.trace import TRANSFERS
+from paradiff.graph import Op
 from simulator.network import HOST, Flow, Network, drain_times
 
 MAX_TOUR = 64
@@ -211,18 +210,16 @@ class Lowering:
         return Lowered(latency_s, scaled.flows, source)
 
 
-def link_bytes(graph: ScheduleGraph, lowering: Lowering) -> dict[str, float]:
-    """Resource name -> bytes that cross it in the whole run, weights of routes included."""
+def link_bytes(transfers: Iterable[tuple[Op, int]], lowering: Lowering) -> dict[str, float]:
+    """Resource name -> bytes that cross it where each op is done so often, weights of routes
+    included."""
     network = lowering.network
     total: dict[str, float] = {}
-    for section in graph.sections:
-        for op in section.ops:
-            if op.kind not in TRANSFERS:
-                continue
-            for flow in lowering.lower(op).flows:
-                for index, weight in network.route(flow.source, flow.destination).resources:
-                    name = network.resources[index].name
-                    total[name] = total.get(name, 0.0) + section.count * weight * flow.nbytes
+    for op, count in transfers:
+        for flow in lowering.lower(op).flows:
+            for index, weight in network.route(flow.source, flow.destination).resources:
+                name = network.resources[index].name
+                total[name] = total.get(name, 0.0) + count * weight * flow.nbytes
     return dict(sorted(total.items()))
 
 

@@ -8,7 +8,7 @@ from the graph and the profile.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -88,7 +88,12 @@ def peak_memory(
         schedule, profile, dtype, offload_text_encoders=offload_text_encoders, phases=phases,
         channels=channels, ideal=ideal,
     )  # fmt: skip
-    return tuple(max(each, key=lambda m: m.total) for each in found)
+    return tuple(peak(each) for each in found)
+
+
+def peak(phases: Iterable[RankMemory]) -> RankMemory:
+    """Of the phases of a rank the one with the largest total."""
+    return max(phases, key=lambda m: m.total)
 
 
 def phase_memory(
@@ -182,9 +187,7 @@ def live_elements(profile: Profile, work: Work) -> int:
     """Largest live set of activations while ``work`` runs."""
     stage = profile.stages[work.stage]
     bound = stage.bind(work.shape._asdict())
-    return max(
-        (s.live(bound) for lo, hi in work.ranges for s in stage.segments[lo:hi]), default=0
-    )
+    return max((s.live(bound) for lo, hi in work.ranges for s in stage.segments[lo:hi]), default=0)
 
 
 def _usage(graph: ScheduleGraph, profile: Profile) -> list[dict[str, _Use]]:

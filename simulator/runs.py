@@ -20,7 +20,7 @@ from paradiff.trace import Trace
 from simulator.costs import CostModel, Runtime, Scope, StageSeconds
 from simulator.engine import simulate
 from simulator.gpu import load_gpu
-from simulator.memory import RankMemory, peak_memory
+from simulator.memory import RankMemory, peak, phase_memory
 from simulator.network import Network
 from simulator.placement import Placement, Wire
 from simulator.symmetry import Asymmetric, Quotient, quotient, uncollected, whole
@@ -36,8 +36,13 @@ class Built:
     """One spec: its schedule, one rank of each kind, and what follows from the graph alone."""
 
     schedule: Quotient
-    memory: tuple[RankMemory, ...]
-    """Of every rank."""
+    phases: tuple[tuple[RankMemory, ...], ...]
+    """Of every rank, in each phase."""
+
+    @property
+    def memory(self) -> tuple[RankMemory, ...]:
+        """Of every rank at its peak."""
+        return tuple(peak(each) for each in self.phases)
 
     def received_bytes(self) -> float:
         """Bytes that the rank receives that receives most."""
@@ -121,14 +126,17 @@ class Runs:
             graph = self.graph(spec)
             schedule = whole(graph) if self.mixed else quotient(graph)
         schedule = schedule if replicas == 1 else schedule.copies(replicas)
-        memory = peak_memory(
+        return Built(schedule, self.phases(schedule))
+
+    def phases(self, schedule: Quotient) -> tuple[tuple[RankMemory, ...], ...]:
+        """Memory of every rank in each phase; of one that stands for others, also theirs."""
+        return phase_memory(
             schedule,
             self.profile,
             self.workload.dtype,
             channels=self.gpus[0].collective_sms.value,
             ideal=self.gpus[0].kernel_floor.value == 0,
         )
-        return Built(schedule, memory)
 
     def trace(self, text: str, placement: Placement, network: Network) -> Trace:
         """The run of a spec; rank by rank where its ranks are not alike on this placement."""

@@ -8,6 +8,7 @@ from unit_hardware import Graph, UnitCosts, run
 from paradiff.graph import ScheduleGraph, traffic
 from simulator.collectives import BACKENDS, Lowering, link_bytes
 from simulator.network import Network
+from simulator.symmetry import whole
 from simulator.topology import CollectiveTable, Link, Node, Topology
 
 EXACT = 1e-9
@@ -109,7 +110,7 @@ def test_rings_follow_the_machine_not_the_rank_order() -> None:
     )  # fmt: skip
     network = Network(topology)
     graph = one_call("all_gather", 4, 5)
-    crossing = link_bytes(graph, Lowering(network, (0, 2, 1, 3)))
+    crossing = link_bytes(whole(graph).transfers, Lowering(network, (0, 2, 1, 3)))
     assert crossing["s0->s1"] == crossing["s1->s0"] == 3 * 5
 
 

@@ -16,6 +16,7 @@ from simulator.costs import CostModel
 from simulator.engine import simulate
 from simulator.gpu import load_gpu
 from simulator.network import Network
+from simulator.symmetry import whole
 from simulator.tailored import tailored_specs
 from simulator.topology import Link, Node, Topology, load_topology
 
@@ -59,7 +60,7 @@ def test_bytes_by_level(spec: str) -> None:
     graph = graph_of(spec)
     ops = tuple(op for s in graph.sections for op in s.ops if op.call == "all_to_all")
     exchanges = replace(graph, sections=(Section("exchanges", 0, 1, 1, ops),))
-    found = link_bytes(exchanges, Lowering(Network(box), range(4)))
+    found = link_bytes(whole(exchanges).transfers, Lowering(Network(box), range(4)))
     assert found["switch0->spine"] == exactly(4 * BLOCKS * 2 * size / 2)
     leaves = 3 / 4 if spec == "ulysses=4" else 1 / 2 + 1 / 2
     assert found["gpu0->switch0"] == exactly(4 * BLOCKS * leaves * size)

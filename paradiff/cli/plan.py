@@ -277,6 +277,6 @@ def _stage_results(
         target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     looked_at = [plan.ranked[0], *(c for c in plan.ranked[1:2] if (c.n_gpus or 0) <= CLOSE_GPUS)]
     seen = [close_up(request, c.spec, c.placement or ()) for c in looked_at]
-    write_chrome_trace(seen[0].trace, staging / "trace.json.gz")
+    write_chrome_trace(seen[0].trace, staging / "trace.json.gz", seen[0].tracks)
     report = page(request, plan, seen, sys.argv[1:])
     (staging / "report.html").write_text(report, encoding="utf-8")

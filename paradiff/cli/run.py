@@ -520,6 +520,7 @@ def _report(
 ) -> None:
     """What is printed and written of a run that has ended well."""
     from analysis.attribution import attribute, by_rank
+    from analysis.tracks import measured
     from paradiff.trace import write_chrome_trace
 
     broken = attribute(trace)
@@ -544,7 +545,10 @@ def _report(
     target = given.options["output_dir"]
     if target is not None:
         with staged(target) as folder:
-            write_chrome_trace(trace, folder / "trace.json.gz")
+            network = None if prepared is None else prepared.pipeline.network
+            profile = network.profile if network else load_model(str(given.model))
+            tracks = measured(graph, trace, profile, meta["dtype"])
+            write_chrome_trace(trace, folder / "trace.json.gz", tracks)
             if prepared is not None and result is not None:
                 prepared.save(result, folder)
             names = sorted({*(path.name for path in folder.iterdir()), "summary.json"})
