@@ -242,8 +242,8 @@ def _check_span(
 # ---------------------------------------------------------------------------------------- Chrome JSON
 
 
-LINK_LANES = "links"
-"""Name of the process whose threads are the links."""
+LINKS, LINK = "links", "link"
+"""Name of the process whose threads are the links, category of its slices."""
 
 
 def write_chrome_trace(trace: Trace, path: Path, tracks: Tracks = NO_TRACKS) -> None:
@@ -257,7 +257,7 @@ def write_chrome_trace(trace: Trace, path: Path, tracks: Tracks = NO_TRACKS) -> 
     data = text.encode()
     if path.suffix == ".gz":
         packed = io.BytesIO()
-        with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
+        with gzip.GzipFile("", "wb", compresslevel=6, fileobj=packed, mtime=0) as file:
             file.write(data)
         data = packed.getvalue()
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -313,24 +313,30 @@ def _chrome_lines(trace: Trace, tracks: Tracks) -> Iterator[str]:
 
 
 def _link_lines(tracks: Tracks, box: int, tid: int) -> Iterator[str]:
-    """Links as threads of process ``box``, numbered from ``tid`` on; counters of it and of the ranks."""
+    """Links as threads of process ``box``, numbered from ``tid`` on; counters of it and of the ranks.
+
+    Microseconds with three digits: a file of some ten thousand ops has some hundred thousand of these.
+    """
     if tracks.links or any(counter.rank is None for counter in tracks.counters):
-        yield _event(ph="M", name="process_name", pid=box, args={"name": LINK_LANES}) + ","
+        yield _event(ph="M", name="process_name", pid=box, args={"name": LINKS}) + ","
     for link, lanes in _lanes(tracks.links).items():
         for lane in lanes:
             yield _event(ph="M", name="thread_name", pid=box, tid=tid, args={"name": link}) + ","
             for use in lane:
-                seconds = use.end_s - use.begin_s
-                yield _event(
-                    ph="X", name=use.op, cat="link", pid=box, tid=tid, ts=use.begin_s * 1e6,
-                    dur=seconds * 1e6, args={"bytes": round(seconds * use.bytes_per_s)},
-                ) + ","  # fmt: skip
+                begin, end = round(use.begin_s * 1e6, 3), round(use.end_s * 1e6, 3)
+                nbytes = round((use.end_s - use.begin_s) * use.bytes_per_s)
+                yield (
+                    f'{{"ph": "X", "name": {json.dumps(use.op)}, "cat": "{LINK}", "pid": {box}, '
+                    f'"tid": {tid}, "ts": {begin}, "dur": {end - begin:.3f}, '
+                    f'"args": {{"bytes": {nbytes}}}}},'
+                )
             tid += 1
     for counter in tracks.counters:
         pid = box if counter.rank is None else counter.rank
+        head = f'{{"ph": "C", "name": {json.dumps(counter.name)}, "pid": {pid}, "ts": '
+        unit = json.dumps(counter.unit)
         for at, value in counter.points:
-            args = {counter.unit: value}
-            yield _event(ph="C", name=counter.name, pid=pid, ts=at * 1e6, args=args) + ","
+            yield f'{head}{round(at * 1e6, 3)}, "args": {{{unit}: {value:.6g}}}}},'
 
 
 def _lanes(uses: Iterable[LinkUse]) -> dict[str, list[list[LinkUse]]]:
@@ -364,9 +370,7 @@ def read_chrome_trace(path: Path) -> Trace:
             if event["name"] == "thread_name" and event["ph"] == "M"
         }
         spans = tuple(
-            _span(event, streams)
-            for event in events
-            if event["ph"] == "X" and event["cat"] != "link"
+            _span(event, streams) for event in events if event["ph"] == "X" and event["cat"] != LINK
         )
         makespan_s, meta = float(other["makespan_s"]), dict(other["meta"])
     except (ValueError, KeyError, TypeError, OSError, EOFError, StopIteration) as error:
