@@ -8,7 +8,7 @@ from typing import NamedTuple
 from analysis.tracks import memory_over_time, simulated
 from paradiff.graph import ScheduleGraph
 from paradiff.strategies import build, parse_spec
-from paradiff.trace import LinkUse, Trace, Tracks
+from paradiff.trace import NO_TRACKS, LinkUse, Trace, Tracks
 from simulator.collectives import Lowering, link_bytes
 from simulator.engine import simulate
 from simulator.memory import RankMemory, peak
@@ -31,7 +31,8 @@ class CloseUp(NamedTuple):
     those that do the same at the same time are there once: ``representative[r]`` does what r does.
 
     ``memory``: of every rank. ``link_bytes``: resource of the network -> bytes that cross it; of a
-    call with a measured time, as many as keep the resource busy that long.
+    call with a measured time, as many as keep the resource busy that long. ``tracks``: of a run that
+    was watched.
     """
 
     graph: ScheduleGraph
@@ -42,31 +43,36 @@ class CloseUp(NamedTuple):
     tracks: Tracks
 
 
-def close_up(request: Request, spec: str, placement: Placement) -> CloseUp:
+def close_up(
+    request: Request, spec: str, placement: Placement, *, watched: bool = False
+) -> CloseUp:
     """What there is to see of ``spec`` on ``placement``. Raises Infeasible."""
-    runs, uses = request.runs(), list[LinkUse]()
-    built, network = runs.built(spec), runs.network
+    runs, parsed = request.runs(), parse_spec(spec)
+    network, uses = runs.network, list[LinkUse]() if watched else None
 
     def run(schedule: Quotient) -> Trace:
         return simulate(
             schedule, network, runs.costs, placement=placement, periodic=False, uses=uses
         )
 
-    every = parse_spec(spec)
-    schedule = built.schedule if built.schedule.world_size > WIDE else whole(runs.graph(every))
+    wide = parsed.n_gpus > WIDE
+    schedule = runs.built(spec).schedule if wide else whole(runs.graph(parsed))
     try:
         trace = run(schedule)
     except Asymmetric:
-        schedule = whole(runs.graph(every))
+        schedule = whole(runs.graph(parsed))
         trace = run(schedule)
-    phases, dtype = runs.phases(schedule), request.workload.dtype
-    memory = memory_over_time(schedule.graph, trace, request.profile, dtype, phases)
-    capacity = {r.name: r.capacity_bytes_per_s for r in network.resources}
+    phases, tracks = runs.phases(schedule), NO_TRACKS
+    if uses is not None:
+        capacity = {r.name: r.capacity_bytes_per_s for r in network.resources}
+        dtype = request.workload.dtype
+        memory = memory_over_time(schedule.graph, trace, request.profile, dtype, phases)
+        tracks = simulated(uses, capacity, memory)
     return CloseUp(
         schedule.graph,
         trace,
         schedule.representative,
         tuple(map(peak, phases)),
         link_bytes(schedule.transfers, Lowering(network, placement)),
-        simulated(uses, capacity, memory),
+        tracks,
     )

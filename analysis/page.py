@@ -23,6 +23,10 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colours, which colour-blind readers can tell apart; dashes and symbols differ too."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x")
+NEUTRAL = "#8a8a8a"
+COLOURS = (*PALETTE, NEUTRAL)
+PATTERNS = ("", "/", "\\", "x", "-", ".", "|")
+"""Of bars, beside their colours."""
 
 
 class Chart(NamedTuple):
@@ -79,6 +83,27 @@ def line(name: str, x: Sequence[float], y: Sequence[float], k: int, **more: Any)
     } | more
 
 
+def bars(name: str, y: Sequence[Any], x: Sequence[float], k: int, **more: Any) -> Figure:
+    """Horizontal bars of one part."""
+    marker = {
+        "color": COLOURS[k % len(COLOURS)],
+        "pattern": {
+            "shape": PATTERNS[k % len(PATTERNS)], "fillmode": "overlay", "fgcolor": "#ffffff",
+            "fgopacity": 0.5, "size": 6,
+        },
+    }  # fmt: skip
+    shape = {"type": "bar", "orientation": "h", "name": name, "y": list(y), "x": list(x)}
+    return shape | {"marker": marker, "hovertemplate": "%{y}: " + name + " %{x:.3g}"} | more
+
+
+def above() -> Figure:
+    """A legend at the top of a high chart, where its end is far away."""
+    return {
+        "orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "xanchor": "left",
+        "traceorder": "normal",
+    }  # fmt: skip
+
+
 def rule(axis: str, at: float, text: str) -> Figure:
     """A thin line across the plot, its name at the top or at the left."""
     other = "y" if axis == "x" else "x"
@@ -95,7 +120,11 @@ def rule(axis: str, at: float, text: str) -> Figure:
 
 
 def figure(traces: Sequence[Figure], x: Figure, y: Figure, rules: Sequence[Figure] = ()) -> Figure:
-    """``rules`` on a logarithmic axis are placed at the logarithm, as plotly wants annotations."""
+    """``rules`` on a logarithmic axis are placed at the logarithm, as plotly wants annotations; its
+    ticks are ``ticks`` where it has none."""
+    for name, scale in (("x", x), ("y", y)):
+        if scale.get("type") == "log" and "tickvals" not in scale:
+            scale |= ticks([value for trace in traces for value in trace[name]])
     for each in rules:
         note = each["annotation"]
         for name, scale in (("x", x), ("y", y)):
@@ -110,6 +139,16 @@ def figure(traces: Sequence[Figure], x: Figure, y: Figure, rules: Sequence[Figur
             "annotations": [each["annotation"] for each in rules],
         },
     }
+
+
+def ticks(values: Iterable[float]) -> Figure:
+    """Of a logarithmic axis: 1, 2 and 5 times the powers of ten around ``values``; over more than three
+    decades the powers alone."""
+    powers = [math.log10(value) for value in values if value > 0] or [0.0]
+    low, high = math.floor(min(powers)), math.ceil(max(powers))
+    digits = (1, 2, 5) if high - low <= 3 else (1,)
+    places = [digit * 10.0**power for power in range(low, high + 1) for digit in digits]
+    return {"tickvals": places, "ticktext": [f"{place:g}" for place in places]}
 
 
 def axis(text: str) -> Figure:

@@ -9,15 +9,30 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
 from analysis import text as words
+from analysis import what_if_charts as what_if
 from analysis.close_up import CloseUp
-from analysis.page import PALETTE, SYMBOLS, Chart, Figure, axis, figure, plain, render
+from analysis.page import (
+    COLOURS,
+    NEUTRAL,
+    PALETTE,
+    SYMBOLS,
+    Chart,
+    Figure,
+    above,
+    axis,
+    bars,
+    figure,
+    plain,
+    render,
+)
 from analysis.topology_picture import path_of, positions
+from analysis.what_if import Outlook
 from paradiff.graph import Instance, OpKind, ScheduleGraph
 from paradiff.trace import Span, Trace
 from simulator.gpu import Figure as GpuFigure
@@ -26,10 +41,6 @@ from simulator.network import Network
 from simulator.planner import Candidate, Plan, Request
 from simulator.topology import Link, Topology
 
-NEUTRAL = "#8a8a8a"
-COLOURS = (*PALETTE, NEUTRAL)
-PATTERNS = ("", "/", "\\", "x", "-", ".", "|")
-"""Of bars, beside their colours."""
 KINDS: tuple[OpKind, ...] = ("compute", "collective", "permute", "p2p", "host")
 PARTS: Mapping[str, str] = {
     "compute_s": "compute",
@@ -54,14 +65,21 @@ NAMED = 16
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
-def page(request: Request, plan: Plan, seen: Sequence[CloseUp], arguments: Sequence[str]) -> str:
+def page(
+    request: Request,
+    plan: Plan,
+    seen: Sequence[CloseUp],
+    outlook: Outlook,
+    arguments: Sequence[str],
+) -> str:
     """The report. ``seen``: the first of the plan, and its runner-up where there is one.
     ``arguments``: of the command that made it."""
     first, *more = words.recommendation(plan).splitlines()
+    more.append(what_if.advice(outlook.effects, plan.objective))
     options = arguments[1:] if arguments[:1] == ["plan"] else arguments
     return render(
         "plan.html.j2",
-        _charts(request, plan, seen),
+        _charts(request, plan, seen, outlook),
         title=words.title(plan),
         baseline=words.baseline_line(plan),
         sentences=[first, *more],
@@ -81,7 +99,9 @@ def page(request: Request, plan: Plan, seen: Sequence[CloseUp], arguments: Seque
     )
 
 
-def _charts(request: Request, plan: Plan, seen: Sequence[CloseUp]) -> Iterator[Chart]:
+def _charts(
+    request: Request, plan: Plan, seen: Sequence[CloseUp], outlook: Outlook
+) -> Iterator[Chart]:
     first, best = plan.ranked[0], seen[0]
     ticks = {"yaxis": _ranks_axis(plan.ranked, [str(n + 1) for n in range(len(plan.ranked))])}
     yield Chart(
@@ -96,11 +116,18 @@ def _charts(request: Request, plan: Plan, seen: Sequence[CloseUp]) -> Iterator[C
     )
     yield Chart(
         "pareto",
-        "Latency, memory and staleness",
+        "Latency against memory",
         "Left and low is better; the mark says how old the values are that are read. What is on the "
-        "front of all three is filled.",
-        _pareto(plan),
+        "front of latency, memory and staleness is filled.",
+        _front(plan, "memory of the fullest GPU, GB", lambda c: (c.peak_memory_bytes or 0) / 1e9),
     )
+    yield Chart(
+        "staleness",
+        "Latency against staleness",
+        "Left and low is better; 0: what is read is of the same step. Filled as above.",
+        _front(plan, "staleness, denoising steps", lambda c: c.max_staleness_steps or 0),
+    )
+    yield from what_if.charts(plan, outlook)
     yield Chart(
         "memory",
         "Memory per GPU",
@@ -128,19 +155,6 @@ def _charts(request: Request, plan: Plan, seen: Sequence[CloseUp]) -> Iterator[C
 # ------------------------------------------------------------------------------------------ candidates
 
 
-def _bars(name: str, y: Sequence[Any], x: Sequence[float], k: int, **more: Any) -> Figure:
-    """Horizontal bars of one part."""
-    marker = {
-        "color": COLOURS[k % len(COLOURS)],
-        "pattern": {
-            "shape": PATTERNS[k % len(PATTERNS)], "fillmode": "overlay", "fgcolor": "#ffffff",
-            "fgopacity": 0.5, "size": 6,
-        },
-    }  # fmt: skip
-    shape = {"type": "bar", "orientation": "h", "name": name, "y": list(y), "x": list(x)}
-    return shape | {"marker": marker, "hovertemplate": "%{y}: " + name + " %{x:.3g}"} | more
-
-
 def _ranks_axis(ranked: Sequence[Candidate], names: Sequence[str]) -> Figure:
     """One place for each candidate, the best at the top."""
     places = list(range(len(ranked)))
@@ -161,7 +175,7 @@ def _time(ranked: Sequence[Candidate]) -> Figure:
     }
     order = ("compute", *PARTS.values(), "text encoders", "VAE")
     traces = [
-        _bars(
+        bars(
             label, places, staged[label], k,
             text=named, textposition="none", hovertemplate="%{text}: " + label + " %{x:.3g} s",
         )
@@ -181,34 +195,27 @@ def _time(ranked: Sequence[Candidate]) -> Figure:
         }
     )  # fmt: skip
     drawn = figure(traces, axis("seconds"), _ranks_axis(ranked, [c.spec for c in ranked]))
-    drawn["layout"] |= {"barmode": "stack", "legend": _above()}
+    drawn["layout"] |= {"barmode": "stack", "legend": above()}
     return drawn
 
 
-def _above() -> Figure:
-    """A legend at the top of a high chart, where its end is far away."""
-    return {
-        "orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "xanchor": "left",
-        "traceorder": "normal",
-    }  # fmt: skip
-
-
-def _pareto(plan: Plan) -> Figure:
+def _front(plan: Plan, label: str, value: Callable[[Candidate], float]) -> Figure:
+    """Latency against ``value``."""
     traces = []
-    for k, label in enumerate(sorted({words.output_of(c) for c in plan.ranked})):
-        group = [(n, c) for n, c in enumerate(plan.ranked, 1) if words.output_of(c) == label]
+    for k, output in enumerate(sorted({words.output_of(c) for c in plan.ranked})):
+        group = [(n, c) for n, c in enumerate(plan.ranked, 1) if words.output_of(c) == output]
         symbols = [SYMBOLS[k % len(SYMBOLS)] + ("" if c.pareto else "-open") for _, c in group]
         traces.append(
             {
-                "type": "scatter", "mode": "markers", "name": label,
+                "type": "scatter", "mode": "markers", "name": output,
                 "x": [c.latency_s for _, c in group],
-                "y": [(c.peak_memory_bytes or 0) / 1e9 for _, c in group],
+                "y": [value(c) for _, c in group],
                 "text": [plain(f"{n} {c.spec}") for n, c in group],
                 "marker": {"color": PALETTE[k % len(PALETTE)], "symbol": symbols, "size": 11},
-                "hovertemplate": "%{text}: %{x:.3g} s, %{y:.3g} GB, " + label + "<extra></extra>",
+                "hovertemplate": "%{text}: %{x:.3g} s, %{y:.3g}, " + output + "<extra></extra>",
             }
         )  # fmt: skip
-    return figure(traces, axis("latency, s"), axis("memory of the fullest GPU, GB"))
+    return figure(traces, axis("latency, s"), axis(label))
 
 
 def _memory(best: CloseUp, first: Candidate, capacity_bytes: int) -> Figure:
@@ -216,13 +223,13 @@ def _memory(best: CloseUp, first: Candidate, capacity_bytes: int) -> Figure:
     ranks = [f"rank {r}, GPU {gpu}" for r, gpu in enumerate(gpus)]
     parts = {name: [m.parts()[name] / 1e9 for m in best.memory] for name in best.memory[0].parts()}
     traces = [
-        _bars(name.replace("_", " "), ranks, values, k)
+        bars(name.replace("_", " ").replace("vae", "VAE"), ranks, values, k)
         for k, (name, values) in enumerate(parts.items())
         if any(values)
     ]
     x = axis("GB") | {"range": [0, 1.02 * capacity_bytes / 1e9]}
     drawn = figure(traces, x, {"autorange": "reversed", "type": "category"})
-    drawn["layout"] |= {"barmode": "stack", "legend": _above()}
+    drawn["layout"] |= {"barmode": "stack", "legend": above()}
     return drawn
 
 
@@ -234,14 +241,25 @@ def _timelines(place: str, candidate: Candidate, seen: CloseUp) -> Iterator[Char
     for name, heading, steps in _windows(seen.trace, candidate.synchronous_steps or 0):
         spans, complete = _within(seen.trace, steps)
         limit = "" if complete else f" Only the first {len(spans)} spans are drawn."
+        alike = _alike(seen.representative)
         yield Chart(
             place + name,
             f"Timeline{' of the runner-up' * bool(place)}: {heading}",
             f"{candidate.spec}, steps {steps[0]} to {steps[-1]}, a row for each rank and stream. Drag "
-            f"to zoom in, double-click to zoom out.{limit}",
+            f"to zoom in, double-click to zoom out.{limit}{alike}",
             _timeline(seen.graph, spans),
             height_rem=9 + 1.4 * len(_lanes(spans)),
         )
+
+
+def _alike(representative: Sequence[int]) -> str:
+    """Which ranks are drawn once, for all that do the same at the same time."""
+    drawn = dict(Counter(representative))
+    if len(drawn) == len(representative):
+        return ""
+    told = ", ".join(f"rank {rank} is {count} of them" for rank, count in drawn.items())
+    number = len(representative)
+    return f" Ranks that do the same at the same time are drawn once: of all {number}, {told}."
 
 
 def _windows(trace: Trace, synchronous: int) -> Iterator[tuple[str, str, range]]:
@@ -277,18 +295,18 @@ def _timeline(graph: ScheduleGraph, spans: Sequence[Span]) -> Figure:
             lanes = [plain(f"rank {s.rank} {s.stream}") for s in group]
             widths = [1e3 * (s.end_s - s.start_s) for s in group]
             notes = [_about(s, instances[s.id]) for s in group]
-            bars = _bars(
+            drawn = bars(
                 kind, lanes, widths, k, base=[1e3 * s.start_s for s in group], text=notes,
                 textposition="none", hovertemplate="%{text}<extra></extra>",
             )  # fmt: skip
-            bars["marker"] = {"color": COLOURS[k], "line": {"width": 0}}
-            traces.append(bars)
+            drawn["marker"] = {"color": COLOURS[k], "line": {"width": 0}}
+            traces.append(drawn)
     rows = [plain(f"rank {rank} {stream}") for rank, stream in _lanes(spans)]
     y = {"type": "category", "categoryorder": "array", "categoryarray": rows[::-1]}
     begin, end = min(s.start_s for s in spans), max(s.end_s for s in spans)
     x = axis("ms of the request") | {"range": [1e3 * begin, 1e3 * end]}
     drawn = figure(traces, x, y)
-    drawn["layout"] |= {"barmode": "overlay", "bargap": 0.15, "legend": _above()}
+    drawn["layout"] |= {"barmode": "overlay", "bargap": 0.15, "legend": above()}
     return drawn
 
 
@@ -338,7 +356,7 @@ def _topology(box: Topology, used: Mapping[str, float], placement: Sequence[int]
     traces += [_vertices(box, place, placement)]
     hidden = {"visible": False}
     drawn = figure(traces, hidden, hidden)
-    drawn["layout"]["legend"] = _above() | {"y": 1.05}
+    drawn["layout"]["legend"] = above() | {"y": 1.05}
     return drawn
 
 

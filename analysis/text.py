@@ -51,7 +51,7 @@ def output_of(candidate: Candidate) -> str:
     steps = candidate.max_staleness_steps
     if not steps:
         return "approximate"
-    return f"stale {_count(steps, 'step')}"
+    return f"stale {count_of(steps, 'step')}"
 
 
 def table(plan: Plan, top: int) -> tuple[list[str], list[list[str]]]:
@@ -152,7 +152,7 @@ def recommendation(plan: Plan) -> str:
         split = f" ({seconds(s.denoise_s)} denoising, {seconds(serial)} text encoders and VAE)"
     return "\n".join(
         [
-            f"Run {best.spec} on {_count(best.n_gpus or 0, 'GPU')}: "
+            f"Run {best.spec} on {count_of(best.n_gpus or 0, 'GPU')}: "
             f"{seconds(best.latency_s)}, 90 % between {seconds(best.latency_low_s)} and "
             f"{seconds(best.latency_high_s)}{faster}{split}.",
             f"Placement: {placement_of(best)}.",
@@ -169,7 +169,7 @@ def bounded_line(plan: Plan, top: int) -> str:
     """How many were left out because of their bounds, and how near the nearest could come."""
     nearest = min(plan.bounded, key=lambda c: c.bound_s or 0.0)
     return (
-        f"{_count(len(plan.bounded), 'candidate')} not simulated: behind the {top} best whatever the "
+        f"{count_of(len(plan.bounded), 'candidate')} not simulated: behind the {top} best whatever the "
         f"links do ({nearest.spec} takes at least {seconds(nearest.bound_s)}; --exhaustive)."
     )
 
@@ -187,8 +187,8 @@ def _output_sentence(plan: Plan) -> str:
     if best.exact:
         return "the same picture as one GPU, up to rounding."
     steps = best.max_staleness_steps or 0
-    fresh = _count(best.synchronous_steps or 0, "synchronous step")
-    changes = [f"values up to {_count(steps, 'step')} old are read after {fresh}"] * (steps > 0)
+    fresh = count_of(best.synchronous_steps or 0, "synchronous step")
+    changes = [f"values up to {count_of(steps, 'step')} old are read after {fresh}"] * (steps > 0)
     changes += ["weights are stored in 8 bits"] * ("fp8" in best.spec)
     changes += ["the picture is decoded in tiles"] * ("vae=tiled" in best.spec)
     what = " and ".join(changes) or "nothing is exchanged"
@@ -202,8 +202,15 @@ def _output_sentence(plan: Plan) -> str:
     )
 
 
-def _count(number: int, noun: str) -> str:
+def count_of(number: int, noun: str) -> str:
+    """``1 GPU``, ``2 GPUs``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(texts: Sequence[str]) -> str:
+    """``a, b and c``."""
+    *others, last = texts
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def rejected(candidates: Sequence[Candidate], limit: int = 6) -> Iterator[str]:

@@ -216,7 +216,8 @@ class CostModel:
     """Prices of one model's work on the devices of a box. Immutable; prices are cached.
 
     ``gpus[d]`` is the GPU of device d. ``device_scale`` and ``host_scale`` multiply the denoising
-    loop's device and host time; ``calibrated`` sets them.
+    loop's device and host time; ``calibrated`` sets them. ``speed``: what if every kernel took so many
+    times less; what launches cost the host stays.
     """
 
     profile: Profile
@@ -227,6 +228,7 @@ class CostModel:
     device_scale: float = 1.0
     host_scale: float = 1.0
     is_calibrated: bool = False
+    speed: float = 1.0
     _pricers: dict[str, _Pricer] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -247,7 +249,7 @@ class CostModel:
         gpu = self.gpus[device]
         total = self._pricers[gpu.name].price(work)
         in_loop = work.stage in ("denoiser", "scheduler", "guidance")
-        scale = self.device_scale if in_loop else 1.0
+        scale = (self.device_scale if in_loop else 1.0) / self.speed
         per_launch = gpu.launch.of(self.runtime).value * (self.host_scale if in_loop else 1.0)
         low, high = total.low_s * scale, total.high_s * scale
         if self.is_calibrated and in_loop:

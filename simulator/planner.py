@@ -19,7 +19,7 @@ Intervals: ``analysis.intervals``. Reasons: ``analysis.reasons``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -46,6 +46,12 @@ from simulator.tailored import tailored_specs
 from simulator.topology import Topology
 
 Objective = Literal["latency", "throughput", "cost"]
+UNITS: Mapping[Objective, str] = {
+    "latency": "s",
+    "throughput": "s per request",
+    "cost": "GPU s per request",
+}
+"""Of what candidates are ranked by, the least first."""
 SCHEMA = "paradiff.plan/1"
 TRIES = 6
 """Placements simulated besides the first; one where the ranks are more than MAX_GPUS, as simulating
@@ -137,6 +143,13 @@ class Candidate:
     pareto: bool | None = None
     bound_s: float | None = None
     topology_only_latency_s: float | None = None
+
+    def weight(self, objective: Objective) -> float:
+        """What a second of latency counts in ``objective``, in UNITS."""
+        at_once = (self.throughput_per_s or 1.0) * (self.latency_s or 1.0)
+        return {"latency": 1.0, "throughput": 1 / at_once, "cost": (self.n_gpus or 1) / at_once}[
+            objective
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """The keys of the contract; ``topology_only_latency_s`` only where there is one."""
@@ -337,7 +350,10 @@ class _Planner:
         self.choices[text] = fitting
         run = self.found[text] = self.runs.run(text, fitting[0])
         timed = self._timed(base, spec, run)
-        value, merit = self._weight(timed) * run.latency_s, _merit(timed, run.latency_s)
+        value, merit = (
+            timed.weight(self.request.goal.objective) * run.latency_s,
+            _merit(timed, run.latency_s),
+        )
         self.incumbents.add(value, merit, exact=known.exact)
         if self._least(timed, run) < self.incumbents.first:
             self.runs.kept[text] = built
@@ -352,10 +368,13 @@ class _Planner:
         gpus = base.n_gpus or 1
         return {"latency": bound_s, "throughput": each_s, "cost": gpus * each_s}[objective]
 
+    def _counts(self, c: Candidate) -> float:
+        return c.weight(self.request.goal.objective)
+
     def _least(self, c: Candidate, run: Run) -> float:
         """What ``c`` would count in the objective without waiting and exposed communication."""
         waits_s = run.breakdown.communication_s + run.breakdown.bubble_s
-        return self._weight(c) * (run.latency_s - waits_s)
+        return self._counts(c) * (run.latency_s - waits_s)
 
     def _fits(self, text: str) -> bool:
         try:
@@ -441,7 +460,7 @@ class _Planner:
         """The candidates, those that could become the first on their best placement."""
         found = {c.spec: c for c in candidates}
         times = {
-            c.spec: self._weight(c) * c.latency_s for c in candidates if c.latency_s is not None
+            c.spec: self._counts(c) * c.latency_s for c in candidates if c.latency_s is not None
         }
         for text in sorted(times, key=lambda text: times[text]):
             run = self.found[text]
@@ -532,9 +551,8 @@ class _Planner:
             return "nothing can run"
         if len(ranked) == 1:
             return f"{ranked[0].spec} is the only one left"
-        unit = {"latency": "s", "throughput": "s per request", "cost": "GPU s per request"}
         first, second = map(self._contender, ranked[:2])
-        return separation(first, second, unit[self.request.goal.objective])
+        return separation(first, second, UNITS[self.request.goal.objective])
 
     def _contender(self, c: Candidate) -> Contender:
         run = self.found[c.spec]
@@ -546,18 +564,11 @@ class _Planner:
             spec=c.spec,
             breakdown=run.breakdown,
             factors=run.factors,
-            weight=self._weight(c),
+            weight=self._counts(c),
             low_s=c.latency_low_s or 0.0,
             high_s=c.latency_high_s or 0.0,
             largest=max(transfers, key=lambda each: each[0], default=None),
         )
-
-    def _weight(self, c: Candidate) -> float:
-        """What a second of latency counts in the objective."""
-        at_once = (c.throughput_per_s or 1.0) * (c.latency_s or 1.0)
-        return {"latency": 1.0, "throughput": 1 / at_once, "cost": (c.n_gpus or 1) / at_once}[
-            self.request.goal.objective
-        ]
 
 
 def _notes(request: Request) -> Iterator[str]:

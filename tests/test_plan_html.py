@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from analysis.close_up import close_up
 from analysis.plan_html import page
+from analysis.what_if import outlook
 from paradiff.cli import plan_app
 from paradiff.config import find
 from paradiff.profiles import load_profile
@@ -23,7 +24,7 @@ from simulator import planner
 from simulator.topology import load_topology
 
 SPECS = ["serial", "cfg=2", "patch=4", "cfg=2,distrifusion=4,warmup=2", "tensor=4"]
-BARS = ("time", "memory", "begin", "steady", "second_begin", "second_steady")
+BARS = ("time", "memory", "what_if", "begin", "steady", "second_begin", "second_steady")
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +75,11 @@ def test_the_page_in_a_browser(report: Path) -> None:
             browser.wait_for_selector("#topology .scatterlayer path.js-line", state="attached")
             for chart in BARS:
                 assert browser.locator(f"#{chart} .barlayer .point path").count() >= 4, chart
-            points = browser.locator("#pareto .scatterlayer .point").count()
-            assert points == len(ranked)
+            for chart in ("pareto", "staleness"):
+                points = browser.locator(f"#{chart} .scatterlayer .point").count()
+                assert points == len(ranked), chart
+            for chart in ("gpus", "sizes"):
+                assert browser.locator(f"#{chart} .scatterlayer path.js-line").count() >= 2, chart
             bars = browser.evaluate(
                 "figures.time.data.filter(t => t.type === 'bar').map(t => t.x)"
                 ".reduce((sum, x) => sum.map((s, i) => s + x[i]))"
@@ -144,7 +148,7 @@ def test_links_are_used_as_long_as_their_bytes_take() -> None:
     )
     plan = planner.plan(request)
     best = close_up(request, "cfg=2", (0, 1))
-    text = page(request, plan, [best], [])
+    text = page(request, plan, [best], outlook(request, plan), [])
     (link,) = [k for k in box.links if k.a == "gpu0" or k.b == "gpu0"]
     sent = plan.ranked[0].comm_bytes_per_gpu
     assert sent is not None
@@ -165,6 +169,6 @@ def test_two_hundred_candidates_stay_below_the_limit() -> None:
     plan = planner.plan(request)
     best = close_up(request, plan.ranked[0].spec, plan.ranked[0].placement or ())
     many = tuple(replace(plan.ranked[0], spec=f"{plan.ranked[0].spec},n={i}") for i in range(200))
-    text = page(request, replace(plan, ranked=many), [best, best], [])
+    text = page(request, replace(plan, ranked=many), [best, best], outlook(request, plan), [])
     assert len(text.encode()) < 8e6
     assert text.count("<tr") >= 200

@@ -94,7 +94,7 @@ def test_memory_peaks_where_the_planner_says_and_links_carry_what_it_counts() ->
         profile=profile("sdxl"), topology=load_topology("pcie8"),
         workload=Workload(512, 512, 1, 6), gpus=4,
     )  # fmt: skip
-    seen = close_up(request, "cfg=2,distrifusion=2,warmup=2", (0, 1, 2, 3))
+    seen = close_up(request, "cfg=2,distrifusion=2,warmup=2", (0, 1, 2, 3), watched=True)
     peaks = {
         c.rank: max(value for _, value in c.points)
         for c in seen.tracks.counters

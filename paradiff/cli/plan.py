@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 SWEEP_OPTIONS = ("sweep", "output_dir", "processes", "ray")
 SHOWN = 10
 """Candidates that matter where ``--top`` says nothing."""
-CLOSE_GPUS = 16
-"""Of a runner-up whose timeline is drawn; simulating every step of a ring of 64 takes a minute."""
 STALE_OUTPUT = re.compile(r"\d\d-.*\.plan\.yaml")
 
 
@@ -171,7 +169,8 @@ def plan(
             raise ConfigError(f"--measured-latency: {error}") from None
         if output_dir is not None and result.ranked:
             inputs = {"model": portable(model), "topology": portable(topology), "set": set_ or []}
-            with staged(output_dir, STALE_OUTPUT) as folder:
+            shown = progress("simulating what the report shows", enabled=format_ == "table")
+            with shown, staged(output_dir, STALE_OUTPUT) as folder:
                 _stage_results(folder, request, result, inputs, top)
     line, inexpressible = _emitted(emit, request, result) if emit else (None, None)
     if format_ == "json":
@@ -254,6 +253,7 @@ def _stage_results(
 ) -> None:
     from analysis.close_up import close_up, fingerprint
     from analysis.plan_html import page
+    from analysis.what_if import outlook
     from paradiff.trace import write_chrome_trace
 
     data = plan.to_json(top)
@@ -275,8 +275,10 @@ def _stage_results(
         name = re.sub(r"[^\w=,.+-]", "_", candidate.spec)
         target = staging / f"{number:02d}-{name}.plan.yaml"
         target.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    looked_at = [plan.ranked[0], *(c for c in plan.ranked[1:2] if (c.n_gpus or 0) <= CLOSE_GPUS)]
-    seen = [close_up(request, c.spec, c.placement or ()) for c in looked_at]
+    seen = [
+        close_up(request, c.spec, c.placement or (), watched=c is plan.ranked[0])
+        for c in plan.ranked[:2]
+    ]
     write_chrome_trace(seen[0].trace, staging / "trace.json.gz", seen[0].tracks)
-    report = page(request, plan, seen, sys.argv[1:])
+    report = page(request, plan, seen, outlook(request, plan), sys.argv[1:])
     (staging / "report.html").write_text(report, encoding="utf-8")
