@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import chain, combinations, pairwise
 from typing import Literal
 
 from paradiff.profiles import Profile
@@ -37,6 +37,8 @@ SOCKET_KINDS = ("upi", "qpi", "xgmi")
 _PCIE = re.compile(r"pcie(\d)-x(\d+)")
 _WIRE = re.compile(r"(?:ethernet|eth|roce|ib|infiniband)-?(\d+)(?:g|gbe)?")
 GB = 1e9
+Pair = tuple[int, int]
+"""Two device numbers, ascending."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,13 +67,14 @@ class Cost:
 def diagnose(box: Topology, facts: Facts | None = None) -> tuple[Finding, ...]:
     """All findings, the worst kind first. Raises ConfigError for an unknown GPU profile."""
     gpus = {name: load_gpu(name) for name in dict.fromkeys(box.profiles)}
+    by_pcie = _by_pcie(box)
     found = [
-        *_peer_access(box, facts),
+        *_peer_access(box, facts, list(by_pcie)),
         *_slow_peers(box, facts),
         *_pcie(box, gpus),
         *_nvlinks(box, gpus, facts),
-        *_sockets(box),
-        *_host_memory(box),
+        *_sockets(box, by_pcie),
+        *_host_memory(box, list(by_pcie)),
         *_wires(box, facts),
         *_mig(facts),
         *_unmeasured(box),
@@ -114,19 +117,20 @@ def _first(ranked: Sequence[Candidate]) -> float | None:
     return ranked[0].latency_s if ranked else None
 
 
-def _by_pcie(box: Topology) -> list[tuple[int, int]]:
-    """Pairs of GPUs in one node whose way is not NVLink all along."""
+def _by_pcie(box: Topology) -> dict[Pair, tuple[str, ...]]:
+    """Pairs of GPUs in one node whose way is not NVLink all along, in order, and that way."""
     network, links = Network(box), {frozenset((k.a, k.b)): k for k in box.links}
-    pairs = []
-    for i, j in combinations(range(len(box.gpus)), 2):
-        path = network.route(i, j).path
-        along = [links[frozenset(pair)] for pair in pairwise(path)]
-        if box.node_of(i) is box.node_of(j) and not all(link.is_nvlink for link in along):
-            pairs.append((i, j))
-    return pairs
+    device = {gpu: i for i, gpu in enumerate(box.gpus)}
+    neighbours = (combinations(sorted(device[gpu] for gpu in node.gpus), 2) for node in box.nodes)
+    ways = {(i, j): network.route(i, j).path for i, j in sorted(chain.from_iterable(neighbours))}
+    return {
+        pair: path
+        for pair, path in ways.items()
+        if not all(links[frozenset(ends)].is_nvlink for ends in pairwise(path))
+    }
 
 
-def _named(pairs: Sequence[tuple[int, int]]) -> str:
+def _named(pairs: Sequence[Pair]) -> str:
     shown = ", ".join(f"{i}-{j}" for i, j in pairs[:3])
     return shown + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
 
@@ -134,8 +138,7 @@ def _named(pairs: Sequence[tuple[int, int]]) -> str:
 # --------------------------------------------------------------------------------- peer-to-peer
 
 
-def _peer_access(box: Topology, facts: Facts | None) -> Iterator[Finding]:
-    pairs = _by_pcie(box)
+def _peer_access(box: Topology, facts: Facts | None, pairs: Sequence[Pair]) -> Iterator[Finding]:
     if box.peer_to_peer or not pairs:
         return
     refused = [] if facts is None else [w for able, w in facts.access.values() if not able]
@@ -329,16 +332,14 @@ def _down(box: Topology, gpu: Gpu, facts: Facts | None, switched: bool) -> Itera
 # ------------------------------------------------------------------ sockets, host memory, network
 
 
-def _sockets(box: Topology) -> Iterator[Finding]:
+def _sockets(box: Topology, by_pcie: Mapping[Pair, tuple[str, ...]]) -> Iterator[Finding]:
     """Pairs that cross from socket to socket on a link slower than their own."""
-    network = Network(box)
     cross = {frozenset((k.a, k.b)): k for k in box.links if k.kind in SOCKET_KINDS}
     pairs, used = [], set()
-    for i, j in _by_pcie(box):
-        path = network.route(i, j).path
+    for pair, path in by_pcie.items():
         over = [s for p in pairwise(path) if (s := frozenset(p)) in cross]
         if over:
-            pairs.append((i, j))
+            pairs.append(pair)
             used |= set(over)
     if not pairs:
         return
@@ -362,9 +363,9 @@ def _sockets(box: Topology) -> Iterator[Finding]:
     )
 
 
-def _host_memory(box: Topology) -> Iterator[Finding]:
+def _host_memory(box: Topology, by_pcie: Sequence[Pair]) -> Iterator[Finding]:
     """Host memory below what the GPUs on it ask for when all exchange at once."""
-    if box.peer_to_peer or not _by_pcie(box):
+    if box.peer_to_peer or not by_pcie:
         return
     for node in box.nodes:
         links = [k for k in box.links if not k.is_nvlink and {k.a, k.b} & set(node.gpus)]

@@ -378,9 +378,10 @@ class ScheduleGraph:
         A buffer is alive from the op that writes a version to the last op that reads it, in
         canonical order. Three iterations of a section are as good as all: reads reach no further back.
         """
-        wanted = {b.id: b for b in self.buffers if b.kind in set(kinds)}
-        spans = _lifetimes(self.shortened(4), wanted)
+        named = set(kinds)
+        wanted = {b.id: b for b in self.buffers if b.kind in named}
         peak = dict.fromkeys(range(self.world_size), 0)
+        spans = _lifetimes(self.shortened(4), wanted) if wanted else {}
         events: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for buffer_id, intervals in spans.items():
             buffer = wanted[buffer_id]

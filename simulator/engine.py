@@ -120,9 +120,12 @@ def simulate(
         raise ValueError(f"back end {backend!r}, one of {', '.join(BACKENDS)}")
     lowering = Lowering(network, devices, BACKENDS[backend])
     engine = _Engine(schedule, lowering, costs, periodic, watched=uses is not None)
-    trace = engine.run()
-    if uses is not None:
-        uses += engine.uses()
+    try:
+        trace = engine.run()
+        if uses is not None:
+            uses += engine.uses()
+    finally:
+        vars(engine).clear()  # its parts know it: what it holds would wait for the cyclic collector
     return trace
 
 
@@ -523,6 +526,8 @@ class _Engine:
     def _device_done(self, task: _Task) -> None:
         now = self._env.now
         task.busy_s = now - task.start_s
+        if task.phase == _FLOWING:
+            del task.drain  # which knows its task
         if task.plan.uses_sms:
             for rank in task.plan.op.ranks:
                 self._sms[rank] -= 1

@@ -24,6 +24,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from simulator.topology import Link, Topology
@@ -38,9 +39,13 @@ HOST_LINK_BYTES_PER_S = 26e9
 (NVIDIA/nvbandwidth README, host to device); twice as much on PCIe 5."""
 
 _CACHE_LIMIT = 1 << 17
+_SEARCHES = 64
+"""Searches for paths remembered, one a source; on 1,024 GPUs each may hold half a megabyte."""
 _SAME = 1 + 1e-12
 """Factor within which levels and times count as equal: rounding may not part what is symmetric."""
 
+_Path = tuple[int, float, tuple[str, ...]]
+"""GPUs passed through, time of a routing message, names of the vertices: less is better."""
 Usage = tuple[tuple[int, float], ...]
 """Resources of a flow and what it takes of each per unit of rate, by ascending resource index."""
 
@@ -133,6 +138,8 @@ class Network:
         """Everything that flows share; a resource's index is its position here."""
         self.capacities = tuple(resource.capacity_bytes_per_s for resource in self.resources)
         self._index = {resource.name: i for i, resource in enumerate(self.resources)}
+        self._gpus = frozenset(topology.gpus)
+        self._search = lru_cache(maxsize=_SEARCHES)(self._new_search)
         self._routes: dict[tuple[int, int], Route] = {}
         self._by_id: list[Route] = []
         self._masks: list[int] = []
@@ -256,25 +263,42 @@ class Network:
             routes.append((sum(leg[0] for leg in legs), sum(leg[1] for leg in legs), path))
         return min(routes)[2]
 
-    def _path(self, source: str, destination: str) -> tuple[int, float, tuple[str, ...]]:
-        """Dijkstra over (GPUs passed through, time of a routing message, names of the path)."""
-        gpus = set(self.topology.gpus)
-        heap: list[tuple[int, float, tuple[str, ...]]] = [(0, 0.0, (source,))]
-        done: set[str] = set()
-        while heap:
-            transits, cost, path = heapq.heappop(heap)
+    def _path(self, source: str, destination: str) -> _Path:
+        found = self._search(source).to(destination)
+        if found is None:
+            raise ValueError(f"{self.topology.name}: no route from {source} to {destination}")
+        return found
+
+    def _new_search(self, source: str) -> _Search:
+        return _Search(source, self._gpus, self._links)
+
+
+class _Search:
+    """Best paths from one vertex, found no further than they are asked for (Dijkstra's algorithm)."""
+
+    def __init__(
+        self, source: str, gpus: frozenset[str], links: Mapping[str, Mapping[str, Link]]
+    ) -> None:
+        self._source, self._gpus, self._links = source, gpus, links
+        self._heap: list[_Path] = [(0, 0.0, (source,))]
+        self._found: dict[str, _Path] = {}
+
+    def to(self, destination: str) -> _Path | None:
+        """The best path to ``destination``; None where there is none."""
+        heap, found = self._heap, self._found
+        while destination not in found and heap:
+            best = heapq.heappop(heap)
+            transits, cost, path = best
             here = path[-1]
-            if here == destination:
-                return transits, cost, path
-            if here in done:
+            if here in found:
                 continue
-            done.add(here)
-            through = transits + (here in gpus and here != source)
+            found[here] = best
+            through = transits + (here in self._gpus and here != self._source)
             for there, link in self._links[here].items():
-                if there not in done:
+                if there not in found:
                     step = link.latency_s + ROUTING_BYTES / link.rate_from(here)
                     heapq.heappush(heap, (through, cost + step, (*path, there)))
-        raise ValueError(f"{self.topology.name}: no route from {source} to {destination}")
+        return found.get(destination)
 
 
 def _direction(link: Link, start: str) -> str:

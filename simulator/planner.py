@@ -19,7 +19,9 @@ Intervals: ``analysis.intervals``. Reasons: ``analysis.reasons``.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -114,6 +116,7 @@ class Candidate:
 
     ``pareto``: no other is at least as good in latency, peak memory and staleness and better in one.
     ``bound_s``: the least latency of one that was not simulated because of it.
+    ``topology_only_latency_s``: without the box's measured collectives; at least of the ``top`` best.
     """
 
     spec: str
@@ -199,6 +202,20 @@ class Plan:
         }
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Work without the cyclic garbage collector: it would walk the million objects of schedules and
+    runs, which are freed without it, again and again while they are made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@uncollected()
 def plan(request: Request, progress: Callable[[int, int], None] | None = None) -> Plan:
     """Rank the asked (or all enumerated) strategies. ``progress`` gets (done, total).
 
@@ -206,15 +223,7 @@ def plan(request: Request, progress: Callable[[int, int], None] | None = None) -
     some forty specs and keeps those that build, fit in memory and pass the goal's filters.
     """
     planner = _Planner(request)
-    specs = request.specs or planner.specs()
-    results = []
-    for done, text in enumerate(specs):
-        results.append(planner.candidate(text))
-        if progress is not None:
-            progress(done + 1, len(specs))
-    if not request.specs and not any(c.feasible for c in results):
-        results += planner.made_to_fit()
-    results = planner.with_better_placements(results)
+    results = planner.with_better_placements(planner.candidates(progress))
     order = _order(request.goal.objective)
     ranked = _marked(sorted((c for c in results if c.latency_s is not None), key=order))
     return Plan(
@@ -296,6 +305,18 @@ class _Planner:
         tailored = tailored_specs(profile, workload, self.runs.costs, self.runs.network, gpus)
         return tuple(dict.fromkeys((*candidate_specs(profile, workload, gpus), *tailored)))
 
+    def candidates(self, progress: Callable[[int, int], None] | None) -> list[Candidate]:
+        """What becomes of each spec."""
+        specs = self.request.specs or self.specs()
+        results = []
+        for done, text in enumerate(specs):
+            results.append(self.candidate(text))
+            if progress is not None:
+                progress(done + 1, len(specs))
+        if not self.request.specs and not any(c.feasible for c in results):
+            results += self.made_to_fit()
+        return results
+
     def candidate(self, text: str) -> Candidate:
         """What becomes of one spec: its numbers, or why it cannot run or is not wanted."""
         spec = parse_spec(text)
@@ -355,6 +376,8 @@ class _Planner:
             _merit(timed, run.latency_s),
         )
         self.incumbents.add(value, merit, exact=known.exact)
+        if value <= self.incumbents.last:
+            timed = self._with_links_only(timed, run)
         if self._least(timed, run) < self.incumbents.first:
             self.runs.kept[text] = built
         return timed
@@ -446,7 +469,6 @@ class _Planner:
             throughput_per_s=rate,
             cost=self._cost(spec.n_gpus, rate),
             provenance=provenance(self.runs.costs, graph, rank, run.placement[rank]),
-            topology_only_latency_s=self._links_only_latency(base.spec, run),
         )
 
     def _occupied_s(self, spec: Spec, run: Run) -> float:
@@ -472,7 +494,8 @@ class _Planner:
             best = self._best_placement(text, run, self.choices[text], slack)
             if best is not run:
                 self.found[text] = best
-                found[text] = self._timed(found[text], parse_spec(text), best)
+                timed = self._timed(found[text], parse_spec(text), best)
+                found[text] = self._with_links_only(timed, best)
                 times[text] *= best.latency_s / run.latency_s
         return list(found.values())
 
@@ -533,15 +556,16 @@ class _Planner:
 
     # ------------------------------------------------------------------------------ intervals, basis
 
-    def _links_only_latency(self, text: str, run: Run) -> float | None:
-        """What the links alone predict, for a candidate that a measured table has changed."""
-        transfers = self.runs.built(text).schedule.transfers
+    def _with_links_only(self, c: Candidate, run: Run) -> Candidate:
+        """``c`` with what the links alone predict, if a measured table has changed its time."""
+        transfers = self.runs.built(c.spec).schedule.transfers
         if not any(
             op.kind == "collective" and is_measured(self.runs.network, op, run.placement)
             for op, _ in transfers
         ):
-            return None
-        return self.runs.trace(text, run.placement, self.runs.links_only).makespan_s
+            return c
+        trace = self.runs.trace(c.spec, run.placement, self.runs.links_only)
+        return replace(c, topology_only_latency_s=trace.makespan_s)
 
     # ------------------------------------------------------------------------------ why
 

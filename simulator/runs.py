@@ -23,7 +23,7 @@ from simulator.gpu import load_gpu
 from simulator.memory import RankMemory, peak, phase_memory
 from simulator.network import Network
 from simulator.placement import Placement, Wire
-from simulator.symmetry import Asymmetric, Quotient, quotient, uncollected, whole
+from simulator.symmetry import Asymmetric, Quotient, quotient, whole
 from simulator.topology import Topology
 
 
@@ -122,9 +122,8 @@ class Runs:
         if not self.mixed and "data" in spec.strategy.axes:
             replicas = spec.degree("data")
             spec = replace(spec, options={k: v for k, v in spec.options.items() if k != "data"})
-        with uncollected():
-            graph = self.graph(spec)
-            schedule = whole(graph) if self.mixed else quotient(graph)
+        graph = self.graph(spec)
+        schedule = whole(graph) if self.mixed else quotient(graph)
         schedule = schedule if replicas == 1 else schedule.copies(replicas)
         return Built(schedule, self.phases(schedule))
 

@@ -25,9 +25,7 @@ one that goes on (rank 0 decodes, the others are done).
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -93,19 +91,6 @@ class Quotient:
             for section in self.members
         )
         return Quotient(self.graph, members, self.representative * count)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Work without the cyclic garbage collector: it would walk the million objects of a graph, which
-    hold no cycles, again and again while they are made."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _call(op: Op, ranks: Ranks) -> Op:

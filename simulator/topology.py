@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -133,8 +133,11 @@ class Topology:
     collectives: tuple[CollectiveTable, ...] = ()
     price_per_hour: float | None = None
     source: str = ""
+    _node_of: Mapping[str, Node] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        homes = {gpu: node for node in self.nodes for gpu in node.gpus}
+        object.__setattr__(self, "_node_of", homes)
         if len(self.profiles) != len(self.gpus):
             raise ValueError(f"{len(self.gpus)} GPUs but {len(self.profiles)} profiles")
         placed = tuple(gpu for node in self.nodes for gpu in node.gpus)
@@ -156,7 +159,7 @@ class Topology:
 
     def node_of(self, device: int) -> Node:
         """The machine that GPU number ``device`` sits in."""
-        return next(node for node in self.nodes if self.gpus[device] in node.gpus)
+        return self._node_of[self.gpus[device]]
 
     def measured_collective(
         self, kind: str, devices: Sequence[int], nbytes: float

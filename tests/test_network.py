@@ -346,6 +346,17 @@ def traffic(draw: st.DrawFn) -> tuple[Topology, list[Flow]]:
     return topology, draw(st.lists(flow, min_size=1, max_size=8))
 
 
+@settings(deadline=None, max_examples=60)
+@given(topologies(), st.randoms(use_true_random=False))
+def test_routes_do_not_depend_on_what_was_asked_before(topology: Topology, pick) -> None:  # type: ignore[no-untyped-def]
+    """A search goes on where the last one from the same GPU stopped: as good as one of its own."""
+    shared = Network(topology)
+    pairs = [(a, b) for a in range(len(topology.gpus)) for b in range(len(topology.gpus))]
+    for pair in pick.sample(pairs, len(pairs)):
+        found, alone = shared.route(*pair), Network(topology).route(*pair)
+        assert replace(found, id=0) == replace(alone, id=0)
+
+
 @settings(deadline=None, max_examples=150)
 @given(traffic())
 def test_rates_of_the_network_equal_one_plain_solve(case: tuple[Topology, list[Flow]]) -> None:
