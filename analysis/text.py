@@ -196,10 +196,19 @@ def _output_sentence(plan: Plan) -> str:
     instead = (
         "" if exact is None else f" Best that keeps it: {exact.spec}, {seconds(exact.latency_s)}."
     )
-    return (
-        f"not the same picture as one GPU: {what}; how much that changes it is not known for"
-        f" {plan.model}.{instead}"
+    known = (
+        f"how much that changes it is not known for {plan.model}"
+        if best.quality is None
+        else f"{plan.quality_metric} {best.quality:.3g} ({best.quality_source})"
     )
+    return f"not the same picture as one GPU: {what}; {known}.{instead}"
+
+
+def losses(plan: Plan, top: int) -> Iterator[str]:
+    """The measured losses of the ``top`` candidates, each with its source."""
+    for c in plan.ranked[:top]:
+        if c.quality is not None:
+            yield f"{c.spec}: {plan.quality_metric} {c.quality:.3g}, {c.quality_source}"
 
 
 def count_of(number: int, noun: str) -> str:

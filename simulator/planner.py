@@ -42,6 +42,7 @@ from simulator.bounds import Incumbents, Merit, better, least_latency_s
 from simulator.costs import Runtime, Scope
 from simulator.memory import RankMemory, misfit
 from simulator.placement import MAX_GPUS, Placement, placements, promising
+from simulator.quality import METRICS, NOTHING_KNOWN, Quality
 from simulator.remedies import remedied
 from simulator.runs import Run, Runs
 from simulator.tailored import tailored_specs
@@ -77,6 +78,8 @@ class Goal:
     exact_only: bool = False
     max_staleness: int | None = None
     max_quality_loss: float | None = None
+    """In the unit of ``quality_metric``, one of ``simulator.quality.METRICS``."""
+    quality_metric: str = "lpips"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +94,8 @@ class Request:
     runtime: Runtime = "eager"
     specs: tuple[str, ...] = ()
     goal: Goal = Goal()
+    quality: Quality = NOTHING_KNOWN
+    """What is known of the loss of strategies that change the result."""
     measured: tuple[float, Scope] | None = None
     top: int | None = None
     """Only these many of the best matter, and the Pareto front; None: simulate every candidate."""
@@ -115,7 +120,8 @@ class Candidate:
     """One spec. The fields are the keys of the JSON contract; None is "not known" or "not run".
 
     ``pareto``: no other is at least as good in latency, peak memory and staleness and better in one.
-    ``bound_s``: the least latency of one that was not simulated because of it.
+    ``bound_s``: the least latency of one that was not simulated because of it. ``quality``: the loss in
+    the goal's metric, or the most that it can be, with the words of whoever has measured it.
     ``topology_only_latency_s``: without the box's measured collectives; at least of the ``top`` best.
     """
 
@@ -137,6 +143,7 @@ class Candidate:
     throughput_per_s: float | None = None
     cost: float | None = None
     quality: float | None = None
+    quality_source: str | None = None
     comm_bytes_per_gpu: int | None = None
     peak_memory_bytes: int | None = None
     exact: bool | None = None
@@ -181,6 +188,7 @@ class Plan:
     rejected: tuple[Candidate, ...]
     decided_by: str
     notes: tuple[str, ...]
+    quality_metric: str = "lpips"
 
     def to_json(self, top: int | None = None) -> dict[str, Any]:
         """The JSON of the contract, with at most ``top`` of the simulated candidates."""
@@ -199,6 +207,7 @@ class Plan:
             "runner_up": self.ranked[1].spec if len(self.ranked) > 1 else None,
             "decided_by": self.decided_by,
             "notes": list(self.notes),
+            "quality_metric": self.quality_metric,
         }
 
 
@@ -244,6 +253,7 @@ def plan(request: Request, progress: Callable[[int, int], None] | None = None) -
             *planner.what_fitting_costs(ranked),
             *planner.what_splitting_saves(ranked),
         ),
+        quality_metric=request.goal.quality_metric,
     )
 
 
@@ -338,9 +348,13 @@ class _Planner:
         axes = (mesh.dp, mesh.cfg, mesh.pp, mesh.ring, mesh.ulysses)
         choices = placements(self.request.topology, built.schedule.world_size, axes)
         peak, misfits, fitting = self._memory(built.memory, choices)
+        metric = self.request.goal.quality_metric
+        lost = self.request.quality.of(spec, self.request.profile, workload, metric)
         base = Candidate(
             spec=text,
             feasible=True,
+            quality=None if lost is None else lost.loss,
+            quality_source=None if lost is None else lost.said,
             n_gpus=known.n_gpus,
             synchronous_steps=known.synchronous_steps,
             exact=known.exact,
@@ -529,10 +543,16 @@ class _Planner:
         if goal.max_staleness is not None and stale > goal.max_staleness:
             return f"reads values {stale} steps old, --max-staleness {goal.max_staleness}"
         if goal.max_quality_loss is not None:
-            return (
-                f"no measured quality for {self.request.profile.name}: only exact strategies "
-                "are known to lose nothing (--max-quality-loss)"
-            )
+            if c.quality is None or c.quality_source is None:
+                return (
+                    f"no measured {goal.quality_metric} for {self.request.profile.name} at this size and"
+                    " number of steps (--max-quality-loss)"
+                )
+            if c.quality > goal.max_quality_loss:
+                return (
+                    f"loses {c.quality:.3g} in {goal.quality_metric} ({c.quality_source}),"
+                    f" --max-quality-loss {goal.max_quality_loss:g}"
+                )
         return None
 
     def _memory(
@@ -599,6 +619,9 @@ def _notes(request: Request) -> Iterator[str]:
     """What the reader should know about how the question was understood."""
     goal = request.goal
     if goal.max_quality_loss is not None:
-        yield f"there is no quality data for {request.profile.name}; stale strategies were left out"
+        yield (
+            f"quality loss is the {METRICS[goal.quality_metric]}, as somebody has measured it on"
+            f" {request.profile.name}; what nobody has measured was left out"
+        )
     if goal.objective == "cost" and request.topology.price_per_hour is None:
         yield f"{request.topology.name} has no price_per_hour; ranked by GPU seconds per request"

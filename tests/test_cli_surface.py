@@ -12,8 +12,9 @@ from paradiff.cli import app, plan_app
 PLAN = {
     "--topology", "--model", "--height", "--width", "--frames", "--steps", "--batch", "--dtype",
     "--gpus", "--strategy", "--runtime", "--measured-latency", "--scope", "--objective",
-    "--exact-only", "--max-staleness", "--max-quality-loss", "--set", "--top", "--exhaustive",
-    "--format", "--emit", "--output-dir", "--sweep", "--processes", "--ray",
+    "--exact-only", "--max-staleness", "--max-quality-loss", "--quality-metric",
+    "--quality", "--set", "--top", "--exhaustive", "--format", "--emit", "--output-dir", "--sweep",
+    "--processes", "--ray",
 }  # fmt: skip
 IMPORT = {
     "--gpu", "--nvidia-smi", "--p2p", "--nccl-xml", "--nccl-log", "--nvbandwidth", "--p2p-test",
@@ -38,6 +39,7 @@ CHOICES = {
     "--runtime": ["eager", "compiled", "cuda-graph"],
     "--scope": ["denoise", "latent", "pipeline"],
     "--objective": ["latency", "throughput", "cost"],
+    "--quality-metric": ["lpips", "fid", "clip", "ssim", "l2"],
     "--format": ["table", "json"],
     "--emit": ["xdit", "diffusers", "sglang", "vllm-omni", "cache-dit"],
 }

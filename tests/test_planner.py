@@ -201,7 +201,7 @@ def test_max_staleness() -> None:
 def test_quality_is_not_invented() -> None:
     result = plan(request(goal=Goal(max_quality_loss=0.1)))
     assert all(c.exact for c in result.ranked)
-    assert any("no quality data" in note for note in result.notes)
+    assert any("what nobody has measured was left out" in note for note in result.notes)
     assert all(c.quality is None for c in (*result.ranked, *result.rejected))
 
 

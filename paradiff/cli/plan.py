@@ -86,7 +86,21 @@ def plan(
         int | None, typer.Option(min=0, metavar="K", help="Nothing older than K steps is read.")
     ] = None,
     max_quality_loss: Annotated[
-        float | None, typer.Option(min=0.0, metavar="X", help="Measured loss of at most X.")
+        float | None,
+        typer.Option(min=0.0, metavar="X", help="Measured loss of at most X, in --quality-metric."),
+    ] = None,
+    quality_metric: Annotated[
+        Literal["lpips", "fid", "clip", "ssim", "l2"],
+        typer.Option(
+            help="LPIPS, 1 - SSIM or relative L2 to one GPU's result; rise of FID, loss of CLIP score."
+        ),
+    ] = "lpips",
+    quality: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Your own measurements: fidelity.json, or CSV; before published ones.",
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -131,6 +145,7 @@ def plan(
     with one_message():
         from paradiff.config import ConfigError
         from simulator import planner
+        from simulator.quality import load_quality
         from simulator.runs import Contradiction
         from simulator.topology import load_topology
 
@@ -158,7 +173,9 @@ def plan(
                 exact_only=exact_only,
                 max_staleness=max_staleness,
                 max_quality_loss=max_quality_loss,
+                quality_metric=quality_metric,
             ),
+            quality=load_quality(quality or ()),
             measured=None if measured_latency is None else (measured_latency, scope),
             top=None if exhaustive or strategy else top or SHOWN,
         )
@@ -178,6 +195,8 @@ def plan(
         typer.echo(json_text(result.to_json(top) | emitted), nl=False)
     else:
         _print_plan(result, top or SHOWN, asked=bool(strategy))
+        if max_quality_loss is not None:
+            _print_losses(result, top or SHOWN)
         if line is not None:
             typer.echo(f"\nFor {emit}:\n\n{line}")
     if not result.ranked:
@@ -237,6 +256,17 @@ def _print_plan(plan: Plan, top: int, *, asked: bool) -> None:
         )
         for line in text.rejected(plan.rejected):
             typer.echo(f"  {line}")
+
+
+def _print_losses(plan: Plan, top: int) -> None:
+    """What the candidates shown lose, each with who has measured it."""
+    from analysis import text
+
+    lines = list(text.losses(plan, top))
+    if lines:
+        typer.echo("\nMeasured losses:")
+    for line in lines:
+        typer.echo(f"  {line}")
 
 
 def _explain_nothing(plan: Plan) -> None:
