@@ -469,8 +469,8 @@ def unet_probes(base: Shape, video: bool, second_text: bool) -> tuple[Shape, ...
     return (base, *_varied(rows, video, second_text))
 
 
-def transformer_probes(base: Shape, video: bool) -> tuple[Shape, ...]:
-    """Even rows and columns (patches of 2); strips see more rows than they own."""
+def transformer_probes(base: Shape, video: bool, patch: int = 2) -> tuple[Shape, ...]:
+    """Rows and columns that patches divide; strips see more rows than they own."""
     rows = [
         (2, 22, 14, 22, 5, 0),
         (3, 10, 34, 10, 9, 0),
@@ -480,7 +480,8 @@ def transformer_probes(base: Shape, video: bool) -> tuple[Shape, ...]:
         (1, 8, 10, 62, 11, 2),
         (3, 14, 46, 26, 4, 1),
     ]
-    return (base, *_varied(rows, video, second_text=False))
+    sized = [(b, *(side // 2 * patch for side in (r, w, k)), t, h) for b, r, w, k, t, h in rows]
+    return (base, *_varied(sized, video, second_text=False))
 
 
 def _varied(rows: list[tuple[int, ...]], video: bool, second_text: bool) -> list[Shape]:

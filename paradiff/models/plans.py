@@ -81,7 +81,7 @@ def plan_of(name: str, entry: Entry, vae_config: Config | None = None) -> Plan:
         probes = unet_probes(base, video, second_text=len(entry.geometry.text_tokens) > 1)
     else:
         levels = (entry.geometry.row_multiple,)
-        probes = transformer_probes(base, video)
+        probes = transformer_probes(base, video, entry.geometry.row_multiple)
     if entry.class_name in BATCHED:
         probes = _batched(probes)
     if entry.class_name == "HunyuanDiT2DModel":
