@@ -183,7 +183,8 @@ class _Given:
         if self.options["weights"] is not None:
             return str(self.options["weights"])
         name = str(self.model)
-        return name if self.is_real_size or name.startswith("tiny-") else f"tiny-{name}"
+        is_itself = self.is_real_size or name.startswith(("tiny-", "small-"))
+        return name if is_itself else f"tiny-{name}"
 
     def check_world(self, ranks: int, where: str) -> None:
         """Raises ConfigError unless ``ranks`` is what the strategy takes."""
@@ -270,11 +271,11 @@ def _place() -> Place | None:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if place is not None:
-        _needs_torch()
+        needs_torch()
     return place
 
 
-def _needs_torch() -> None:
+def needs_torch() -> None:
     """Raises ConfigError where it is not installed; keeps the advice of the libraries to themselves."""
     import warnings
     from importlib.util import find_spec
@@ -297,7 +298,7 @@ def _needs_torch() -> None:
 
 def _in_process(given: _Given) -> None:
     """All ranks here."""
-    _needs_torch()
+    needs_torch()
     check_output_dir(given.options["output_dir"])
     from paradiff.executor.faults import RunFailed
 
@@ -471,7 +472,7 @@ def _timed(given: _Given) -> tuple[ScheduleGraph, Callable[[Instance], float]]:
 
 
 def _launch(given: _Given, ranks: int, timeout_s: float) -> None:
-    _needs_torch()
+    needs_torch()
     from paradiff.executor.launch import launch
 
     with progress("starting", enabled=given.options["format_"] == "table") as advance:
@@ -583,6 +584,8 @@ def _print_summary(given: _Given, summary: Mapping[str, Any]) -> None:
 def _what(given: _Given, summary: Mapping[str, Any]) -> str:
     size = "{height}x{width}, {steps} steps, batch {batch}, {dtype}".format(**summary["workload"])
     name = f"{summary['model']} ({size})"
+    if given.source.startswith("small-"):
+        return f"{name}, small and trained"
     if given.options["kernels"] == "timed":
         return f"{name}, timed kernels"
     if not given.is_real_size:

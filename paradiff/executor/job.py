@@ -5,6 +5,7 @@ Everything that can be wrong with the input is found here, before any process gr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,9 +38,9 @@ SIZES = ("height", "width", "frames", "steps")
 class Job:
     """What is to be run, as it was asked for. Sizes that are None are the model's own.
 
-    ``source``: a twin (``tiny-sdxl``), a local directory, or with ``random_weights`` a model of the
-    catalogue. ``planned``: fingerprint of the schedule and parameters of the denoiser of the plan that
-    was made for this very model.
+    ``source``: a twin (``tiny-sdxl``), a small trained model (``small-dit``), a local directory, or with
+    ``random_weights`` a model of the catalogue. ``planned``: fingerprint of the schedule and parameters
+    of the denoiser of the plan that was made for this very model.
     """
 
     source: str
@@ -80,11 +81,13 @@ class Prepared:
         write_outputs(folder, self.pipeline, result.latents, result.decoded)
 
 
-def prepare(job: Job, pipeline: Pipeline | None = None) -> Prepared:
-    """Load the model (unless it is given), build the graph, draw the inputs. Raises ValueError: what is
-    wrong, and what is allowed (Infeasible, with the nearest legal choice, for a strategy that the model
-    cannot run)."""
-    pipeline = pipeline or _loaded(job)
+def prepare(
+    job: Job, pipeline: Pipeline | None = None, given: Sequence[Conditioning] | None = None
+) -> Prepared:
+    """Load the model, build the graph, make the conditioning of each replica; ``pipeline`` and ``given``
+    where that has been done. Raises ValueError: what is wrong, and what is allowed (Infeasible, with the
+    nearest legal choice, for a strategy that the model cannot run)."""
+    pipeline = pipeline or loaded(job)
     network, spec = pipeline.network, parse_spec(job.spec)
     workload = workload_of(job, network.profile)
     graph = build(spec, network.profile, workload)
@@ -99,7 +102,8 @@ def prepare(job: Job, pipeline: Pipeline | None = None) -> Prepared:
         scheduler = scheduler_named(job.scheduler, scheduler)
     check_scheduler(scheduler, workload.steps)
     request = Request(
-        conditioning=[
+        conditioning=given
+        or [
             _conditioning(job, pipeline, workload, job.seed + replica)
             for replica in range(spec.degree("data"))
         ],
@@ -123,7 +127,8 @@ def _tile(spec: Spec) -> int | None:
     return int(spec.options.get("tile", "64")) if spec.options.get("vae") == "tiled" else None
 
 
-def _loaded(job: Job) -> Pipeline:
+def loaded(job: Job) -> Pipeline:
+    """The model of a job. Raises ValueError."""
     if job.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {job.device}: torch sees no GPU here, allowed: cpu")
     return load(
@@ -142,6 +147,9 @@ def _conditioning(job: Job, pipeline: Pipeline, workload: Workload, seed: int) -
     shape = network.profile.latent_shape(*size, workload.batch)
     if job.embeddings is not None:
         return read_conditioning(job.embeddings, network, shape, dtype)
+    if pipeline.encode is not None:
+        given = pipeline.encode(job.prompt, workload.batch, seed, dtype)
+        return tree_map(lambda t: t.to(job.device), given)
     if job.prompt is not None:
         return encode_prompt(
             pipeline,

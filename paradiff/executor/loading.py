@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,19 @@ from safetensors import SafetensorError
 from torch import nn
 
 from paradiff.config import find
-from paradiff.executor.network import Network
+from paradiff.executor.network import Conditioning, Network
 from paradiff.models.catalogue import CATALOGUE
 from paradiff.models.encoders import SCHEDULERS, TRANSFORMERS, VAES
 from paradiff.models.plans import Plan, plan_for
+from paradiff.models.small import (
+    BASES,
+    GUIDANCE_SCALE,
+    Pixels,
+    encode_digits,
+    small_model,
+    small_plan,
+    small_scheduler,
+)
 from paradiff.models.tiny import (
     TINY,
     TINY_VAES,
@@ -61,7 +70,8 @@ PIPELINES: Mapping[str, str] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
     """What a run needs. ``vae`` and ``vocoder`` decode; ``folder`` is a whole pipeline's directory,
-    which has the text encoders, else None. ``guidance_scale`` is the pipeline's default."""
+    which has the text encoders, else None. ``guidance_scale`` is the pipeline's default. ``encode``, of
+    a small model, makes its conditioning of a prompt (or none), samples, seed and dtype."""
 
     network: Network
     scheduler: Any
@@ -69,6 +79,7 @@ class Pipeline:
     vae: nn.Module | None = None
     vocoder: nn.Module | None = None
     folder: Path | None = None
+    encode: Callable[[str | None, int, int, torch.dtype], Conditioning] | None = None
 
     @property
     def diffusers_class(self) -> Any:
@@ -86,7 +97,8 @@ def load(
 ) -> Pipeline:
     """The pipeline that ``source`` names, in ``dtype`` on ``device``.
 
-    ``tiny-sdxl`` is a twin, whose weights are always random; ``sdxl``, real size, has none of its own
+    ``tiny-sdxl`` is a twin, whose weights are always random; ``small-dit`` is small and trained;
+    ``sdxl``, real size, has none of its own
     and asks for ``random_weights``; else a local directory: a whole pipeline, its denoiser alone, or
     with ``random_weights`` a configuration. Raises ValueError: a name that is not known, a file that is
     missing, is a pickle or does not fit its configuration, a class that cannot be executed.
@@ -99,6 +111,10 @@ def _load(source: str, place: _Place, *, random_weights: bool) -> Pipeline:
     base = source.removeprefix("tiny-")
     if source != base and base in TINY:
         return _twin(base, place)
+    if source in BASES:
+        if random_weights:
+            raise ValueError(f"{source}: has weights of its own, allowed: without random weights")
+        return _small(source, place)
     if source in CATALOGUE:
         if not random_weights:
             raise ValueError(
@@ -107,7 +123,7 @@ def _load(source: str, place: _Place, *, random_weights: bool) -> Pipeline:
             )
         return _catalogue(source, place)
     if not Path(source).exists():
-        twins = ", ".join(f"tiny-{name}" for name in TINY)
+        twins = ", ".join([*BASES, *(f"tiny-{name}" for name in TINY)])
         raise ValueError(
             f"{source}: no such directory, allowed: a local directory, {twins}, or with random"
             f" weights {', '.join(CATALOGUE)}"
@@ -154,7 +170,7 @@ def _guidance_scale(model: nn.Module) -> float:
     return float(parameters[name].default)
 
 
-# ------------------------------------------------------------------------------- names, all random
+# ------------------------------------------------------------------------------------------ names
 
 
 def _twin(base: str, place: _Place) -> Pipeline:
@@ -174,6 +190,16 @@ def _twin(base: str, place: _Place) -> Pipeline:
         guidance_scale=_guidance_scale(model),
         vae=vae,
         vocoder=vocoder,
+    )
+
+
+def _small(name: str, place: _Place) -> Pipeline:
+    return Pipeline(
+        network=Network(place.put(small_model(name)), cached_profile(small_plan(name))),
+        scheduler=small_scheduler(name),
+        guidance_scale=GUIDANCE_SCALE,
+        vae=Pixels(),
+        encode=encode_digits,
     )
 
 

@@ -102,6 +102,11 @@ def unscaled(vae: Any, latent: Tensor) -> Tensor:
     return z if shift is None else z + shift
 
 
+def _pixels(_: Pipeline, vae: Any, latent: Tensor) -> Tensor:
+    picture: Tensor = vae(latent)
+    return picture
+
+
 def _svd(_: Pipeline, vae: Any, latent: Tensor) -> Tensor:
     """All frames of one video at once, the pipeline's default."""
     frames = latent.shape[1]
@@ -130,6 +135,7 @@ def _sound(vocoder: Any, mel: Tensor) -> Tensor:
 
 _DECODE: Mapping[str, Callable[[Pipeline, nn.Module, Tensor], Tensor]] = {
     "AutoencoderKL": _image,
+    "Pixels": _pixels,
     "AutoencoderKLTemporalDecoder": _svd,
     "AutoencoderKLCogVideoX": _cogvideox,
     "AutoencoderKLWan": _video,
