@@ -34,6 +34,12 @@ RUN = {
     "--topology", "--seed", "--guidance-scale", "--scheduler", "--embeddings", "--prompt",
     "--negative-prompt", "--timeout", "--output-dir", "--format",
 }  # fmt: skip
+FIDELITY = {
+    "--model", "--weights", "--random-weights", "--strategy", "--warmup", "--steps", "--scheduler",
+    "--samples", "--batch", "--seed", "--height", "--width", "--frames", "--dtype", "--device",
+    "--guidance-scale", "--embeddings", "--prompt", "--negative-prompt", "--lpips", "--clip",
+    "--topology", "--format", "--output-dir",
+}  # fmt: skip
 CHOICES = {
     "--dtype": ["fp16", "bf16", "fp32"],
     "--runtime": ["eager", "compiled", "cuda-graph"],
@@ -62,13 +68,14 @@ def test_commands() -> None:
     ]  # type: ignore[attr-defined]
     assert sorted(group.commands["profile"].commands) == ["fit", "kernels", "network", "trace"]  # type: ignore[attr-defined]
     assert sorted(group.commands["topology"].commands) == ["doctor", "import", "show"]  # type: ignore[attr-defined]
-    assert sorted(group.commands["validate"].commands) == ["published"]  # type: ignore[attr-defined]
+    assert sorted(group.commands["validate"].commands) == ["fidelity", "published"]  # type: ignore[attr-defined]
 
 
 def test_validate_options() -> None:
     group = typer.main.get_command(app)
     command = group.commands["validate"].commands["published"]  # type: ignore[attr-defined]
     assert options(command) == {"--data", "--format", "--output-dir"}
+    assert options(group.commands["validate"].commands["fidelity"]) == FIDELITY  # type: ignore[attr-defined]
 
 
 def test_plan_options_are_the_same_under_both_names() -> None:

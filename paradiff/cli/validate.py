@@ -8,13 +8,15 @@ from typing import Annotated, Literal
 import typer
 
 from paradiff.cli.common import check_output_dir, group, json_text, one_message, progress, staged
+from paradiff.cli.validate_fidelity import fidelity
 
 app = group("Predictions against measurements.")
+app.command()(fidelity)
 
 
 @app.callback()
 def _group() -> None:
-    """One command so far; more will stand beside it."""
+    """Commands that compare."""
 
 
 @app.command()

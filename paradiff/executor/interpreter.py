@@ -63,6 +63,10 @@ Transfer = Callable[[Instance, Sequence[tuple[int, Payload]], Sequence[int]], li
 """What an op that moves data writes to each of the target ranks, from (rank, payload) reads."""
 
 
+Watch = Callable[[int, int, int, Piece], None]
+"""Called with replica, step, rank, and rows of the latent after that step."""
+
+
 class Unexecutable(ValueError):
     """A graph that cannot be executed here; the message says which can."""
 
@@ -72,7 +76,7 @@ class Request:
     """What is generated. ``conditioning`` has one entry a data-parallel replica; a replica's initial
     noise is drawn from ``seed`` plus its number, so that every rank of it draws the same. ``decode``
     makes of final latents what the user gets, on the rank that has them; where the graph spreads the
-    VAE over ranks, ``strips`` does."""
+    VAE over ranks, ``strips`` does. ``watch`` sees every latent that a scheduler makes."""
 
     conditioning: Sequence[Conditioning]
     scheduler: Any
@@ -81,6 +85,7 @@ class Request:
     dtype: torch.dtype = torch.float64
     decode: Callable[[Tensor], Tensor] | None = None
     strips: Decoder | None = None
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,6 +454,8 @@ class _Run:
             if not torch.isfinite(new).all():
                 raise NotFinite(f"the latent is not finite: {_worst(new)}")
             self._write(instance, ref, (Piece(old.span, new),))
+            if self.request.watch is not None:
+                self.request.watch(self.replica[rank], step, rank, Piece(old.span, new))
 
     def _outside(self, _: int, instance: Instance) -> None:
         """Encoders and the VAE; the first op that reads a latent after the loop has the result. (Those
