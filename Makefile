@@ -25,6 +25,7 @@ lint: $(VENV)/all.stamp
 bench: $(VENV)/all.stamp
 	$(BIN)/python benchmarks/bench_plan.py
 	$(BIN)/python benchmarks/bench_report.py
+	$(BIN)/python benchmarks/bench_capacity.py
 	$(BIN)/python benchmarks/bench_engine.py
 	$(BIN)/python benchmarks/bench_published.py
 	$(BIN)/python benchmarks/bench_kernels.py

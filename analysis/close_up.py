@@ -8,9 +8,9 @@ from typing import NamedTuple
 from analysis.tracks import memory_over_time, simulated
 from paradiff.graph import ScheduleGraph
 from paradiff.strategies import build, parse_spec
-from paradiff.trace import NO_TRACKS, LinkUse, Trace, Tracks
+from paradiff.trace import NO_TRACKS, Trace, Tracks
 from simulator.collectives import Lowering, link_bytes
-from simulator.engine import simulate
+from simulator.engine import Flows, simulate
 from simulator.memory import RankMemory, peak
 from simulator.placement import Placement
 from simulator.planner import Request
@@ -32,7 +32,7 @@ class CloseUp(NamedTuple):
 
     ``memory``: of every rank. ``link_bytes``: resource of the network -> bytes that cross it; of a
     call with a measured time, as many as keep the resource busy that long. ``tracks``: of a run that
-    was watched.
+    was watched; of a wide one without the links of GPUs whose ranks are not drawn.
     """
 
     graph: ScheduleGraph
@@ -48,11 +48,11 @@ def close_up(
 ) -> CloseUp:
     """What there is to see of ``spec`` on ``placement``. Raises Infeasible."""
     runs, parsed = request.runs(), parse_spec(spec)
-    network, uses = runs.network, list[LinkUse]() if watched else None
+    network, flows = runs.network, list[Flows]() if watched else None
 
     def run(schedule: Quotient) -> Trace:
         return simulate(
-            schedule, network, runs.costs, placement=placement, periodic=False, uses=uses
+            schedule, network, runs.costs, placement=placement, periodic=False, flows=flows
         )
 
     wide = parsed.n_gpus > WIDE
@@ -63,11 +63,10 @@ def close_up(
         schedule = whole(runs.graph(parsed))
         trace = run(schedule)
     phases, tracks = runs.phases(schedule), NO_TRACKS
-    if uses is not None:
-        capacity = {r.name: r.capacity_bytes_per_s for r in network.resources}
-        dtype = request.workload.dtype
+    if flows is not None:
+        dtype, drawn = request.workload.dtype, {placement[rank] for rank in trace.ranks()}
         memory = memory_over_time(schedule.graph, trace, request.profile, dtype, phases)
-        tracks = simulated(uses, capacity, memory)
+        tracks = simulated(flows, network, memory, drawn if wide else None)
     return CloseUp(
         schedule.graph,
         trace,

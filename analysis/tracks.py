@@ -8,29 +8,50 @@ activations of the computation that runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from paradiff.graph import ScheduleGraph, traffic
 from paradiff.profiles import Profile
 from paradiff.strategies.builder import DTYPE_BYTES
 from paradiff.trace import TRANSFERS, Counter, LinkUse, Span, Trace, Tracks
+from simulator.engine import Flows
 from simulator.memory import PHASES, RankMemory, live_elements, phase_memory, phase_of, shared
+from simulator.network import Network
 
+_ENDS = re.compile(r"->|--|\.host$")
+"""Between the names of a resource of the network."""
 Piece = tuple[float, float, float]
 """A part of a number over time: from, until, how much."""
 
 
 def simulated(
-    uses: Sequence[LinkUse], capacity_bytes_per_s: Mapping[str, float], memory: Iterable[Counter]
+    flows: Iterable[Flows],
+    network: Network,
+    memory: Iterable[Counter],
+    devices: Collection[int] | None = None,
 ) -> Tracks:
-    """``uses`` as the engine logged them; utilisation of every link in percent of its capacity."""
-    pieces: dict[str, list[Piece]] = {}
-    for use in uses:
-        share = 100 * use.bytes_per_s / capacity_bytes_per_s[use.link]
-        pieces.setdefault(use.link, []).append((use.begin_s, use.end_s, share))
-    links = [Counter(link, None, "%", levels(pieces[link])) for link in sorted(pieces)]
-    return Tracks(joined(uses), (*links, *memory))
+    """The ``flows`` that the engine logged, link by link; utilisation in percent of the capacity.
+
+    ``devices``: links to GPUs other than these are left out.
+    """
+    box = network.topology
+    others = {gpu for i, gpu in enumerate(box.gpus) if devices is not None and i not in devices}
+    kept = [others.isdisjoint(_ENDS.split(r.name)) for r in network.resources]
+    uses, pieces = list[LinkUse](), dict[int, list[Piece]]()
+    for op, begin_s, end_s, routes, rates in flows:
+        taken: dict[int, float] = {}
+        for route, rate in zip(routes, rates, strict=True):
+            for resource, weight in network.usage(route):
+                if kept[resource]:
+                    taken[resource] = taken.get(resource, 0.0) + weight * rate
+        for resource, rate in taken.items():
+            uses.append(LinkUse(network.resources[resource].name, op, begin_s, end_s, rate))
+            share = 100 * rate / network.capacities[resource]
+            pieces.setdefault(resource, []).append((begin_s, end_s, share))
+    links = [Counter(network.resources[r].name, None, "%", levels(pieces[r])) for r in pieces]
+    return Tracks(joined(uses), (*sorted(links), *memory))
 
 
 def measured(graph: ScheduleGraph, trace: Trace, profile: Profile, dtype: str) -> Tracks:

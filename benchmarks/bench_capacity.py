@@ -16,6 +16,7 @@ import time
 BOXES = ("pcie8", "nvlink8-h100", "nvlink8-a100", "pcie4-a100")
 MODELS = ("sdxl:0.6", "pixart-alpha:0.3", "sd3-medium:0.1")
 PER_CONFIRMATION = 20_000
+LIMIT_S = 60.0
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
         f"wall {wall_s:.1f} s, CPU {used.ru_utime + used.ru_stime:.1f} s on {os.cpu_count()} cores"
     )
     print(f"largest process {used.ru_maxrss / 1024:.0f} MiB")
+    sys.exit(0 if done.returncode == 0 and wall_s <= LIMIT_S and used.ru_maxrss < 2**20 else 1)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from simpy import Environment
 from simpy.events import Event, EventPriority
 
 from paradiff.graph import Dependencies, Instance, Op, ScheduleGraph, Section, Work
-from paradiff.trace import TRANSFERS, LinkUse, Repeat, Span, Trace
+from paradiff.trace import TRANSFERS, Repeat, Span, Trace
 from simulator.collectives import BACKENDS, Backend, Lowering
 from simulator.fluid import Alarm, Bundle, Drain, Fluid, Stretch, on_grid
 from simulator.network import Network
@@ -90,6 +90,16 @@ class Costs(Protocol):
         ...
 
 
+class Flows(NamedTuple):
+    """From ``begin_s`` to ``end_s`` the flows of an op (its id), by route, ran at these rates."""
+
+    op: str
+    begin_s: float
+    end_s: float
+    routes: tuple[int, ...]
+    bytes_per_s: tuple[float, ...]
+
+
 def simulate(
     graph: ScheduleGraph | Quotient,
     topology: Topology | Network,
@@ -98,13 +108,13 @@ def simulate(
     placement: Sequence[int] | None = None,
     periodic: bool = True,
     backend: str = "nccl",
-    uses: list[LinkUse] | None = None,
+    flows: list[Flows] | None = None,
 ) -> Trace:
     """Run ``graph`` with rank r on device ``placement[r]`` (default: device r).
 
     ``periodic=False`` simulates every iteration; the makespan is the same. A ``Network`` may be
-    passed to share its memory between runs. ``uses`` is extended by what each transfer takes of each
-    link, of the iterations that are simulated. Raises ValueError for an impossible placement or an
+    passed to share its memory between runs. ``flows`` is extended by the flows of each transfer, of the
+    iterations that are simulated. Raises ValueError for an impossible placement or an
     unknown back end, InvalidGraph where the graph reads what is not there, Asymmetric for a quotient
     that is none on this network.
     """
@@ -119,11 +129,11 @@ def simulate(
     if backend not in BACKENDS:
         raise ValueError(f"back end {backend!r}, one of {', '.join(BACKENDS)}")
     lowering = Lowering(network, devices, BACKENDS[backend])
-    engine = _Engine(schedule, lowering, costs, periodic, watched=uses is not None)
+    engine = _Engine(schedule, lowering, costs, periodic, watched=flows is not None)
     try:
         trace = engine.run()
-        if uses is not None:
-            uses += engine.uses()
+        if flows is not None:
+            flows += engine.flows()
     finally:
         vars(engine).clear()  # its parts know it: what it holds would wait for the cyclic collector
     return trace
@@ -363,17 +373,10 @@ class _Engine:
         }
         return Trace(spans, makespan_s, tuple(self._repeats), tuple(sorted(meta.items())))
 
-    def uses(self) -> Iterator[LinkUse]:
-        """What was taken of the network, in the order in which the stretches ended."""
-        network = self._lowering.network
+    def flows(self) -> Iterator[Flows]:
+        """In the order in which they ended or changed."""
         for task, begin_s, end_s, routes, rates in self._stretches or ():
-            taken: dict[int, float] = {}
-            for route, rate in zip(routes, rates, strict=True):
-                for resource, weight in network.usage(route):
-                    taken[resource] = taken.get(resource, 0.0) + weight * rate
-            name = Instance(task.plan.op, task.base).id
-            for resource, rate in taken.items():
-                yield LinkUse(network.resources[resource].name, name, begin_s, end_s, rate)
+            yield Flows(Instance(task.plan.op, task.base).id, begin_s, end_s, routes, rates)
 
     def plan(self, op: Op, members: Members) -> _Plan:
         """Cost and lowering of ``op``, and of those it stands for."""

@@ -385,10 +385,7 @@ class _Planner:
         self.choices[text] = fitting
         run = self.found[text] = self.runs.run(text, fitting[0])
         timed = self._timed(base, spec, run)
-        value, merit = (
-            timed.weight(self.request.goal.objective) * run.latency_s,
-            _merit(timed, run.latency_s),
-        )
+        value, merit = self._counts(timed) * run.latency_s, _merit(timed, run.latency_s)
         self.incumbents.add(value, merit, exact=known.exact)
         if value <= self.incumbents.last:
             timed = self._with_links_only(timed, run)

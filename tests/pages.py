@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
@@ -10,7 +12,10 @@ from typing import Any
 
 import pytest
 
-HOSTILE = "<script>alert(1)</script>\"'&"
+from paradiff.config import find
+
+HOSTILE = "<script>alert(1)</script>\"'&\n../../../x"
+"""A name: markup, quotes, a line break, a path."""
 
 
 class Scripts(HTMLParser):
@@ -24,6 +29,30 @@ class Scripts(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.fetched += [v or "" for k, v in attrs if k in ("src", "href") and v != "data:,"]
+
+
+def hostile(kind: str, name: str, folder: Path) -> str:
+    """A copy in ``folder`` of a shipped file, the thing that it describes called HOSTILE; its path."""
+    source = find(kind, name, ".json" if kind == "models" else ".yaml")
+    shape = r'"name": *"' + name + '"' if kind == "models" else r"(?m)^name: .*"
+    quoted = '"name": ' if kind == "models" else "name: "
+    text, changed = re.subn(shape, lambda _: quoted + json.dumps(HOSTILE), source.read_text())
+    assert changed == 1
+    target = folder / f"hostile{source.suffix}"
+    target.write_text(text)
+    return str(target)
+
+
+def check_is_one_harmless_file(path: Path, scripts: int) -> None:
+    """Less than 8 MB, so many script elements, nothing fetched, and HOSTILE in it only as text."""
+    text = path.read_text(encoding="utf-8")
+    assert len(text.encode()) < 8e6
+    elements = Scripts()
+    elements.feed(text)
+    assert elements.tags.count("script") == scripts
+    assert elements.fetched == []
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
 
 
 @contextmanager

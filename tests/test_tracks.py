@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter as Tally
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from analysis.tracks import joined, levels, measured, simulated
 from paradiff.graph import ScheduleGraph
 from paradiff.strategies import Workload, build, parse_spec
 from paradiff.trace import LinkUse, Span, Trace, Tracks, read_chrome_trace, write_chrome_trace
-from simulator.engine import simulate
+from simulator.engine import Flows, simulate
 from simulator.memory import peak_memory
 from simulator.network import Network
 from simulator.planner import Request
@@ -32,18 +33,17 @@ def graph() -> ScheduleGraph:
     return g.build()
 
 
-def run(graph: ScheduleGraph) -> tuple[Trace, list[LinkUse], dict[str, float]]:
-    network, uses = Network(Topology.uniform(3)), list[LinkUse]()
-    trace = simulate(graph, network, UnitCosts(), periodic=False, uses=uses)
-    return trace, uses, {r.name: r.capacity_bytes_per_s for r in network.resources}
+def run(graph: ScheduleGraph, devices: Collection[int] | None = None) -> tuple[Trace, Tracks]:
+    network, flows = Network(Topology.uniform(3)), list[Flows]()
+    trace = simulate(graph, network, UnitCosts(), periodic=False, flows=flows)
+    return trace, simulated(flows, network, (), devices)
 
 
 def test_two_sends_share_a_link_until_the_shorter_is_done(graph: ScheduleGraph) -> None:
     """From 1 s both run at 1/2 B/s; 2 bytes take 4 s; of the 4 bytes 2 are left, alone at 1 B/s until
     7 s. The link of the sender is full all the time, that of rank 1 half full until 5 s."""
-    trace, uses, capacity = run(graph)
+    trace, tracks = run(graph)
     assert trace.makespan_s == 7
-    tracks = simulated(uses, capacity, ())
     found = {c.name: c.points for c in tracks.counters}
     assert found == {
         "gpu0->switch": ((0, 0), (1, 100), (7, 0)),
@@ -52,6 +52,8 @@ def test_two_sends_share_a_link_until_the_shorter_is_done(graph: ScheduleGraph) 
     }
     assert LinkUse("switch->gpu1", "t000/long", 1, 7, 4 / 6) in tracks.links
     assert LinkUse("gpu0->switch", "t000/short", 1, 5, 1 / 2) in tracks.links
+    _, narrow = run(graph, devices=[0, 2])
+    assert [c.name for c in narrow.counters] == ["gpu0->switch", "switch->gpu2"]
 
 
 def test_a_measured_run_shows_what_ranks_send_while_their_transfers_run() -> None:
@@ -121,9 +123,9 @@ def test_the_file_has_a_thread_for_each_link_and_counters(
 ) -> None:
     """Slices of one thread never overlap; a link that two ops share has two threads; the spans are read
     back as they were."""
-    trace, uses, capacity = run(graph)
+    trace, tracks = run(graph)
     path = tmp_path / "trace.json"
-    write_chrome_trace(trace, path, simulated(uses, capacity, ()))
+    write_chrome_trace(trace, path, tracks)
     assert read_chrome_trace(path) == trace
     events = json.loads(path.read_text())["traceEvents"]
     (box,) = [e["pid"] for e in events if e["ph"] == "M" and e["args"].get("name") == "links"]

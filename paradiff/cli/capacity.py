@@ -13,6 +13,11 @@ import typer
 
 from paradiff.cli.common import (
     INFEASIBLE,
+    Dtype,
+    ExactOnly,
+    Launches,
+    MaxStaleness,
+    Specs,
     check_output_dir,
     json_text,
     load_model,
@@ -106,20 +111,11 @@ def capacity(
     confidence: Annotated[float, typer.Option(help="With which the level is kept.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
     metric_percentiles: Annotated[str, typer.Option(help="Percentiles to report.")] = "50,95,99",
-    dtype: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision.")] = "bf16",
-    runtime: Annotated[
-        Literal["eager", "compiled", "cuda-graph"], typer.Option(help="How kernels are launched.")
-    ] = "eager",
-    strategy: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SPEC", help="Only this strategy; may be given several times."),
-    ] = None,
-    exact_only: Annotated[
-        bool, typer.Option("--exact-only", help="Only strategies that keep the picture.")
-    ] = False,
-    max_staleness: Annotated[
-        int | None, typer.Option(min=0, metavar="K", help="Nothing older than K steps is read.")
-    ] = None,
+    dtype: Dtype = "bf16",
+    runtime: Launches = "eager",
+    strategy: Specs = None,
+    exact_only: ExactOnly = False,
+    max_staleness: MaxStaleness = None,
     processes: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Default: one a core.")
     ] = None,

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -24,6 +24,28 @@ if TYPE_CHECKING:
 
 GATE_FAILED, MALFORMED, INFEASIBLE, INTERRUPTED = 1, 2, 3, 130
 MAX_PROFILE_BYTES = 64 * 2**20
+
+# Options that several commands have.
+Pixels = Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Default: the model's.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images or clips per request.")]
+Dtype = Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision.")]
+Launches = Annotated[
+    Literal["eager", "compiled", "cuda-graph"], typer.Option(help="How kernels are launched.")
+]
+Specs = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SPEC", help="Only this strategy; may be given several times."),
+]
+ExactOnly = Annotated[
+    bool, typer.Option("--exact-only", help="Only strategies that keep the picture.")
+]
+MaxStaleness = Annotated[
+    int | None, typer.Option(min=0, metavar="K", help="Nothing older than K steps is read.")
+]
+TableOrJson = Annotated[
+    Literal["table", "json"], typer.Option("--format", help="Output on stdout.")
+]
 
 CONTEXT = {
     "help_option_names": ["-h", "--help"],

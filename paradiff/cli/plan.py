@@ -13,6 +13,15 @@ import typer
 
 from paradiff.cli.common import (
     INFEASIBLE,
+    Batch,
+    Dtype,
+    ExactOnly,
+    Frames,
+    Launches,
+    MaxStaleness,
+    Pixels,
+    Specs,
+    TableOrJson,
     check_output_dir,
     json_text,
     load_model,
@@ -52,22 +61,17 @@ def plan(
             help="Shipped model, or a profile file.", autocompletion=shipped("models", ".json")
         ),
     ] = "sdxl",
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images or clips per request.")] = 1,
-    dtype: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision.")] = "bf16",
+    height: Pixels = None,
+    width: Pixels = None,
+    frames: Frames = None,
+    steps: Frames = None,
+    batch: Batch = 1,
+    dtype: Dtype = "bf16",
     gpus: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Use N GPUs; default: all of the box.")
     ] = None,
-    strategy: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SPEC", help="Only this strategy; may be given several times."),
-    ] = None,
-    runtime: Annotated[
-        Literal["eager", "compiled", "cuda-graph"], typer.Option(help="How kernels are launched.")
-    ] = "eager",
+    strategy: Specs = None,
+    runtime: Launches = "eager",
     measured_latency: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", help="Your own one-GPU time, to calibrate with."),
@@ -79,12 +83,8 @@ def plan(
     objective: Annotated[
         Literal["latency", "throughput", "cost"], typer.Option(help="What to rank by.")
     ] = "latency",
-    exact_only: Annotated[
-        bool, typer.Option("--exact-only", help="Only strategies that keep the picture.")
-    ] = False,
-    max_staleness: Annotated[
-        int | None, typer.Option(min=0, metavar="K", help="Nothing older than K steps is read.")
-    ] = None,
+    exact_only: ExactOnly = False,
+    max_staleness: MaxStaleness = None,
     max_quality_loss: Annotated[
         float | None,
         typer.Option(min=0.0, metavar="X", help="Measured loss of at most X, in --quality-metric."),
@@ -111,9 +111,7 @@ def plan(
         bool,
         typer.Option("--exhaustive", help="Simulate also what cannot be among those shown."),
     ] = False,
-    format_: Annotated[
-        Literal["table", "json"], typer.Option("--format", help="Output on stdout.")
-    ] = "table",
+    format_: TableOrJson = "table",
     emit: Annotated[
         Literal["xdit", "diffusers", "sglang", "vllm-omni", "cache-dit"] | None,
         typer.Option(help="Also the best plan as this engine's launch line or snippet."),

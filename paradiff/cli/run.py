@@ -19,6 +19,10 @@ from paradiff.cli.common import (
     INFEASIBLE,
     INTERRUPTED,
     MALFORMED,
+    Batch,
+    Frames,
+    Pixels,
+    TableOrJson,
     check_output_dir,
     json_text,
     load_model,
@@ -59,13 +63,13 @@ def run(
         bool,
         typer.Option("--random-weights", help="The real size with random weights, not the twin."),
     ] = False,
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
+    height: Pixels = None,
+    width: Pixels = None,
+    frames: Frames = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Default: the plan's or model's.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images or clips per request.")] = 1,
+    batch: Batch = 1,
     dtype: Annotated[
         Literal["fp16", "bf16", "fp32", "fp64"] | None,
         typer.Option(help="Precision; default: the plan's at real size, else fp32."),
@@ -112,9 +116,7 @@ def run(
         Path | None,
         typer.Option(metavar="DIR", help="Write trace.json.gz, summary.json and the outputs."),
     ] = None,
-    format_: Annotated[
-        Literal["table", "json"], typer.Option("--format", help="Output on stdout.")
-    ] = "table",
+    format_: TableOrJson = "table",
 ) -> None:
     """Run one strategy on real processes and show where each rank's time went (needs [run])."""
     arguments = dict(locals())
