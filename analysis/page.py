@@ -143,10 +143,10 @@ def figure(traces: Sequence[Figure], x: Figure, y: Figure, rules: Sequence[Figur
 
 def ticks(values: Iterable[float]) -> Figure:
     """Of a logarithmic axis: 1, 2 and 5 times the powers of ten around ``values``; over more than three
-    decades the powers alone."""
+    decades the powers alone, within one or two also 3 and 7."""
     powers = [math.log10(value) for value in values if value > 0] or [0.0]
     low, high = math.floor(min(powers)), math.ceil(max(powers))
-    digits = (1, 2, 5) if high - low <= 3 else (1,)
+    digits = {1: (1, 2, 3, 5, 7), 2: (1, 2, 3, 5, 7), 3: (1, 2, 5)}.get(max(high - low, 1), (1,))
     places = [digit * 10.0**power for power in range(low, high + 1) for digit in digits]
     return {"tickvals": places, "ticktext": [f"{place:g}" for place in places]}
 

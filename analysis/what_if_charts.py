@@ -39,7 +39,7 @@ def advice(effects: Sequence[Effect], objective: Objective) -> str:
     if dear:
         parts.append(f"{listed([told(e) for e in dear])} would cost")
     if same:
-        parts.append(f"{listed(same)} would change less than {NOTABLE:.0%}")
+        parts.append(f"{listed(same)} would change less than {100 * NOTABLE:g} %")
     return f"Which change would pay: {'; '.join(parts)}."
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
@@ -53,6 +53,15 @@ def check_is_one_harmless_file(path: Path, scripts: int) -> None:
     assert elements.fetched == []
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+
+
+def check_numbers(page: Any, chart: str, x: Iterable[float]) -> None:
+    """By keyboard: the numbers of a chart as a table, ``x`` in its third column below the head."""
+    page.locator(f"details[data-chart={chart}] summary").focus()
+    page.keyboard.press("Enter")
+    cells = page.locator(f"details[data-chart={chart}] tr:not(:first-child) td:nth-child(3)")
+    cells.first.wait_for()
+    assert sorted(map(float, cells.all_inner_texts())) == pytest.approx(sorted(x), rel=1e-3)
 
 
 @contextmanager

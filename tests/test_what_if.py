@@ -125,7 +125,7 @@ def test_the_sentence_names_what_pays_what_costs_and_what_does_not_matter() -> N
     assert advice(effects, "latency") == (
         "Which change would pay: GPUs twice as fast (1 s instead of 2) and twice the bandwidth (1.5 s "
         "instead of 2, then with b); half the bandwidth (2.5 s instead of 2, then with b) would cost; "
-        "peer-to-peer would change less than 1%."
+        "peer-to-peer would change less than 1 %."
     )
     assert "none that was simulated" in advice(effects[:3], "latency")
     assert math.isclose(effects[0].first, effects[0].best)
