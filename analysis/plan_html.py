@@ -254,12 +254,13 @@ def _timelines(place: str, candidate: Candidate, seen: CloseUp) -> Iterator[Char
 
 def _alike(representative: Sequence[int]) -> str:
     """Which ranks are drawn once, for all that do the same at the same time."""
-    drawn = dict(Counter(representative))
+    drawn = Counter(representative)
     if len(drawn) == len(representative):
         return ""
-    told = ", ".join(f"rank {rank} is {count} of them" for rank, count in drawn.items())
-    number = len(representative)
-    return f" Ranks that do the same at the same time are drawn once: of all {number}, {told}."
+    told = [f"{words.count_of(count, 'rank')} as rank {rank}" for rank, count in drawn.items()]
+    if len(set(drawn.values())) == 1:
+        told = [f"each stands for {drawn[representative[0]]} of {len(representative)}"]
+    return f" Ranks that do the same at the same time are drawn once: {', '.join(told)}."
 
 
 def _windows(trace: Trace, synchronous: int) -> Iterator[tuple[str, str, range]]:

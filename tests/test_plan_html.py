@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from analysis.close_up import close_up
 from analysis.plan_html import page
-from analysis.what_if import outlook
+from analysis.what_if import Effect, Outlook, outlook
 from paradiff.cli import plan_app
 from paradiff.config import find
 from paradiff.profiles import load_profile
@@ -140,6 +140,27 @@ def test_links_are_used_as_long_as_their_bytes_take() -> None:
     assert sent is not None
     share = sent / link.bandwidth_bytes_per_s / best.trace.makespan_s
     assert f"busy {share:.1%} (" in text
+
+
+def test_alike_ranks_of_a_wide_box_are_drawn_once() -> None:
+    """24 ranks, alike but for the one that decodes when the others are done."""
+    request = planner.Request(
+        profile=load_profile(find("models", "flux1-dev", ".json")),
+        topology=load_topology("nvl72", []),
+        workload=Workload(768, 768, 1, 2),
+        gpus=24,
+        specs=("ulysses=24",),
+    )
+    seen = close_up(request, "ulysses=24", tuple(range(24)), watched=True)
+    assert seen.trace.ranks() == (0,)
+    assert seen.representative == (0,) * 24
+    plan = planner.plan(request)
+    assert seen.trace.makespan_s == plan.ranked[0].latency_s
+    links = {use.link for use in seen.tracks.links}
+    assert links == {"gpu0->nvswitch", "nvswitch->gpu0"}
+    nothing = Outlook(1, (Effect("as it is", 1.0, 1.0, "ulysses=24"),), (), ())
+    text = page(request, plan, [seen], nothing, [])
+    assert "are drawn once: each stands for 24 of 24." in text
 
 
 def test_two_hundred_candidates_stay_below_the_limit() -> None:
