@@ -439,8 +439,7 @@ class _Run:
         noise = list(chain.from_iterable(self._read(instance, "noise")))
         latent = list(chain.from_iterable(self._read(instance, "latent")))
         guided = self.guided.pop(rank, None)
-        out = branches_of(noise)[0] if guided is None else guided
-        prediction = self.network.prediction(out)
+        prediction = branches_of(noise)[0] if guided is None else guided
         spans = sorted({piece.span for piece in noise})
         sizes = [last - first for first, last in spans]
         strips = prediction.split(sizes, dim=-2)

@@ -68,6 +68,11 @@ class Network:
         return any(point.joint_text for _, point in self.profile.denoiser.points("kv"))
 
     @cached_property
+    def learns_sigma(self) -> bool:
+        """Does it predict a variance too, which is neither stepped nor sent?"""
+        return self.class_name in LEARNED_SIGMA
+
+    @cached_property
     def is_transformer(self) -> bool:
         return self.profile.kind == "transformer"
 
@@ -161,7 +166,7 @@ class Network:
                 rest["image_rotary_emb"] = rotary
             out = self.model(hidden_states=x, timestep=times, **rest, return_dict=False)[0]
         result: Tensor = out
-        return result
+        return result[:, : self.profile.geometry.channels] if self.learns_sigma else result
 
     def _rotary(self, x: Tensor, total_rows: int, spans: Sequence[Span]) -> tuple[Tensor, ...]:
         """Rows ``spans`` of the tables that the class is given, for a latent of ``total_rows``."""
@@ -194,12 +199,6 @@ class Network:
             return_dict=False,
         )[0]
         return unpack(out, rows, columns)
-
-    def prediction(self, out: Tensor) -> Tensor:
-        """The part of the (guided) output that the scheduler takes."""
-        if self.class_name in LEARNED_SIGMA:
-            return out[:, : self.profile.geometry.channels]
-        return out
 
 
 def pack(x_bcrw: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import plain_loops as plain
 import pytest
 import torch
 from torch import Tensor
+from weighing import weighed
 
 from paradiff.executor import loading
 from paradiff.executor.decoding import strip_decoder
@@ -48,7 +49,8 @@ def execute(name: str, spec: str, ours: Pipeline | None = None) -> Result:
         decode=decoder(ours),
         strips=strip_decoder(ours),
     )
-    result = run_graph(graph, ours.network, request)
+    with weighed():
+        result = run_graph(graph, ours.network, request)
     check_trace(graph, result.trace)
     return result
 

@@ -137,7 +137,7 @@ def test_last_round_of_stride_two_keeps_its_timestep(name: str, warmup: int) -> 
     assert plain.relative(ours, expected) < 1e-10
 
 
-@pytest.mark.parametrize("name", plain.NAMES)
+@pytest.mark.parametrize("name", plain.NAMES + plain.OTHERS)
 def test_components_that_only_warm_up_are_exact(name: str) -> None:
     assert plain.relative(latent(name, "asyncdiff=2,warmup=5"), reference(name)) < 1e-10
 
@@ -152,6 +152,13 @@ def test_steps_in_parallel_equal_the_read_map(name: str, degree: int, warmup: in
     expected = plain_steps.parastep(name, STEPS, degree, warmup)
     assert plain.relative(ours, expected) < 1e-10
     assert plain.relative(ours, reference(name)) > 1e-8
+
+
+@pytest.mark.parametrize("name", plain.NAMES + plain.OTHERS)
+@pytest.mark.parametrize("spec", ["parastep=3,warmup=4", "batchstep=2,warmup=4"])
+def test_steps_of_which_one_is_left_are_exact(name: str, spec: str) -> None:
+    """After a warm-up of T - 1 steps: rank 0 evaluates the only step of the only cycle, at its latent."""
+    assert plain.relative(latent(name, spec), reference(name)) < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -198,6 +205,11 @@ def test_reused_features_equal_a_plain_loop(name: str, spec: str, reused: tuple[
     ours = latent(name, spec)
     assert plain.relative(ours, expected) < 1e-10
     assert plain.relative(ours, reference(name)) > 1e-8
+
+
+@pytest.mark.parametrize("name", ["sd21", "sd3-medium"])
+def test_a_cache_of_no_age_reuses_nothing(name: str) -> None:
+    assert torch.equal(latent(name, "cache=1"), latent(name, "serial"))
 
 
 @pytest.mark.parametrize("inside", ["cfg=2", "ulysses=2", "cfg=2,ring=2"])

@@ -9,6 +9,7 @@ import plain_loops as plain
 import pytest
 import torch
 from torch import Tensor
+from weighing import weighed
 
 from paradiff.executor import interpreter
 from paradiff.executor.forward import ScheduleMismatch
@@ -42,8 +43,10 @@ def request_of(name: str, replicas: int = 1) -> Request:
 
 
 def execute(name: str, graph: ScheduleGraph, replicas: int = 1) -> Result:
+    """Run and judge what holds of every run: a legal trace, transfers of the bytes that they say."""
     profile, model = plain.twin(name)
-    result = run_graph(graph, Network(model, profile), request_of(name, replicas))
+    with weighed():
+        result = run_graph(graph, Network(model, profile), request_of(name, replicas))
     check_trace(graph, result.trace)
     return result
 
@@ -81,10 +84,18 @@ EXACT = [
 ]
 
 
-FEW = ["patch=4", "cfg=2,patch=2", "distrifusion=2,mode=full_sync"]
+FEW = [
+    "patch=4",
+    "cfg=2,patch=2",
+    "distrifusion=2,mode=full_sync",
+    "distrifusion=2,warmup=4",
+    "pcpp=2,warmup=4",
+]
+ALONE = ["patch=1", "patch=1,mode=naive", "distrifusion=1,warmup=0", "pcpp=1,warmup=0"]
 CASES = [
     *itertools.product(plain.NAMES, EXACT),
     *itertools.product(plain.OTHERS, FEW),
+    *itertools.product(["sd21", "wan2.1-1.3b"], ALONE),
     ("sd15", "cfg=2,patch=2"),
     ("wan2.1-14b", "distrifusion=4,warmup=4"),
 ]
