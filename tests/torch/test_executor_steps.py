@@ -157,7 +157,7 @@ def test_steps_in_parallel_equal_the_read_map(name: str, degree: int, warmup: in
 @pytest.mark.parametrize("name", plain.NAMES + plain.OTHERS)
 @pytest.mark.parametrize("spec", ["parastep=3,warmup=4", "batchstep=2,warmup=4"])
 def test_steps_of_which_one_is_left_are_exact(name: str, spec: str) -> None:
-    """After a warm-up of T - 1 steps: rank 0 evaluates the only step of the only cycle, at its latent."""
+    """After a warm-up of T - 1: rank 0 evaluates the only step of the only cycle, at its latent."""
     assert plain.relative(latent(name, spec), reference(name)) < 1e-10
 
 
