@@ -68,7 +68,9 @@ class Work(NamedTuple):
     """Segments ``[lo, hi)`` of a profile's stage at a shape. Work, never time.
 
     ``stored``: how the weights are kept where that is not the network's dtype (``fp8``). ``blocks``:
-    of how many blocks of keys this attention is one; their results are merged.
+    of how many blocks of keys this attention is one; their results are merged. ``copies``: kernels that
+    the schedule adds to the network's own (K and V laid side by side, tensors packed), which read and
+    write ``copied`` bytes.
     """
 
     stage: str
@@ -76,6 +78,8 @@ class Work(NamedTuple):
     shape: Shape
     stored: str = ""
     blocks: int = 1
+    copies: int = 0
+    copied: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -572,6 +576,7 @@ _REF = re.compile(
 )
 _WORK = re.compile(
     r"(?P<stage>\w+)\[(?P<ranges>[\d:,]*)\]\{(?P<shape>[\d,]+)\}(?P<stored>\w*)(?:/(?P<blocks>\d+))?"
+    r"(?:\+(?P<copies>\d+):(?P<copied>\d+))?"
 )
 
 
@@ -604,7 +609,8 @@ def _op_text(op: Op) -> str:
         ranges = ",".join(f"{lo}:{hi}" for lo, hi in op.work.ranges)
         shape = ",".join(map(str, op.work.shape))
         blocks = f"/{op.work.blocks}" if op.work.blocks > 1 else ""
-        fields.append(f"work={op.work.stage}[{ranges}]{{{shape}}}{op.work.stored}{blocks}")
+        copies = f"+{op.work.copies}:{op.work.copied}" if op.work.copies else ""
+        fields.append(f"work={op.work.stage}[{ranges}]{{{shape}}}{op.work.stored}{blocks}{copies}")
     if op.tags:
         fields.append(f"tags={';'.join(f'{name}={value}' for name, value in op.tags)}")
     return " ".join(fields)
@@ -634,7 +640,8 @@ def _parse_op(fields: list[str]) -> Op:
         pairs = [p.split(":") for p in found["ranges"].split(",") if p]
         shape = Shape(*map(int, found["shape"].split(",")))
         ranges = tuple((int(lo), int(hi)) for lo, hi in pairs)
-        work = Work(found["stage"], ranges, shape, found["stored"], int(found["blocks"] or 1))
+        counts = int(found["blocks"] or 1), int(found["copies"] or 0), int(found["copied"] or 0)
+        work = Work(found["stage"], ranges, shape, found["stored"], *counts)
     return Op(
         name=name,
         kind=kind,  # type: ignore[arg-type]

@@ -24,13 +24,15 @@ from typing import NamedTuple
 from paradiff.graph import Dependencies, Instance, Op, Section
 from paradiff.trace import TRANSFERS
 from simulator.engine import Costs
+from simulator.fluid import on_grid
 from simulator.placement import Placement, Wire
 from simulator.symmetry import Members, Quotient
 
 MAX_LOOKUPS = 256
 """Where a transfer has more placements (times alike transfers), its bytes are left out of the bound."""
 ROUNDING = 1 - 1e-9
-"""The engine rounds times to its grid, up and down."""
+"""The engine rounds times to its grid, up and down; computations are rounded here as there, because many
+equal ones are all rounded the same way."""
 
 
 Merit = tuple[float, float, float]
@@ -153,7 +155,7 @@ class _Durations:
         if op.work is not None:
             prices = [self._costs.compute(op.work, device) for device in self._devices]
             least = min(min(price.device_s, price.contended_s) for price in prices)
-            return least, min(price.host_s for price in prices)
+            return on_grid(least), min(price.host_s for price in prices)
         if op.kind not in TRANSFERS and not op.nbytes:
             return 0.0, 0.0
         key = (op.kind, op.call, op.nbytes, members)

@@ -71,9 +71,10 @@ COLLECTIVE_HOST_S = {"eager": 40e-6, "compiled": 40e-6, "cuda-graph": 2e-6}
 GRAPH_LAUNCH_NODES = 10
 """Launching a whole CUDA graph costs the host about as much as ten of its nodes (1 us each) cost the
 device; an assumption. The nodes' own cost is in the kernel floor, which was measured inside graphs."""
-COLLECTIVE_FIXED_S = 40e-6
+COLLECTIVE_FIXED_S = {"eager": 40e-6, "compiled": 40e-6, "cuda-graph": 5e-6}
 """Device-side fixed cost of a torch-level transfer beyond the raw NCCL time: stream events on both
-sides and the copy into the communication buffer."""
+sides, which the communicator's stream and the compute stream wait for. In a graph these are edges: an
+assumption, the cost of a few nodes."""
 SLOWDOWN = 1.19
 """Compute beside a collective takes at least so much longer: 18.9 % on average over GPUs and networks,
 40 % at most (arXiv 2507.03114). Lost SMs and bandwidth give that for large kernels only; those that do
@@ -275,9 +276,9 @@ class CostModel:
         if self._ideal:
             return 0.0
         if op.call != "all_to_all":
-            return COLLECTIVE_FIXED_S
+            return COLLECTIVE_FIXED_S[self.runtime]
         permute_s = max(pricer.permute_s(op.nbytes) for pricer in self._pricers.values())
-        return COLLECTIVE_FIXED_S + 2 * permute_s
+        return COLLECTIVE_FIXED_S[self.runtime] + 2 * permute_s
 
     def transfer_host_s(self, op: Op) -> float:
         """Host time of each participant to issue a transfer; 0 between ideal devices."""
@@ -372,6 +373,9 @@ class _Pricer:
         launches = total.launches
         gap_s = GAP * self.chip.floor_s * launches
         total = _add(total, _Sum(gap_s, gap_s, 0, gap_s, gap_s))
+        if work.copies:
+            total = _add(total, self._copies(work))
+            launches = total.launches
         if not self.chip.ideal:
             beside_s = max(total.contended_s, SLOWDOWN * total.device_s)
             total = total._replace(contended_s=beside_s)
@@ -382,6 +386,15 @@ class _Pricer:
     def permute_s(self, nbytes: float) -> float:
         """Seconds of a kernel that reads and writes ``nbytes`` in another order."""
         return stream_s(self.chip, math.ceil(2 * nbytes / self.itemsize), self.itemsize)
+
+    def _copies(self, work: Work) -> _Sum:
+        """Kernels that the schedule adds: the shortest kernel each, and their bytes. No GAP: most are
+        too small to fill a chip that the next one would wait for."""
+        moved_s = work.copied / self.chip.memory_bytes_per_s if not self.chip.ideal else 0.0
+        seconds = moved_s + work.copies * self.chip.floor_s
+        low, high = self.spread["stream"]
+        beside_s = seconds + moved_s * COLLECTIVE_BANDWIDTH_SHARE / (1 - COLLECTIVE_BANDWIDTH_SHARE)
+        return _Sum(seconds, beside_s, work.copies, low * seconds, high * seconds)
 
     def _merge(self, stage: Stage, work: Work) -> _Sum:
         """Share of one block in merging the results of ``work.blocks`` blocks of keys (MERGE_BYTES)."""

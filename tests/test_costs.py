@@ -271,11 +271,28 @@ def test_a_ring_pays_for_merging() -> None:
     assert block.device_s - lone.device_s == pytest.approx(moved_s + launches_s, rel=1e-6)
 
 
+def test_copies_of_a_schedule_are_shortest_kernels_and_bytes() -> None:
+    """Five kernels that move 1 GB: 5 x 1.65 us and 1 GB at the memory's bandwidth, five launches."""
+    gpu, costs, plain = load_gpu("l20"), model(PIXART, "l20"), whole(PIXART, "denoiser", SHAPE)
+    without, added = (
+        costs.compute(each, 0) for each in (plain, plain._replace(copies=5, copied=10**9))
+    )
+    seconds = 5 * gpu.kernel_floor.value + 1e9 / gpu.memory_bandwidth.value
+    assert added.device_s - without.device_s == pytest.approx(seconds)
+    assert added.launches == without.launches + 5
+    low, high = SPREAD["stream"]
+    assert added.low_s - without.low_s == pytest.approx(low * seconds)
+    assert added.high_s - without.high_s == pytest.approx(high * seconds)
+    ideal = model(PIXART, "unit").compute(plain._replace(copies=5, copied=10**9), 0)
+    assert ideal.device_s == model(PIXART, "unit").compute(plain, 0).device_s
+
+
 def test_transfers_have_fixed_and_host_costs() -> None:
     gather = Op("g@g0-1", "collective", "all_gather", (0, 1), "comm.0-1")
     permute = Op("a@g0-1", "collective", "all_to_all", (0, 1), "comm.0-1", nbytes=14 * 2**20)
     costs = CostModel(PIXART, [load_gpu("h100-sxm")] * 2)
     assert costs.transfer_fixed_s(gather) == 40e-6
+    assert CostModel(PIXART, costs.gpus, runtime="cuda-graph").transfer_fixed_s(gather) == 5e-6
     # Flux by two: with some 20 us of the raw call the 80-90 us measured for each Ulysses all-to-all
     assert 60e-6 <= costs.transfer_fixed_s(permute) <= 70e-6
     # two permutes read and write the payload: 4 x 14 MiB at 2490 GB/s, and half a shortest kernel each

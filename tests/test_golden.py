@@ -105,6 +105,46 @@ def test_distrifusion_sdxl_buckets() -> None:
     assert [points.count(k) for k in ("kv", "halo", "moments")] == [70, 39, 46]
 
 
+def copies(graph: ScheduleGraph, name: str) -> tuple[int, int]:
+    """Kernels that the schedule adds on rank 0 in one iteration of a section, and their bytes."""
+    works = [o.work for o in section(graph, name).ops if o.work is not None and o.ranks == (0,)]
+    return sum(w.copies for w in works), sum(w.copied for w in works)
+
+
+def test_a_displaced_strip_lays_keys_side_by_side_and_queues_its_own() -> None:
+    """PixArt, 28 layers: W = 2 x 2 x 4096 x 1152 x 2 B of K and V, whole. One kernel reads and writes W
+    and one the own eighth; a synchronous step empties a list of eight first."""
+    graph, whole = graph_of("pixart-alpha", "distrifusion=8"), 2 * 2 * 4096 * 1152 * 2
+    assert copies(graph, "steady") == (28 * 2, 28 * (2 * whole + 2 * whole // 8))
+    assert copies(graph, "sync") == (28 * (8 + 1), 28 * 4 * whole)
+
+
+def test_a_corrected_group_norm_is_many_kernels() -> None:
+    """SDXL: 46 norms in 19 kernels and a sum over 8 ranks beside the one that each is without exchange,
+    and 155 tensors queued. ``no_sync`` neither queues nor exchanges moments: 70 joins, 39 x 2 halos."""
+    added = {
+        mode: copies(graph_of("sdxl", f"distrifusion=8,mode={mode}"), "steady")[0]
+        for mode in ("corrected_async_gn", "stale_gn", "sync_gn", "no_sync")
+    }
+    assert added["no_sync"] == 70 + 39 * 2
+    assert added["corrected_async_gn"] - added["no_sync"] == 155 + 46 * (19 + 8)
+    assert added["corrected_async_gn"] - added["stale_gn"] == 46 * 5
+    assert added["sync_gn"] == added["stale_gn"]
+    assert copies(graph_of("sdxl", "patch=8,mode=naive"), "steps") == (0, 0)
+
+
+def test_a_pipeline_writes_its_cache_and_joins_the_text() -> None:
+    """SD3, 6 of 24 blocks, 4 patches: K and V of a patch (W/4) are joined and written, and all K and V
+    are copied with the text, a quarter of it by the network's own kernels. PixArt joins no text."""
+    whole = 2 * 2 * 4096 * 1536 * 2
+    expected = 4 * 6 * 2, 4 * 6 * (4 * whole // 4 + 2 * (whole - whole // 4))
+    assert copies(graph_of("sd3-medium", "pipefusion=4,patches=4"), "steady") == expected
+    own = 2 * 2 * 1024 * 1152 * 2
+    assert (
+        copies(graph_of("pixart-alpha", "pipefusion=4,patches=4"), "steady")[1] == 4 * 7 * 4 * own
+    )
+
+
 @pytest.mark.parametrize(
     ("model", "size", "components", "megabytes"),
     [

@@ -51,7 +51,12 @@ def ops(draw: st.DrawFn, world: int, buffers: list[Buffer]) -> Op:
         ranges = tuple(
             draw(st.lists(st.tuples(st.integers(0, 9), st.integers(10, 99)), max_size=3))
         )
-        work = Work("denoiser", ranges, Shape(*draw(st.tuples(*[st.integers(0, 999)] * 10))))
+        shape = Shape(*draw(st.tuples(*[st.integers(0, 999)] * 10)))
+        blocks, copies = draw(st.integers(1, 9)), draw(st.integers(0, 9))
+        copied = draw(st.integers(0, 10**12)) if copies else 0
+        work = Work(
+            "denoiser", ranges, shape, draw(st.sampled_from(("", "fp8"))), blocks, copies, copied
+        )
     return Op(
         name=draw(names),
         kind=kind,

@@ -355,12 +355,12 @@ class TestShipped:
         assert network.rates(shifted) == (47e9,) * 64
 
     def test_four_l20_share_the_uplink_of_their_switch(self) -> None:
-        """0->1->2->3->0 without peer-to-peer: four flows up and four down 20 GB/s, 5 each."""
+        """0->1->2->3->0 without peer-to-peer: four flows up and four down 22 GB/s, 5.5 each."""
         network = Network(load_topology("pcie8-l20", ["peer_to_peer=false"]))
         up = ("gpu0", "plx0", "rc0", "socket0", "rc0", "plx0", "gpu1")
         assert network.route(0, 1).path == up
         ring = tuple(network.route(i, (i + 1) % 4).id for i in range(4))
-        assert network.rates(ring) == pytest.approx([5e9] * 4)
+        assert network.rates(ring) == pytest.approx([5.5e9] * 4)
 
     def test_peers_turn_around_below_the_root_complex(self) -> None:
         network = Network(load_topology("pcie4-a100"))

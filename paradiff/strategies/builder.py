@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from paradiff.graph import Buffer, BufferKind, Op, OpKind, Ref, ScheduleGraph, Section, Shape, Work
 from paradiff.profiles import Expr, Profile, Stage, Total
@@ -20,6 +21,16 @@ Options = Mapping[str, str]
 """Key -> value of a spec."""
 MOMENT_BYTES = 4
 """GroupNorm moments travel in float32: E[x^2] overflows fp16 (STRATEGIES 10.2)."""
+
+
+class Copies(NamedTuple):
+    """Kernels that a schedule adds to the network's, and the bytes that they read and write."""
+
+    kernels: int
+    nbytes: int
+
+
+NO_COPIES = Copies(0, 0)
 
 
 class Infeasible(ValueError):
@@ -274,6 +285,7 @@ class Builder:
         call: str | None = None,
         tags: Tags = (),
         blocks: int = 1,
+        copies: Copies = NO_COPIES,
     ) -> None:
         """A compute op on ``rank``: the whole stage, or the given segment ranges of it."""
         whole = ((0, len(self.profile.stages[stage].segments)),)
@@ -286,7 +298,7 @@ class Builder:
             reads=reads,
             writes=writes,
             step=step,
-            work=Work(stage, ranges or whole, shape, blocks=blocks),
+            work=Work(stage, ranges or whole, shape, "", blocks, *copies),
             tags=tags,
         )
 
@@ -475,6 +487,7 @@ class Forward:
     ``run(hi)`` emits what lies between the last stop and segment ``hi``: one compute op a rank, or under
     tensor parallelism one up to each sum, and an all-reduce. Ranks that share the weights lie side by
     side in ``ranks``; ``shapes`` and ``tags`` are given once for them.
+    ``copies``: segment -> what the schedule adds to the network's kernels there.
     ``need`` adds refs to the next op of a rank. ``index`` numbers the forwards of one step (patches of
     a pipeline), so that what they write into shared work buffers are different versions.
     """
@@ -488,6 +501,7 @@ class Forward:
     tag: str = ""
     index: int = 0
     step: int = 0
+    copies: Mapping[int, Copies] = field(default_factory=dict)
     _reads: dict[int, list[Ref]] = field(default_factory=dict)
     _then: list[Callable[[], None]] = field(default_factory=list)
     _at: int = -1
@@ -561,6 +575,8 @@ class Forward:
         """One compute op a rank; without work where the last one ended at ``stop`` with a sum."""
         segments = self.build.denoiser.segments
         ended = stop == self._at
+        added = [self.copies[at] for at in self.copies if self._at <= at < stop]
+        copies = Copies(sum(c.kernels for c in added), sum(c.nbytes for c in added))
         name = f"{segments[self._at - 1].name}/end" if ended else segments[self._at].name
         for rank, shape, tags in zip(self.ranks, self.shapes, self.tags, strict=True):
             self.build.compute(
@@ -574,6 +590,7 @@ class Forward:
                 step=self.step,
                 call="forward",
                 tags=tags,
+                copies=copies,
             )
         self._at = stop
         while self._then:

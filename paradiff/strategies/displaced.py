@@ -13,6 +13,7 @@ from functools import partial
 
 from paradiff.graph import Ref, Shape
 from paradiff.strategies.builder import Builder, Forward, Infeasible, Options
+from paradiff.strategies.copies import strip_copies
 from paradiff.strategies.passes import (
     Strips,
     check_strips,
@@ -293,14 +294,17 @@ def _displaced(build: Builder, options: Options, name: str, bucket: str) -> None
     stale_tags = (("moments", "corrected"),) if mode == MODES[0] else ()
     if neighbours:
         stale_tags = (*stale_tags, ("portion", str(portion)))
+    fresh = strip_copies(build, shapes[0], fresh=True, sent=("moments",))
+    sent = () if mode == "no_sync" else ("kv", *kinds, *(("moments",) if mode == "sync_gn" else ()))
+    stale = strip_copies(build, stale_shapes[0], fresh=False, sent=sent, corrected=mode == MODES[0])
     build.encode(range(build.mesh.size))
     for phase, first, count in phases(steps, sync):
         with build.section(phase, first, count):
             for lanes in build.mesh.replicas():
                 for lane in lanes:
-                    strips = Strips(build, lane, shapes)
+                    strips = Strips(build, lane, shapes, copies=fresh)
                     if phase != "sync":
-                        strips = Strips(build, lane, stale_shapes, stale_tags)
+                        strips = Strips(build, lane, stale_shapes, stale_tags, copies=stale)
                     near = None
                     if neighbours:
                         sender = options.get("slice", "receiver") == "sender"

@@ -7,13 +7,14 @@ displaced passes, which differ only in the versions that a layer reads.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from paradiff.graph import Ref, Shape
 from paradiff.profiles import Point
 from paradiff.strategies.builder import (
     MOMENT_BYTES,
     Builder,
+    Copies,
     Forward,
     Infeasible,
     Lane,
@@ -22,6 +23,7 @@ from paradiff.strategies.builder import (
     nearest_strips,
     strip,
 )
+from paradiff.strategies.copies import strip_copies
 from paradiff.strategies.layers import SequenceParallel, attend, local_shape, plan_sequence
 
 # ---------------------------------------------------------------------------------- output of a step
@@ -205,6 +207,7 @@ class Strips:
     shapes: Sequence[Shape]
     tags: Tags = ()
     step: int = 0
+    copies: Mapping[int, Copies] = field(default_factory=dict)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -214,7 +217,9 @@ class Strips:
         """A forward over all segments that has read the whole latent and the text."""
         build, n, end = self.build, len(self.ranks), len(self.build.denoiser.segments)
         tags = [(*self.lane.tags(strip(build.rows, n, i)), *self.tags) for i in range(n)]
-        forward = Forward(build, self.ranks, self.shapes, 0, end, tags, step=self.step)
+        forward = Forward(
+            build, self.ranks, self.shapes, 0, end, tags, step=self.step, copies=self.copies
+        )
         for rank in self.ranks:
             forward.need(rank, (latent or build.x)(rank), build.text(rank))
         return forward
@@ -270,10 +275,11 @@ def strip_pass(build: Builder, options: Options) -> Predict:
     naive = options.get("mode", "sync") == "naive"
     rows = build.rows // build.mesh.pp
     shapes = strip_shapes(build, [rows] * build.mesh.pp if naive else None, halo=not naive)
+    copies = {} if naive else strip_copies(build, shapes[0], fresh=True, sent=("moments",))
 
     def predict(lanes: Sequence[Lane], step: int, latent: Latent) -> dict[int, Ref]:
         for lane in lanes:
-            strips = Strips(build, lane, shapes, step=step)
+            strips = Strips(build, lane, shapes, step=step, copies=copies)
             forward = strips.start(latent)
             for at in [] if naive or build.mesh.pp == 1 else forward.points():
                 strips.blocking(forward, at)

@@ -22,6 +22,7 @@ from paradiff.strategies.builder import (
     nearest_strips,
     strip,
 )
+from paradiff.strategies.copies import cache_copies
 from paradiff.strategies.layers import SequenceParallel, attend, local_shape, plan_sequence
 from paradiff.strategies.passes import noise
 
@@ -383,7 +384,8 @@ class Stages:
             for j, s in enumerate(shares)
         ]
         shapes, label = [shape] * pipe.sp.degree, f"{self.label(p)}/s{d}"
-        forward = Forward(build, ranks, shapes, lo, hi, tags, label, p or 0)
+        copies = {} if p is None else cache_copies(build, shape, pipe.sp.degree)
+        forward = Forward(build, ranks, shapes, lo, hi, tags, label, p or 0, copies=copies)
         older: dict[int, list[Ref]] = {}
         for j, rank in enumerate(ranks):
             forward.need(rank, *self.inputs(lane, d, j, p))
