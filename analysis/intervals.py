@@ -103,7 +103,7 @@ def provenance(costs: CostModel, graph: ScheduleGraph, rank: int, device: int) -
         if part == "compute":
             shares[cost.provenance] = shares.get(cost.provenance, 0.0) + count * cost.device_s
     total = sum(shares.values())
-    weakest = ("analytic", "interpolated", "table", "calibrated")
+    weakest = ("analytic", "transferred", "interpolated", "table", "calibrated")
     return next((p for p in weakest if shares.get(p, 0.0) > 0.1 * total), "analytic")
 
 

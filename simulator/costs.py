@@ -1,10 +1,11 @@
 """Work to seconds: what a compute op costs on one device, with provenance and a 90 % interval.
 
 Each kernel is priced from a measured table where its exact shape was measured, else by the kernel
-model corrected with the errors it makes at the nearest measured shapes (*interpolated*), else by the
-kernel model alone (*analytic*). Host time, runtimes (eager, compiled, CUDA graphs), interference by
-collectives and one-number calibration are decided here; kernels in ``simulator.kernels``; which
-kernels run in ``paradiff.profiles``; queues and links in ``simulator.engine``.
+model corrected with the errors it makes at the nearest measured shapes (*interpolated*; *transferred*
+where they were measured on another GPU with the same chip), else by the kernel model alone (*analytic*).
+Host time, runtimes (eager, compiled, CUDA graphs), interference by collectives and one-number
+calibration are decided here; kernels in ``simulator.kernels``; which kernels run in
+``paradiff.profiles``; queues and links in ``simulator.engine``.
 """
 
 from __future__ import annotations
@@ -12,21 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from importlib import resources
 from itertools import accumulate
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from paradiff.graph import Op, Shape, Work
 from paradiff.profiles import Kernel, Profile, Segment, Stage
-from simulator.gpu import Gpu, load_gpu
+from simulator.gpu import AttentionFigure, Gpu
 from simulator.kernels import Chip, attention_s, conv_s, gemm_s, stream_s
-from simulator.lint import read_table
 from simulator.measured import Estimate, measured_on
+from simulator.tables import Table, lender
 
 Runtime = Literal["eager", "compiled", "cuda-graph"]
-Provenance = Literal["table", "interpolated", "analytic", "calibrated"]
+Provenance = Literal["table", "interpolated", "transferred", "analytic", "calibrated"]
 Scope = Literal["denoise", "latent", "pipeline"]
 
 ITEMSIZE: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -34,16 +32,22 @@ ITEMSIZE: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 SPREAD: Mapping[str, tuple[float, float]] = {
     "gemm-table": (0.95, 1.06),
     "gemm-interpolated": (0.86, 1.16),
+    "gemm-transferred": (0.84, 1.18),
     "gemm": (0.83, 1.27),
     "attention": (0.80, 1.32),
+    "attention-table": (0.95, 1.06),
+    "attention-interpolated": (0.90, 1.12),
+    "attention-transferred": (0.86, 1.18),
     "conv": (0.70, 1.45),
     "stream": (0.65, 1.50),
     "calibrated": (0.88, 1.14),
 }
 """Nominal 90 % interval of a kernel's time, as factors. ``gemm`` and ``attention``: 5 and 95 % residuals
 of the kernel model on GPUs left out of its fit (0.85-1.26 and 0.83-1.30, ``tools/fit_kernel_model.py``),
-a little wider. ``gemm-interpolated``: leave-one-out residuals of the tables. ``conv`` and ``stream``
-have no table: assumed. ``calibrated``: what is left after one measured shape, at strips of 1/2 to 1/16
+a little wider. ``gemm-interpolated``: leave-one-out residuals of the tables; ``gemm-transferred``: of
+H100 from H200 and the reverse (0.87-1.15). ``attention-interpolated``: each of 18 rows from the others,
+within 10 %; transferred: wider as for GEMM. ``conv`` and ``stream`` have no table: assumed.
+``calibrated``: what is left after one measured shape, at strips of 1/2 to 1/16
 of it: 0.87-1.04 in the GEMM tables (averaged over sites; small kernels boost), 0.73-1.25 for a single
 attention with fewer heads, 5-15 % between repeat runs of different sources, and what cutting a network
 adds and no kernel shows (collectives slow the compute beside them by 19 % on average, arXiv 2507.03114).
@@ -107,6 +111,7 @@ class _Sum(NamedTuple):
     high_s: float = 0.0
     table_s: float = 0.0
     interpolated_s: float = 0.0
+    transferred_s: float = 0.0
 
 
 def _add(a: _Sum, b: _Sum) -> _Sum:
@@ -126,54 +131,11 @@ class StageSeconds:
     host_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class GemmTable:
-    """Measured GEMMs of one GPU: (m, n, k) -> seconds."""
-
-    points: Mapping[tuple[int, int, int], float]
-
-    def exact(self, m: int, n: int, k: int) -> float | None:
-        """The measured time of this very shape."""
-        return self.points.get((m, n, k))
-
-    def correction(self, chip: Chip, m: int, n: int, k: int, itemsize: int) -> float | None:
-        """Measured over modelled at the five nearest shapes (log distance, weights 1/d), or None
-        outside the table's range. Utilisation is transferred, never time."""
-        if not self.points or not all(
-            min(axis) <= size <= max(axis)
-            for axis, size in zip(zip(*self.points, strict=True), (m, n, k), strict=True)
-        ):
-            return None
-        near = sorted((math.dist(_log(p), _log((m, n, k))), p) for p in self.points)[:5]
-        weights = [1 / max(d, 1e-6) for d, _ in near]
-        errors = [math.log(self.points[p] / gemm_s(chip, 1, *p, itemsize)) for _, p in near]
-        mean = sum(w * e for w, e in zip(weights, errors, strict=True)) / sum(weights)
-        return math.exp(mean)
-
-
-def _log(shape: tuple[int, int, int]) -> tuple[float, float, float]:
-    m, n, k = shape
-    return math.log(m), math.log(n), math.log(k)
-
-
-@cache
-def measured_gemms(gpu: str) -> GemmTable:
-    """The shipped GEMM table of a GPU; empty where there is none. Raises ConfigError for a row that
-    cannot be (``simulator.lint``)."""
-    file = Path(str(resources.files("hardware_profiles"))) / "measured" / gpu / "gemm.csv"
-    if not file.is_file():
-        return GemmTable({})
-    rows = read_table(file, "gemm", load_gpu(gpu))
-    return GemmTable(
-        {(int(r["m"]), int(r["n"]), int(r["k"])): float(r["time_us"]) * 1e-6 for r in rows}
-    )
-
-
 def chip_of(gpu: Gpu, dtype: str, attention_kernel: str = "auto") -> Chip:
     """The kernel model's view of a GPU. ``auto`` is what SDPA of torch >= 2.10 prefers: cuDNN on Hopper
     (sdp_utils.cpp, check_prefer_cudnn_attention), FlashAttention-2 elsewhere."""
     matmul = gpu.matmul.of(dtype).value
-    seen = gpu.attention_figure(128, "cudnn" if attention_kernel == "auto" else attention_kernel)
+    seen = _attention_figure(gpu, attention_kernel)
     return Chip(
         sm_flops=matmul / gpu.sms.value,
         sms=gpu.sms.value,
@@ -192,7 +154,7 @@ def spread_of(gpu: Gpu, dtype: str, attention_kernel: str) -> Mapping[str, tuple
     if gpu.kernel_floor.value == 0:
         return dict.fromkeys(SPREAD, (1.0, 1.0))
     spread = dict(SPREAD)
-    seen = gpu.attention_figure(128, "cudnn" if attention_kernel == "auto" else attention_kernel)
+    seen = _attention_figure(gpu, attention_kernel)
     widen = {
         "gemm": gpu.matmul.of(dtype).kind,
         "conv": gpu.matmul.of(dtype).kind,
@@ -204,8 +166,42 @@ def spread_of(gpu: Gpu, dtype: str, attention_kernel: str) -> Mapping[str, tuple
     if attention_kernel == "auto":
         rates = [f.value for f in gpu.attention if f.head_dim == seen.head_dim]
         kernels = (seen.value / max(rates), seen.value / min(rates))
-        spread["attention"] = _product(spread["attention"], kernels)
+        for kind in (
+            "attention",
+            "attention-table",
+            "attention-interpolated",
+            "attention-transferred",
+        ):
+            spread[kind] = _product(spread[kind], kernels)
     return spread
+
+
+def _attention_figure(gpu: Gpu, attention_kernel: str) -> AttentionFigure:
+    return gpu.attention_figure(128, "cudnn" if attention_kernel == "auto" else attention_kernel)
+
+
+class _Lent(NamedTuple):
+    """A shipped table, the chip that it was measured on, and whether that is the GPU priced."""
+
+    table: Table
+    chip: Chip
+    own: bool
+
+    def source(self, sizes: Sequence[int]) -> Literal["table", "interpolated", "transferred"]:
+        """What a correction at this shape rests on."""
+        if not self.own:
+            return "transferred"
+        return "table" if self.table.has(sizes) else "interpolated"
+
+
+def _lent(gpu: Gpu, kind: str, dtype: str, attention_kernel: str) -> _Lent | None:
+    """The shipped table that holds for ``gpu``. They are of two bytes an element."""
+    kernel = _attention_figure(gpu, attention_kernel).kernel
+    found = lender(gpu, kind, kernel) if ITEMSIZE[dtype] == 2 else None
+    if found is None or gpu.kernel_floor.value == 0:
+        return None
+    table, there = found
+    return _Lent(table, chip_of(there, dtype, kernel), there.name == gpu.name)
 
 
 def _product(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
@@ -320,10 +316,13 @@ class CostModel:
 
 def _provenance(total: _Sum) -> Provenance:
     """The weakest source behind at least a tenth of the time."""
-    analytic_s = total.device_s - total.table_s - total.interpolated_s
+    lent_s, between_s = total.transferred_s, total.interpolated_s
+    analytic_s = total.device_s - total.table_s - between_s - lent_s
     if analytic_s > 0.1 * total.device_s or not total.device_s:
         return "analytic"
-    return "interpolated" if total.interpolated_s > 0.1 * total.device_s else "table"
+    if lent_s > 0.1 * total.device_s:
+        return "transferred"
+    return "interpolated" if between_s > 0.1 * total.device_s else "table"
 
 
 class _Pricer:
@@ -338,12 +337,12 @@ class _Pricer:
             gpu.collective_sms.value, COLLECTIVE_BANDWIDTH_SHARE
         )
         self.itemsize = ITEMSIZE[dtype]
-        self.table = measured_gemms(gpu.name) if self.itemsize == 2 else GemmTable({})
+        self.lent = {k: _lent(gpu, k, dtype, attention_kernel) for k in ("gemm", "attention")}
         self.kernels = measured_on(gpu.name, dtype)
         self.spread = spread_of(gpu, dtype, attention_kernel)
         self._works: dict[Work, _Sum] = {}
         self._prefix: dict[tuple[str, Shape], list[_Sum]] = {}
-        self._gemms: dict[tuple[int, int, int], float | None] = {}
+        self._corrections: dict[tuple[str, tuple[int, ...]], float | None] = {}
 
     def price(self, work: Work) -> _Sum:
         """Sum over the work's segments, times how often the stage repeats for one request."""
@@ -457,13 +456,24 @@ class _Pricer:
         known = self._measured(kernel.kind, sizes)
         if known is not None:
             return self._from_table(kernel, sizes, known)
-        if kernel.kind == "gemm" and sizes[0] == 1:
-            return self._gemm(kernel.count, sizes[1], sizes[2], sizes[3])
         seconds, contended_s = (
             self._model(kernel.kind, chip, sizes) for chip in (self.chip, self.busy)
         )
-        low, high = self.spread[kernel.kind]
-        return _times(kernel.count, seconds, contended_s, low, high)
+        lent = self.lent.get(kernel.kind)
+        factor = None if lent is None else self._correction(lent, kernel.kind, sizes)
+        if lent is None or factor is None:
+            return _times(kernel.count, seconds, contended_s, *self.spread[kernel.kind])
+        source = lent.source(sizes)
+        low, high = self.spread[f"{kernel.kind}-{source}"]
+        whole = _times(kernel.count, seconds * factor, contended_s * factor, low, high)
+        return whole._replace(**{f"{source}_s": whole.device_s})
+
+    def _correction(self, lent: _Lent, kind: str, sizes: list[int]) -> float | None:
+        """Measured over modelled in a shipped table, or None where it does not say."""
+        key = kind, tuple(sizes)
+        if key not in self._corrections:
+            self._corrections[key] = lent.table.correction(lent.chip, sizes, self.itemsize)
+        return self._corrections[key]
 
     def _measured(self, kind: str, sizes: list[int]) -> Estimate | None:
         """From this GPU's own kernel table. It was measured eager: not for compiled convolutions, whose
@@ -493,24 +503,6 @@ class _Pricer:
             return conv_s(chip, m, n, k, elements, self.itemsize, relayout)
         batch, heads, q, keys, dim, value_dim = sizes
         return attention_s(chip, batch, heads, q, keys, dim, value_dim, self.itemsize)
-
-    def _gemm(self, count: int, m: int, n: int, k: int) -> _Sum:
-        """A plain GEMM: measured, corrected by its measured neighbours, or modelled."""
-        model_s = gemm_s(self.chip, 1, m, n, k, self.itemsize)
-        contended_s = gemm_s(self.busy, 1, m, n, k, self.itemsize)
-        exact_s = self.table.exact(m, n, k)
-        if exact_s is not None:
-            low, high = self.spread["gemm-table"]
-            whole = _times(count, exact_s, contended_s * exact_s / model_s, low, high)
-            return whole._replace(table_s=whole.device_s)
-        if (m, n, k) not in self._gemms:
-            self._gemms[m, n, k] = self.table.correction(self.chip, m, n, k, self.itemsize)
-        factor = self._gemms[m, n, k]
-        if factor is not None:
-            low, high = self.spread["gemm-interpolated"]
-            whole = _times(count, model_s * factor, contended_s * factor, low, high)
-            return whole._replace(interpolated_s=whole.device_s)
-        return _times(count, model_s, contended_s, *self.spread["gemm"])
 
 
 def _ends_in_matmul(segment: Segment) -> bool:

@@ -72,7 +72,7 @@ def test_json_has_the_keys_of_the_contract() -> None:
     for candidate in data["candidates"]:
         assert [key for key in candidate if key in CANDIDATE_KEYS] == CANDIDATE_KEYS
         assert set(candidate["stages"]) == STAGES
-        assert candidate["provenance"] in {"table", "interpolated", "analytic"}
+        assert candidate["provenance"] in {"table", "interpolated", "transferred", "analytic"}
     assert data["recommended"] == data["candidates"][0]["spec"]
     assert {data["recommended"], data["runner_up"]} == {"serial", "cfg=2"}
     assert data["decided_by"]

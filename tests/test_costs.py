@@ -26,9 +26,7 @@ from simulator.costs import (
     SPREAD,
     ComputeCost,
     CostModel,
-    GemmTable,
     StageSeconds,
-    measured_gemms,
 )
 from simulator.gpu import load_gpu
 from simulator.kernels import (
@@ -46,6 +44,7 @@ from simulator.kernels import (
     padded,
     stream_s,
 )
+from simulator.tables import Table, lender, measured_gemms
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "hardware_profiles" / "models"
@@ -335,6 +334,37 @@ def test_table_first_then_its_neighbours_then_the_model() -> None:
     assert model(profile, "l40").compute(work, 0).provenance == "analytic"
 
 
+def test_a_table_is_lent_to_the_same_chip() -> None:
+    """An A800 is an A100 with fewer links: the measured time of the very shape, a wider interval.
+
+    An H200 has GEMMs of its own and the H100's attention: 5943.3 us for 16 heads of 16384 tokens in
+    FlashAttention-2. An L40 has as many SMs as an L40S and half its rate: not the same chip.
+    """
+    profile, work = gemm_profile(4096, 3072, 3072)
+    own, lent = (model(profile, gpu).compute(work, 0) for gpu in ("a100-80g-sxm", "a800"))
+    assert (own.provenance, lent.provenance) == ("table", "transferred")
+    assert lent.device_s == pytest.approx(own.device_s)
+    assert lent.high_s / lent.device_s > own.high_s / own.device_s
+    kernel = Kernel(
+        "attention", 1, tuple(parse_expr(str(d)) for d in (1, 16, 16384, 16384, 128, 128))
+    )
+    stage = profile.denoiser
+    segment = replace(stage.segments[0], kernels=(kernel,))
+    attention = replace(profile, stages={"denoiser": replace(stage, segments=(segment,))})
+    for gpu, known in (("h100-sxm", "table"), ("h800", "transferred"), ("h200", "transferred")):
+        cost = model(attention, gpu, attention_kernel="flash2").compute(work, 0)
+        gap_s = GAP * load_gpu(gpu).kernel_floor.value
+        assert (cost.provenance, cost.device_s - gap_s) == (
+            known,
+            pytest.approx(5943.3e-6, rel=1e-3),
+        )
+    assert lender(load_gpu("l40"), "gemm", "flash2") is None
+    table, whose = lender(load_gpu("a100-40g"), "gemm", "flash2") or (None, None)
+    assert table is not None
+    assert whose is not None
+    assert whose.name == "a100-80g-sxm"
+
+
 def test_a_gpu_known_by_transfer_has_a_wider_interval() -> None:
     profile, work = gemm_profile(4000, 320, 320)
     measured, transferred = (model(profile, g).compute(work, 0) for g in ("l20", "l40"))
@@ -419,8 +449,8 @@ def test_interpolation_is_honest_about_a_shape_left_out(gpu: str) -> None:
     table, chip = measured_gemms(gpu), TOOL.chip(gpu)
     errors = []
     for point, seconds in table.points.items():
-        rest = GemmTable({p: s for p, s in table.points.items() if p != point})
-        factor = rest.correction(chip, *point, 2)
+        rest = Table("gemm", {p: s for p, s in table.points.items() if p != point})
+        factor = rest.correction(chip, (1, *point), 2)
         if factor is not None:
             errors.append(math.log(factor * gemm_s(chip, 1, *point, 2) / seconds))
     assert len(errors) > 30
