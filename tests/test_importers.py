@@ -61,6 +61,20 @@ def test_two_sockets_from_the_matrix_alone(tmp_path: Path) -> None:
     assert "CNS, chipset not supported" in box.source
 
 
+@pytest.mark.parametrize(
+    ("gpu", "matrix", "sockets"),
+    [("l40s", "two-sockets.topo.txt", 2), ("a5000", "bridges.topo.txt", 1)],
+)
+def test_unmeasured_host_memory_is_that_of_the_shipped_box(
+    tmp_path: Path, gpu: str, matrix: str, sockets: int
+) -> None:
+    """pcie8 has two sockets: half of its host memory for each socket of the box."""
+    like = load_topology("pcie8").nodes[0]
+    box = imported(tmp_path, gpu, nvidia_smi=matrix)
+    assert len(box.nodes[0].memory_at) == sockets
+    assert box.nodes[0].host_memory_bytes_per_s == like.host_memory_bytes_per_s * sockets / 2
+
+
 def test_measured_copies_find_the_link_that_limited_them(tmp_path: Path) -> None:
     """In nvbandwidth's matrix pairs below one switch reach 26.3 GB/s, pairs of one socket 21.9, pairs
     across sockets 13.1, and GPU 5 never more than 6.6: its own link. The switches' uplinks limited

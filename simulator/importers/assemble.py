@@ -36,7 +36,7 @@ from simulator.importers.nccl import read_log, read_xml
 from simulator.importers.nccl_tests import read_nccl_tests
 from simulator.importers.reading import read_report
 from simulator.importers.smi import mig_line, read_p2p, read_topo
-from simulator.topology import TopologyFile
+from simulator.topology import TopologyFile, load_topology
 
 PCIE_SHARE = 26 / 31.5
 """What a large copy reaches of a PCIe link's rate: 26 GB/s of PCIe 4 x16 (NVIDIA/nvbandwidth README)."""
@@ -49,7 +49,8 @@ SOCKET_GB_PER_S = {
 """Between sockets, GB/s, by CPU vendor and from a model on (AMD_BW, BDW/SKL/SRP_QPI_BW, topo.h)."""
 UNKNOWN_SOCKET = (20.0, "assumed: as pcie8; the CPU is not in the files")
 DIE = (200.0, "assumed: root complexes of one socket share its mesh, wider than their links")
-HOST_MEMORY = (80.0, "assumed: as pcie8 (two GPUs of an L40S node reach 2 x 2 x 20 GB/s)")
+LIKE_BOX = "pcie8"
+"""The shipped box whose host memory, socket by socket, an unmeasured one is taken to have."""
 LATENCY = {"pcie": "2 us", "upi": "1 us", "nvlink": "1 us", "die": "0 us"}
 """Assumed, as in the shipped boxes: the tools time the issue of a copy, not the wire."""
 LIMITED = 0.95
@@ -166,6 +167,13 @@ def peer_access(facts: Facts) -> tuple[bool, str]:
     return (True, next(iter(told.values()))[1]) if refused is None else (False, refused)
 
 
+def _assumed_memory(sockets: int) -> tuple[float, str]:
+    """Host memory of a box with so many sockets, bytes per second, and its source."""
+    like = load_topology(LIKE_BOX).nodes[0]
+    each = like.host_memory_bytes_per_s / len(like.memory_at)
+    return each * max(sockets, 1), f"assumed: {each / GB:g} GB/s a socket, as {LIKE_BOX}"
+
+
 def topology_data(facts: Facts, name: str, gpu_name: str) -> dict[str, Any]:
     """The topology as plain data, in the order of its keys; ``TopologyFile`` has been asked whether it
     is one. Raises ConfigError."""
@@ -174,12 +182,12 @@ def topology_data(facts: Facts, name: str, gpu_name: str) -> dict[str, Any]:
     facts = replace(facts, machine=replace(facts.machine, nvlinks=nvlinks))
     able, who = peer_access(facts)
     cables = _levelled([*_pcie_cables(facts, gpu, able), *_nvlink_cables(facts, gpu)])
-    memory, memory_source = HOST_MEMORY[0] * GB, HOST_MEMORY[1]
+    sockets = [v.name for v in facts.machine.vertices if v.kind == "socket"]
+    memory, memory_source = _assumed_memory(len(sockets))
     readings = [b.host_memory for b in facts.bandwidths if b.host_memory is not None]
     if readings:
         best = max(readings, key=lambda reading: reading.value)
         memory, memory_source = best.value, f"measured: {best.at}, at least"
-    sockets = [v.name for v in facts.machine.vertices if v.kind == "socket"]
     ends = dict.fromkeys(end for cable in cables for end in (cable.a, cable.b))
     data = {
         "name": name,
