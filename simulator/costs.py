@@ -466,7 +466,11 @@ class _Pricer:
         source = lent.source(sizes)
         low, high = self.spread[f"{kernel.kind}-{source}"]
         whole = _times(kernel.count, seconds * factor, contended_s * factor, low, high)
-        return whole._replace(**{f"{source}_s": whole.device_s})
+        if source == "table":
+            return whole._replace(table_s=whole.device_s)
+        if source == "interpolated":
+            return whole._replace(interpolated_s=whole.device_s)
+        return whole._replace(transferred_s=whole.device_s)
 
     def _correction(self, lent: _Lent, kind: str, sizes: list[int]) -> float | None:
         """Measured over modelled in a shipped table, or None where it does not say."""

@@ -31,7 +31,8 @@ def strip_copies(
     ``fresh``: the exchange is blocking, its result a list of ``pp`` parts; otherwise the parts lie where
     the step before left them. ``sent``: kinds of points that are published.
     """
-    n, found = build.mesh.pp, {}
+    n = build.mesh.pp
+    found: dict[int, Copies] = {}
     for at, point in build.points.items():
         if n == 1 or (point.kind == "moments" and "moments" not in sent):
             continue
