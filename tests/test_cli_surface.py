@@ -92,7 +92,7 @@ def test_run_options() -> None:
 
 def test_topology_options() -> None:
     commands = typer.main.get_command(app).commands["topology"].commands  # type: ignore[attr-defined]
-    assert options(commands["import"]) == IMPORT | {"--name", "--output"}
+    assert options(commands["import"]) == IMPORT | {"--name", "--nic-rate", "--nodes", "--output"}
     assert options(commands["show"]) == {"--html"}
     assert options(commands["doctor"]) == IMPORT | {"--model", "--what-if", "--check"}
 

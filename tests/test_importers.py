@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from paradiff.config import ConfigError
 from simulator.importers.assemble import read_facts, to_yaml, topology_data
 from simulator.importers.bandwidth import read_nvbandwidth, read_p2p_test
+from simulator.importers.cluster import cluster
 from simulator.importers.machine import Facts, Machine, pcie_bytes_per_s
 from simulator.importers.nccl import read_log, read_xml
 from simulator.importers.nccl_tests import read_nccl_tests
@@ -199,6 +200,43 @@ def test_lstopo_orders_gpus_by_nvml_and_ignores_other_displays(tmp_path: Path) -
     assert found["gpu0 plx0"] == round(15.753846 * 26 / 31.5, 2)  # nvml0 is the second in the file
     assert found["gpu1 plx0"] == 26.01
     assert "gpu2 socket1" in found
+
+
+def test_machines_on_a_network(tmp_path: Path) -> None:
+    """Three of the box with one adapter of 100 Gbit/s: 12 GPUs in three nodes, numbered on; between two
+    nodes 0.94 x 12.5 GB/s for all of a node together, inside as in the box alone."""
+    facts = read_facts({"nccl_xml": str(BOXES / "switches.nccl.xml")})
+    one = topology_data(facts, "box", "h100-pcie")
+    target = tmp_path / "three.yaml"
+    target.write_text(to_yaml(cluster(one, facts.machine, 3), ["three"]))
+    alone = imported(tmp_path, "h100-pcie", nccl_xml="switches.nccl.xml")
+    box = load_topology(target)
+    count = len(alone.gpus)
+    assert box.gpus == tuple(f"gpu{i}" for i in range(3 * count))
+    assert [node.gpus for node in box.nodes] == [box.gpus[i * count :][:count] for i in range(3)]
+    inside, network = Network(alone), Network(box)
+    for i in range(1, count):
+        assert network.message_s(0, i) == inside.message_s(0, i)
+        assert network.message_s(count, count + i) == inside.message_s(0, i)
+    across = tuple(network.route(i, count + i).id for i in range(count))
+    wire = 0.94 * 12.5e9
+    assert {"nic0", "fabric", "nic1"} <= set(network.route(0, count).path)
+    assert sum(network.rates(across)) == pytest.approx(wire, rel=1e-3)
+    assert "switches.nccl.xml:15" in next(k.source for k in box.links if k.kind == "network")
+
+
+def test_a_network_needs_a_rate(tmp_path: Path) -> None:
+    facts = read_facts({"nvidia_smi": str(BOXES / "two-sockets.topo.txt")})
+    one = topology_data(facts, "box", "l40s")
+    with pytest.raises(ConfigError, match="no rate of the network adapters, allowed: --nic-rate"):
+        cluster(one, facts.machine, 2)
+    with pytest.raises(ConfigError, match="--nodes: 1 nodes, allowed: 2 or more"):
+        cluster(one, facts.machine, 1, 100)
+    given = [
+        link for link in cluster(one, facts.machine, 2, 400)["links"] if link["kind"] == "network"
+    ]
+    assert {link["bandwidth"] for link in given} == {"47 GB/s"}
+    assert len(given) == 2 * max(1, len(facts.machine.nics))
 
 
 def test_p2p_test_gives_both_ways_and_host_memory(tmp_path: Path) -> None:

@@ -74,6 +74,15 @@ def import_(
     p2p_test: P2pTest = None,
     nccl_tests: NcclTests = None,
     lstopo: Lstopo = None,
+    nodes: Annotated[
+        int, typer.Option(min=1, metavar="N", help="So many such machines on one network.")
+    ] = 1,
+    nic_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1, metavar="GBIT", help="Of each adapter, with --nodes; default: the files'."
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the box; default: the file's.")] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The topology; default: stdout.")
@@ -83,10 +92,12 @@ def import_(
     files = _given(locals())
     with one_message():
         from simulator.importers.assemble import to_yaml
+        from simulator.importers.cluster import cluster
 
-        facts, data = _imported(
+        facts, box = _imported(
             files, nccl_tests or [], gpu, name or (output.stem if output else None)
         )
+        data = cluster(box, facts.machine, nodes, nic_rate) if nodes > 1 else box
         command = shlex.join(["paradiff", "topology", "import", *sys.argv[3:]])
         text = to_yaml(data, [command])
         if output is not None:
@@ -94,10 +105,11 @@ def import_(
     if output is None:
         typer.echo(text, nl=False)
     else:
-        typer.echo(f"{output}: {len(facts.machine.gpus)} GPUs, {len(data['links'])} links")
+        gpus = nodes * len(facts.machine.gpus)
+        typer.echo(f"{output}: {gpus} GPUs, {len(data['links'])} links")
     from analysis.doctor import diagnose
 
-    _print_findings(diagnose(_topology(data), facts), err=output is None)
+    _print_findings(diagnose(_topology(box), facts), err=output is None)
 
 
 @app.command()
