@@ -213,6 +213,8 @@ class Stage:
 
     ``repeat`` is how often the segments run for one request (VAE chunks, say). ``params`` counts all
     parameters of the module, used or not. ``shape`` overrides symbols (a chunk's frame count).
+    ``fp32``: of its parameters those that stay in fp32 where fp16 is asked for (transformers'
+    ``_keep_in_fp32_modules``: the second matrix of each feed-forward of a T5).
     """
 
     name: str
@@ -222,6 +224,7 @@ class Stage:
     cuts: tuple[Cut, ...] = ()
     parents: tuple[tuple[str, Expr], ...] = ()
     shape: tuple[tuple[str, Expr], ...] = ()
+    fp32: int = 0
 
     def bind(self, shape: Mapping[str, int]) -> dict[str, int]:
         """``shape`` with this stage's own symbols put in."""
@@ -364,6 +367,7 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
     def stage(each: Stage) -> dict[str, Any]:
         return {
             "params": each.params,
+            **({"fp32": each.fp32} if each.fp32 else {}),
             "repeat": str(each.repeat),
             "shape": {symbol: str(expr) for symbol, expr in each.shape},
             "segments": [segment(s) for s in each.segments],
@@ -460,6 +464,7 @@ def _read_profile(data: Mapping[str, Any]) -> Profile:
         return Stage(
             name=name,
             params=_natural(row["params"]),
+            fp32=_natural(row.get("fp32", 0)),
             repeat=parse_expr(row["repeat"]),
             shape=tuple((symbol, parse_expr(e)) for symbol, e in row["shape"].items()),
             segments=tuple(

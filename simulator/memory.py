@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from paradiff.graph import BufferKind, Op, ScheduleGraph, Work
 from paradiff.profiles import Profile
 from paradiff.strategies.builder import DTYPE_BYTES
-from paradiff.strategies.places import PER_STEP, blocks_of, held_params
+from paradiff.strategies.places import PER_STEP, blocks_of, held_bytes
 from simulator.gpu import Gpu
 from simulator.symmetry import Quotient, whole
 
@@ -25,10 +25,10 @@ PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
 CONTEXT_BYTES = 600e6
 """CUDA context with loaded modules, cuBLAS and cuDNN handles and workspaces. An assumption: it varies
 with GPU and library versions and torch's own counters do not see it."""
-CONTEXT_SPREAD_BYTES = (300e6, 2300e6)
-"""Published latent-scope peaks of PixArt and SD3 (xDiT, L40) lie 1.0-1.6 GB above the sum of their
-parts, whatever the strategy: workspaces, fragmentation or another way to count. The interval spans it,
-the central value does not follow it."""
+CONTEXT_SPREAD_BYTES = (300e6, 1700e6)
+"""Published peaks of SD2.1 (AsyncDiff, A5000) lie 1.6 GB above the sum of their parts on one GPU:
+workspaces of convolutions, fragmentation or another way to count. The interval spans it, the central
+value does not follow it."""
 ALLOCATOR_SLACK = 0.10
 """Reserved but unused by torch's caching allocator, as a share of activations (blocks are rounded up and
 split); an assumption, between 0 and 0.25."""
@@ -66,6 +66,12 @@ class RankMemory:
     def total(self) -> float:
         """Bytes at the peak."""
         return sum(self.parts().values())
+
+    @property
+    def allocated(self) -> float:
+        """What ``torch.cuda.max_memory_allocated`` counts of it: neither the context, nor what the
+        allocator keeps free, nor the buffers of NCCL."""
+        return self.total - self.context - self.communicator
 
     def parts(self) -> dict[str, float]:
         """Part -> bytes; they add up to ``total``."""
@@ -134,7 +140,7 @@ def phase_memory(
             profile,
             used[rank],
             {"denoiser": stored},
-            itemsize,
+            dtype,
             gathered[rank],
             buffers[rank],
             0.0 if ideal else communicators[rank],
@@ -227,7 +233,7 @@ def _rank_memory(
     profile: Profile,
     used: dict[str, _Use],
     param_bytes: Mapping[str, int],
-    itemsize: int,
+    dtype: str,
     gathered: float,
     buffers: float,
     communicator: float,
@@ -236,7 +242,7 @@ def _rank_memory(
     ideal: bool,
 ) -> tuple[RankMemory, ...]:
     """One for each phase."""
-    stages = list(profile.stages)
+    stages, itemsize = list(profile.stages), DTYPE_BYTES[dtype]
     before = stages[: stages.index("denoiser")]
     weights, live = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0.0)
     for name, use in used.items():
@@ -245,7 +251,7 @@ def _rank_memory(
             weights[phase] += gathered
             segments = segments - blocks_of(profile)
         size = param_bytes.get(name, itemsize)
-        weights[phase] += size * held_params(profile.stages[name], segments)
+        weights[phase] += held_bytes(profile.stages[name], segments, size, dtype)
         live[phase] = max(live[phase], float(itemsize * use.live))
     candidates = []
     for phase in phases:

@@ -70,9 +70,10 @@ def test_offloaded_text_encoders_are_there_only_while_they_run() -> None:
     graph = plan(profile, "serial", square(1024))
     (memory,) = peak_memory(graph, profile, "fp16", offload_text_encoders=True)
     (resident,) = peak_memory(graph, profile, "fp16")
-    text = 2 * profile.stages["text_encoder"].params
+    encoder = profile.stages["text_encoder"]
+    text = 2 * (encoder.params + encoder.fp32)
     assert resident.text_encoders == text
-    assert memory.phase == "encode"  # 9.5 GB of T5 alone are more than PixArt and its activations
+    assert memory.phase == "encode"  # 11.5 GB of T5 alone are more than PixArt and its activations
     assert (memory.text_encoders, memory.weights, memory.vae) == (text, 0, 0)
 
 
@@ -184,32 +185,25 @@ XDIT_SPECS = (
     "cfg=2,pipefusion=4,patches=4",
     "distrifusion=8",
 )
-OUTSIDE = {
-    ("pixart-alpha", 1024, "pipefusion=8,patches=8"),  # 16 % too low
-    ("pixart-alpha", 1024, "distrifusion=8"),  # 17 % too low
-    ("pixart-alpha", 4096, "pipefusion=8,patches=8"),  # 24 % too high
-    ("pixart-alpha", 4096, "distrifusion=8"),  # 43 % too low; 51 GB were read off a 48 GB card
-}
 
 
-def test_published_peaks_and_the_four_that_are_missed() -> None:
-    """All 18 rows: 14 inside the interval, the misses by name.
-
-    The central values follow no row. The upper end of CONTEXT_SPREAD_BYTES does: it was set after
-    seeing that these rows lie 1.0-1.6 GB above their parts, so coverage here is no evidence.
-    """
-    outside, errors = set(), []
-    for (name, pixels), measured in XDIT_PEAKS_GB.items():
-        profile = load_profile(MODELS / f"{name}.json")
-        for spec, gigabytes in zip(XDIT_SPECS, measured, strict=False):
-            graph = plan(profile, spec, square(pixels, 20))
-            peak = worst(peak_memory(graph, profile, "fp16", phases=("encode", "denoise")))
-            errors.append(abs(peak.total / (gigabytes * 1e9) - 1))
-            if not peak.low < gigabytes * 1e9 < peak.high:
-                outside.add((name, pixels, spec))
-    assert len(errors) == 18
-    assert outside == OUTSIDE
-    assert sorted(errors)[9] < 0.11
+def test_fp16_keeps_part_of_a_t5_in_fp32() -> None:
+    """24 layers whose ``wo`` has 10240 x 4096 parameters stay in fp32 where fp16 is asked for, as
+    transformers loads them: 2 B more for each of 1.007 G parameters. Not in bf16."""
+    graph = plan(shipped("pixart-alpha"), "serial", square(1024))
+    held = {d: worst(peak_memory(graph, shipped("pixart-alpha"), d)) for d in ("fp16", "bf16")}
+    assert held["fp16"].text_encoders - held["bf16"].text_encoders == 2 * 24 * 10240 * 4096
+    turns = {
+        d: next(
+            op.nbytes
+            for op, _ in plan(
+                shipped("pixart-alpha"), "offload=text", Workload(1024, 1024, 1, 20, 1, d)
+            ).instances()
+            if op.name.startswith("load.text")
+        )
+        for d in ("fp16", "bf16")
+    }
+    assert turns["fp16"] - turns["bf16"] == 2 * 24 * 10240 * 4096
 
 
 OTHER_PEAKS_GB = {  # the whole pipeline, decoding included
@@ -231,15 +225,12 @@ OTHER_PEAKS_GB = {  # the whole pipeline, decoding included
         "asyncdiff=3,stride=2,warmup=9": 5.58,
     },
 }
-PIPE_1024 = (
-    "16 % low: 2 GB above the sum of its parts, as all rows of the figure are by 1.0 to 1.6 GB"
-)
 PIPE_4096 = (
-    "24 % high: during the warm-up the whole image passes a stage, 3.6 GB of activations that the figure"
-    " does not show; the reference may have run it by patches"
+    "31 % high: during the warm-up the whole image passes a stage, 3.6 GB of activations that the"
+    " figure does not show; the reference may have run it by patches"
 )
 DISTRI = (
-    "17 and 43 % low: the gathered K/V of one step are a third of what is above the rest; the reference"
+    "41 % low: the gathered K/V of one step are a third of what is above the rest; the reference"
     " probably keeps them more than once; 51 GB are more than the card has"
 )
 SD21_ALONE = (
@@ -250,8 +241,6 @@ SD21_DISTRI = (
     "31 to 36 % low: the same 1 GB, and probably the pools of three CUDA graphs, on by default"
 )
 BEYOND_15_PERCENT = {
-    ("pixart-alpha", 1024, "pipefusion=8,patches=8"): PIPE_1024,
-    ("pixart-alpha", 1024, "distrifusion=8"): DISTRI,
     ("pixart-alpha", 4096, "pipefusion=8,patches=8"): PIPE_4096,
     ("pixart-alpha", 4096, "distrifusion=8"): DISTRI,
     ("sd21", 768, "serial"): SD21_ALONE,
@@ -263,24 +252,28 @@ BEYOND_15_PERCENT = {
 
 
 def test_published_peaks_within_15_percent_but_for_the_listed() -> None:
-    """27 rows: 17 within 15 % by their central value, 10 listed with the cause."""
-    beyond, seen = set(), 0
+    """27 rows: 19 within 15 % by their central value, 8 listed with the cause.
+
+    xDiT's scripts load in fp16 and print ``torch.cuda.max_memory_allocated`` (xdit-project/xDiT@06dfcd8
+    examples/pixartalpha_example.py), which sees neither the context nor the buffers of NCCL; of its 18
+    rows 13 are within 2 %. The others do not say how they counted: the whole.
+    """
+    errors: dict[tuple[str, int, str], float] = {}
     for (name, pixels), measured in XDIT_PEAKS_GB.items():
         for spec, gigabytes in zip(XDIT_SPECS, measured, strict=False):
             graph = plan(shipped(name), spec, square(pixels, 20))
             phases: tuple[Phase, ...] = ("encode", "denoise")
-            peak = worst(peak_memory(graph, shipped(name), "fp16", phases=phases)).total
-            seen += 1
-            if abs(peak / (gigabytes * 1e9) - 1) > 0.15:
-                beyond.add((name, pixels, spec))
+            ranks = peak_memory(graph, shipped(name), "fp16", phases=phases)
+            errors[name, pixels, spec] = max(m.allocated for m in ranks) / (gigabytes * 1e9) - 1
+    assert len(errors) == 18
+    assert sum(abs(error) < 0.02 for error in errors.values()) == 13
     for (name, pixels, dtype), rows in OTHER_PEAKS_GB.items():
         for spec, gigabytes in rows.items():
             graph = plan(shipped(name), spec, Workload(pixels, pixels, 1, 20, 1, dtype))
-            peak = worst(peak_memory(graph, shipped(name), dtype)).total
-            seen += 1
-            if abs(peak / (gigabytes * 1e9) - 1) > 0.15:
-                beyond.add((name, pixels, spec))
-    assert seen == 27
+            total = worst(peak_memory(graph, shipped(name), dtype)).total
+            errors[name, pixels, spec] = total / (gigabytes * 1e9) - 1
+    assert len(errors) == 27
+    beyond = {row for row, error in errors.items() if abs(error) > 0.15}
     assert beyond == set(BEYOND_15_PERCENT)
     assert all(BEYOND_15_PERCENT.values())
 

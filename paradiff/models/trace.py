@@ -147,7 +147,17 @@ def trace_stage(spec: StageSpec) -> Stage:
         cuts=tuple(assembly.cuts),
         parents=tuple(assembly.parents.items()),
         shape=tuple((symbol, parse_expr(text)) for symbol, text in spec.shape),
+        fp32=sum(map(_kept_in_fp32, modules)) * spec.owns_parameters,
     )
+
+
+def _kept_in_fp32(module: Any) -> int:
+    """Parameters of a module of transformers that ``from_pretrained(torch_dtype=float16)`` leaves in
+    fp32: those below a module that ``_keep_in_fp32_modules`` names."""
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    if not hasattr(module, "_keep_in_fp32_modules_strict"):
+        return 0
+    return sum(p.numel() for name, p in module.named_parameters() if kept & set(name.split(".")))
 
 
 def record(

@@ -331,7 +331,7 @@ def _placed(
             )
         graph = sharded(graph, profile, together, param_bytes)
     if offload:
-        graph = in_turns(graph, profile, offload, (param_bytes, element_bytes))
+        graph = in_turns(graph, profile, offload, (param_bytes, element_bytes), dtype)
     return graph
 
 

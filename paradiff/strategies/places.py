@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from paradiff.graph import Buffer, Op, Ref, ScheduleGraph, Section
 from paradiff.profiles import Profile, Stage
+from paradiff.strategies.builder import DTYPE_BYTES
 
 PLACES: Mapping[str, str] = {
     "offload": r"text|vae|text\+vae|vae\+text",
@@ -35,6 +36,13 @@ def held_params(stage: Stage, segments: Collection[int]) -> int:
     if len(segments) == len(stage.segments):
         return stage.params
     return sum(stage.segments[i].weights for i in segments)
+
+
+def held_bytes(stage: Stage, segments: Collection[int], size: int, dtype: str) -> int:
+    """Bytes of what a rank holds at ``size`` bytes a parameter, with what stays in fp32 in a run in
+    fp16: 2 B more each for the 1.0 G parameters of a T5-XXL's ``wo``."""
+    more = DTYPE_BYTES["fp32"] - size if dtype == "fp16" and segments else 0
+    return size * held_params(stage, segments) + more * stage.fp32
 
 
 def blocks_of(profile: Profile) -> frozenset[int]:
@@ -73,14 +81,18 @@ def stored_in_fp8(graph: ScheduleGraph) -> ScheduleGraph:
 
 
 def in_turns(
-    graph: ScheduleGraph, profile: Profile, offload: Collection[str], sizes: tuple[int, int]
+    graph: ScheduleGraph,
+    profile: Profile,
+    offload: Collection[str],
+    sizes: tuple[int, int],
+    dtype: str,
 ) -> ScheduleGraph:
     """Loads before the encoders (``text``), before the loop, and before the decoder (``vae``).
 
-    ``sizes``: bytes of a parameter of the denoiser and of any other stage. Turns overwrite one buffer,
-    so each load waits for the last op that uses what was there before.
+    ``sizes``: bytes of a parameter of the denoiser and of any other stage in ``dtype``. Turns
+    overwrite one buffer, so each load waits for the last op that uses what was there before.
     """
-    turns = _Turns(graph, profile, frozenset(offload), sizes)
+    turns = _Turns(graph, profile, frozenset(offload), sizes, dtype)
     first, *others = graph.sections
     encode = Section(first.name, first.first, first.count, first.stride, turns.filled(first.ops))
     loop = tuple(op for rank in range(graph.world_size) for op in turns.load(rank, "denoiser"))
@@ -100,6 +112,7 @@ class _Turns:
     profile: Profile
     offload: frozenset[str]
     sizes: tuple[int, int]
+    dtype: str
     buffers: dict[int, Buffer] = field(default_factory=dict)
     loaded: set[tuple[int, str]] = field(default_factory=set)
 
@@ -128,9 +141,8 @@ class _Turns:
         for name, segments in self.used[rank].items():
             if self.turn_of(name) == turn:
                 held = segments - self.blocks if name == "denoiser" else segments
-                nbytes += self.sizes[name != "denoiser"] * held_params(
-                    self.profile.stages[name], held
-                )
+                size = self.sizes[name != "denoiser"]
+                nbytes += held_bytes(self.profile.stages[name], held, size, self.dtype)
         if nbytes and (rank, turn) not in self.loaded:
             self.loaded.add((rank, turn))
             yield Op(
