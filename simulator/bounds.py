@@ -61,12 +61,11 @@ class Incumbents:
         """The least value."""
         return self._values[0]
 
-    @property
-    def last(self) -> float:
-        """The greatest value among those wanted; infinite where all are, or fewer are known."""
+    def wanted(self, value: float, *, exact: bool) -> bool:
+        """Whether one of this value is one of the best, or the best exact one, as far as is known."""
         if self._top is None or len(self._values) < self._top:
-            return inf
-        return self._values[self._top - 1]
+            return True
+        return value <= self._values[self._top - 1] or (exact and value <= self._exact)
 
     def add(self, value: float, merit: Merit, *, exact: bool) -> None:
         """One that was simulated."""
@@ -78,7 +77,7 @@ class Incumbents:
     def rule_out(self, value: float, merit: Merit, *, exact: bool) -> bool:
         """Whether one with at least this value and merit is none of the best, nor the best exact one,
         nor on the front."""
-        if value <= self.last or (exact and value <= self._exact):
+        if self.wanted(value, exact=exact):
             return False
         return any(better(other, merit) for other in self._merits)
 

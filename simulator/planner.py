@@ -56,6 +56,7 @@ UNITS: Mapping[Objective, str] = {
 }
 """Of what candidates are ranked by, the least first."""
 SCHEMA = "paradiff.plan/1"
+CURRENCY = "USD"
 TRIES = 6
 """Placements simulated besides the first; one where the ranks are more than MAX_GPUS, as simulating
 sixty-four takes seconds."""
@@ -122,7 +123,8 @@ class Candidate:
     ``pareto``: no other is at least as good in latency, peak memory and staleness and better in one.
     ``bound_s``: the least latency of one that was not simulated because of it. ``quality``: the loss in
     the goal's metric, or the most that it can be, with the words of whoever has measured it.
-    ``topology_only_latency_s``: without the box's measured collectives; at least of the ``top`` best.
+    ``topology_only_latency_s``: without the box's measured collectives; at least of the ``top`` best
+    and the best exact one.
     """
 
     spec: str
@@ -142,6 +144,9 @@ class Candidate:
     synchronous_steps: int | None = None
     throughput_per_s: float | None = None
     cost: float | None = None
+    """CURRENCY per request."""
+    cost_reason: str | None = None
+    """Why there is no cost, of one that was simulated."""
     quality: float | None = None
     quality_source: str | None = None
     comm_bytes_per_gpu: int | None = None
@@ -200,6 +205,7 @@ class Plan:
             "gpus": self.gpus,
             "runtime": self.runtime,
             "objective": self.objective,
+            "currency": CURRENCY,
             "workload": asdict(self.workload),
             "baseline": asdict(self.baseline),
             "candidates": [c.to_json() for c in shown],
@@ -225,13 +231,18 @@ def uncollected() -> Iterator[None]:
 
 
 @uncollected()
-def plan(request: Request, progress: Callable[[int, int], None] | None = None) -> Plan:
-    """Rank the asked (or all enumerated) strategies. ``progress`` gets (done, total).
+def plan(
+    request: Request,
+    progress: Callable[[int, int], None] | None = None,
+    runs: Runs | None = None,
+) -> Plan:
+    """Rank the asked (or all enumerated) strategies. ``progress`` gets (done, total); ``runs``: where an
+    earlier plan of the same model, box and workload has built and simulated.
 
     Raises Contradiction where a measured latency cannot be. Example: sdxl on pcie8 tries
     some forty specs and keeps those that build, fit in memory and pass the goal's filters.
     """
-    planner = _Planner(request)
+    planner = _Planner(request, runs or request.runs())
     results = planner.with_better_placements(planner.candidates(progress))
     order = _order(request.goal.objective)
     ranked = _marked(sorted((c for c in results if c.latency_s is not None), key=order))
@@ -284,9 +295,9 @@ def _merit(c: Candidate, latency_s: float) -> Merit:
 class _Planner:
     """One request in work: prices, networks and the baseline are made once."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, runs: Runs) -> None:
         self.request = request
-        self.runs = request.runs()
+        self.runs = runs
         self.memory_bytes = int(min(gpu.memory.value for gpu in self.runs.gpus[: request.gpus]))
         self.found: dict[str, Run] = {}
         """The best run of each spec so far."""
@@ -387,7 +398,7 @@ class _Planner:
         timed = self._timed(base, spec, run)
         value, merit = self._counts(timed) * run.latency_s, _merit(timed, run.latency_s)
         self.incumbents.add(value, merit, exact=known.exact)
-        if value <= self.incumbents.last:
+        if self.incumbents.wanted(value, exact=known.exact):
             timed = self._with_links_only(timed, run)
         if self._least(timed, run) < self.incumbents.first:
             self.runs.kept[text] = built
@@ -479,6 +490,7 @@ class _Planner:
             stages=stages,
             throughput_per_s=rate,
             cost=self._cost(spec.n_gpus, rate),
+            cost_reason=no_price(self.request.topology),
             provenance=provenance(self.runs.costs, graph, rank, run.placement[rank]),
         )
 
@@ -581,8 +593,8 @@ class _Planner:
             for op, _ in transfers
         ):
             return c
-        trace = self.runs.trace(c.spec, run.placement, self.runs.links_only)
-        return replace(c, topology_only_latency_s=trace.makespan_s)
+        links_s = self.runs.links_only_s(c.spec, run.placement)
+        return replace(c, topology_only_latency_s=links_s)
 
     # ------------------------------------------------------------------------------ why
 
@@ -612,6 +624,13 @@ class _Planner:
         )
 
 
+def no_price(box: Topology) -> str | None:
+    """Why requests on ``box`` have no cost; None where they have."""
+    if box.price_per_hour is not None:
+        return None
+    return f"{box.name} has no price_per_hour; --set 'price_per_hour=20 USD' gives it one"
+
+
 def _notes(request: Request) -> Iterator[str]:
     """What the reader should know about how the question was understood."""
     goal = request.goal
@@ -621,4 +640,4 @@ def _notes(request: Request) -> Iterator[str]:
             f" {request.profile.name}; what nobody has measured was left out"
         )
     if goal.objective == "cost" and request.topology.price_per_hour is None:
-        yield f"{request.topology.name} has no price_per_hour; ranked by GPU seconds per request"
+        yield f"ranked by GPU seconds per request: {no_price(request.topology)}"

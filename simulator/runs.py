@@ -6,7 +6,7 @@ what their times mean for a choice, is for the planner to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -69,7 +69,8 @@ class Run(NamedTuple):
 
 class Runs:
     """Where a request's specs are built and run. ``measured``: a one-GPU run's seconds, and what its
-    clock covered; raises Contradiction where they cannot be."""
+    clock covered; raises Contradiction where they cannot be. ``schedules``: remembers those built of
+    this model and workload, also for other boxes of one GPU model each."""
 
     def __init__(
         self,
@@ -78,6 +79,7 @@ class Runs:
         workload: Workload,
         runtime: Runtime,
         measured: tuple[float, Scope] | None = None,
+        schedules: MutableMapping[str, Quotient] | None = None,
     ) -> None:
         self.profile, self.topology, self.workload = profile, topology, workload
         names = topology.profiles
@@ -92,11 +94,15 @@ class Runs:
         self.kept: dict[str, Built] = {}
         """Schedules to remember beside the last two."""
         self._latest = lru_cache(maxsize=2)(self._make)
+        self._schedules = schedules
+        self._done: dict[tuple[str, Placement], Run] = {}
+        self._links_only_s: dict[tuple[str, Placement], float] = {}
         if measured is not None:
             self.costs = self._calibrated(*measured)
+            self._done.clear()
 
     @cached_property
-    def links_only(self) -> Network:
+    def _links_only(self) -> Network:
         """The box without its measured collectives."""
         return Network(replace(self.topology, collectives=()))
 
@@ -117,14 +123,11 @@ class Runs:
         return self.kept.get(text) or self._latest(text)
 
     def _make(self, text: str) -> Built:
-        """Replicas of a schedule are built once."""
-        spec, replicas = parse_spec(text), 1
-        if not self.mixed and "data" in spec.strategy.axes:
-            replicas = spec.degree("data")
-            spec = replace(spec, options={k: v for k, v in spec.options.items() if k != "data"})
-        graph = self.graph(spec)
-        schedule = whole(graph) if self.mixed else quotient(graph)
-        schedule = schedule if replicas == 1 else schedule.copies(replicas)
+        schedule = None if self._schedules is None else self._schedules.get(text)
+        if schedule is None:
+            schedule = self._schedule(parse_spec(text))
+            if self._schedules is not None:
+                self._schedules[text] = schedule
         return Built(schedule, self.phases(schedule))
 
     def phases(self, schedule: Quotient) -> tuple[tuple[RankMemory, ...], ...]:
@@ -137,6 +140,17 @@ class Runs:
             ideal=self.gpus[0].kernel_floor.value == 0,
         )
 
+    def _schedule(self, spec: Spec) -> Quotient:
+        """Replicas are built once."""
+        if self.mixed:
+            return whole(self.graph(spec))
+        replicas = 1
+        if "data" in spec.strategy.axes:
+            replicas = spec.degree("data")
+            spec = replace(spec, options={k: v for k, v in spec.options.items() if k != "data"})
+        schedule = quotient(self.graph(spec))
+        return schedule if replicas == 1 else schedule.copies(replicas)
+
     def trace(self, text: str, placement: Placement, network: Network) -> Trace:
         """The run of a spec; rank by rank where its ranks are not alike on this placement."""
         try:
@@ -147,10 +161,21 @@ class Runs:
 
     def run(self, text: str, placement: Placement) -> Run:
         """One spec on one placement: where its time goes, and how sure that is."""
-        breakdown = attribute(self.trace(text, placement, self.network))
-        schedule, rank = self.built(text).schedule, breakdown.rank
-        spread = factors(self.costs, self.network, schedule, placement, rank)
-        return Run(placement, breakdown, spread)
+        known = self._done.get((text, placement))
+        if known is None:
+            breakdown = attribute(self.trace(text, placement, self.network))
+            schedule, rank = self.built(text).schedule, breakdown.rank
+            spread = factors(self.costs, self.network, schedule, placement, rank)
+            known = self._done[text, placement] = Run(placement, breakdown, spread)
+        return known
+
+    def links_only_s(self, text: str, placement: Placement) -> float:
+        """The makespan of a spec on the box without its measured collectives."""
+        known = self._links_only_s.get((text, placement))
+        if known is None:
+            known = self.trace(text, placement, self._links_only).makespan_s
+            self._links_only_s[text, placement] = known
+        return known
 
     def slowest_rank_s(self, graph: ScheduleGraph) -> Callable[[Placement], float]:
         """Compute seconds of the rank that has most of them, by placement."""

@@ -18,7 +18,8 @@ from simulator.engine import simulate
 from simulator.network import Network
 from simulator.placement import Wire
 from simulator.planner import Goal, Plan, Request, plan
-from simulator.symmetry import quotient, whole
+from simulator.runs import Runs
+from simulator.symmetry import Quotient, quotient, whole
 from simulator.topology import Topology, load_topology
 
 SPECS = (
@@ -165,6 +166,18 @@ CASES = (
 def test_the_choice_is_that_of_exhaustive_search(model: str, box: str) -> None:
     exhaustive, pruned = (plan(asked(model, box, 6, top)) for top in (None, 2))
     check_same_choice(exhaustive, pruned, 2)
+
+
+def test_what_is_shared_between_plans_changes_none() -> None:
+    """Schedules built for another box and runs of an earlier plan give what a plan alone finds."""
+    schedules: dict[str, Quotient] = {}
+    for box in ("pcie8-l20", "nvlink8-h200"):
+        request = asked("hunyuandit", box, 4, None)
+        request = replace(request, specs=("cfg=2,ulysses=4", "ring=2", "data=2", "cfg=2,tensor=2"))
+        runs = Runs(request.profile, request.topology, request.workload, "eager", None, schedules)
+        alone = plan(request)
+        assert plan(request, runs=runs) == alone
+        assert plan(request, runs=runs) == alone
 
 
 @settings(max_examples=5, deadline=None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from paradiff.graph import Ref, Shape
 from paradiff.profiles import Point
@@ -189,13 +190,13 @@ class _Exchange:
     sp: SequenceParallel
     local: Shape
 
-    @property
+    @cached_property
     def token_bytes(self) -> int:
         """Bytes of one of Q, K, V, O on this rank: b (s/n + text/n) h e (STRATEGIES 5.3)."""
         image = self.build.nbytes(self.point.elements, self.local) // 2
         return image + (self.text_bytes if self.sp.split_text else 0)
 
-    @property
+    @cached_property
     def text_bytes(self) -> int:
         """Bytes of this rank's text tokens in one of Q, K, V, O."""
         if not self.point.joint_text:
@@ -212,8 +213,13 @@ class _Exchange:
         """Version of work buffer ``name`` that this attention writes (``sub``: ring iteration)."""
         size = 2 * self.token_bytes if size is None else size
         buffer = self.build.buffer(name, rank, size, "hidden")
+        return Ref(buffer, self.forward.step, None, False, self.first + sub)
+
+    @cached_property
+    def first(self) -> int:
+        """Sub-version of the first ring iteration."""
         layer = self.forward.index * len(self.build.denoiser.segments) + self.at
-        return Ref(buffer, self.forward.step, None, False, layer * self.sp.ring + sub)
+        return layer * self.sp.ring
 
     def own(self, rank: int) -> list[Ref]:
         """K and V that this rank starts with: after the all-to-all where there is one."""
