@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from simulator.planner import Candidate, Plan
+from simulator.planner import CURRENCY, Candidate, Plan
 from simulator.topology import Link, Topology
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ HEADER = (
     "compute", "comm", "bubble", "host", "memory", "output", "basis",
 )  # fmt: skip
 TOPOLOGY_ONLY = "links only"
+COST = f"{CURRENCY} per request"
 FRONT = "*"
 """Mark of what is on the front of latency, memory and staleness."""
 LEFT = {"strategy", "output", "basis"}
@@ -61,6 +62,9 @@ def table(plan: Plan, top: int) -> tuple[list[str], list[list[str]]]:
     header = list(HEADER)
     if with_links:
         header.insert(header.index("speed-up"), TOPOLOGY_ONLY)
+    with_cost = plan.objective == "cost"
+    if with_cost:
+        header.insert(header.index("latency"), COST)
     rows = []
     for number, c in enumerate(shown, 1):
         row = [
@@ -78,6 +82,8 @@ def table(plan: Plan, top: int) -> tuple[list[str], list[list[str]]]:
             output_of(c),
             c.provenance or "-",
         ]
+        if with_cost:
+            row.insert(header.index(COST), "no price" if c.cost is None else f"{c.cost:.3g}")
         if with_links:
             row.insert(header.index(TOPOLOGY_ONLY), _links_only(c))
         rows.append(row)

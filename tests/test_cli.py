@@ -21,8 +21,8 @@ QUICK = ["--topology", "pcie8.yaml", "--steps", "6", "--strategy", "serial", "--
 CANDIDATE_KEYS = [
     "spec", "feasible", "reason", "latency_s", "latency_low_s", "latency_high_s", "speedup",
     "compute_s", "exposed_comm_s", "bubble_s", "host_s", "stages", "n_gpus", "synchronous_steps",
-    "throughput_per_s", "cost", "quality", "comm_bytes_per_gpu", "peak_memory_bytes", "exact",
-    "max_staleness_steps", "placement", "provenance",
+    "throughput_per_s", "cost", "cost_reason", "quality", "comm_bytes_per_gpu",
+    "peak_memory_bytes", "exact", "max_staleness_steps", "placement", "provenance",
 ]  # fmt: skip
 STAGES = {"text_encoder_s", "denoise_s", "vae_s"}
 
@@ -67,6 +67,7 @@ def test_json_has_the_keys_of_the_contract() -> None:
     assert data["schema"] == "paradiff.plan/1"
     assert (data["model"], data["topology"], data["gpus"]) == ("sdxl", "pcie8", 8)
     assert set(data["workload"]) == {"height", "width", "frames", "steps", "batch", "dtype"}
+    assert data["currency"] == "USD"
     assert {"latency_s", "peak_memory_bytes", "stages"} <= set(data["baseline"])
     assert set(data["baseline"]["stages"]) == STAGES
     for candidate in data["candidates"]:

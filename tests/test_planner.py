@@ -108,6 +108,29 @@ def test_cost_is_the_share_of_the_box() -> None:
     """9.12 USD an hour for 8 GPUs; cfg=2 takes 2 of them."""
     cfg = by_spec(whole("sdxl"))["cfg=2"]
     assert cfg.cost == pytest.approx(9.12 * 2 / 8 / 3600 * cfg.latency_s)  # type: ignore[operator]
+    assert cfg.cost_reason is None
+
+
+def test_without_a_price_the_cost_is_unknown_and_says_why() -> None:
+    """Nobody's price of an L20 is at hand; the order is that of GPU seconds per request."""
+    specs = ("serial", "cfg=2", "data=8")
+    goal = Goal(objective="cost")
+    result = plan(replace(request(topology="pcie8-l20", specs=specs), goal=goal))
+    for c in result.ranked:
+        assert c.cost is None
+        assert c.cost_reason == (
+            "pcie8-l20 has no price_per_hour; --set 'price_per_hour=20 USD' gives it one"
+        )
+    assert result.notes[0] == f"ranked by GPU seconds per request: {c.cost_reason}"
+    header, rows = text.table(result, 3)
+    assert {row[header.index("USD per request")] for row in rows} == {"no price"}
+    priced = replace(load_topology("pcie8-l20"), price_per_hour=8.0)
+    cheapest = plan(replace(request(specs=specs), topology=priced, goal=goal))
+    assert [c.spec for c in cheapest.ranked] == [c.spec for c in result.ranked]
+    header, rows = text.table(cheapest, 1)
+    assert float(rows[0][header.index("USD per request")]) == pytest.approx(
+        cheapest.ranked[0].cost, rel=5e-3
+    )
 
 
 def test_what_does_not_fit_is_made_to_fit() -> None:
