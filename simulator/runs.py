@@ -85,8 +85,8 @@ class Runs:
         names = topology.profiles
         gpus = {name: load_gpu(name) for name in dict.fromkeys(names)}
         self.gpus = tuple(gpus[name] for name in names)
-        self.devices_by_model = {name: i for i, name in enumerate(names)}
-        """A device of each GPU model."""
+        self.devices_by_model = {name: names.index(name) for name in gpus}
+        """The first device of each GPU model."""
         self.mixed = len(gpus) > 1
         self.network = Network(topology)
         self.costs = CostModel(profile, self.gpus, workload.dtype, runtime)

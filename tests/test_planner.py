@@ -327,3 +327,12 @@ def test_throughput_counts_requests_not_images() -> None:
     ]
     for candidate in (one, batch):
         assert candidate.throughput_per_s == pytest.approx(1 / candidate.latency_s)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_fewer_gpus_than_the_box_has_are_planned(gpus: int) -> None:
+    """With bounds, which price every op on a GPU of each model among those that are used."""
+    asked = request(gpus=gpus, top=2)
+    found = plan(asked)
+    assert {c.n_gpus for c in found.ranked} == set(range(1, gpus + 1))
+    assert found.ranked[0].spec == plan(replace(asked, top=None)).ranked[0].spec

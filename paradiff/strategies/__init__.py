@@ -360,9 +360,9 @@ def candidate_specs(profile: Profile, workload: Workload, max_gpus: int) -> Iter
     """
     yield "serial"
     powers = [n for n in (2, 4, 8, 16, 32, 64) if n <= max_gpus]
-    for cfg in (1, 2) if profile.geometry.guidance == "cfg" else (1,):
+    for cfg in (1, 2) if profile.geometry.guidance == "cfg" and max_gpus > 1 else (1,):
         prefix = "cfg=2," if cfg == 2 else ""
-        if cfg == 2 and max_gpus >= 2:
+        if cfg == 2:
             yield "cfg=2"
         room = max_gpus // cfg
         for n in [p for p in powers if p <= room]:
