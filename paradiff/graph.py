@@ -37,6 +37,8 @@ OpKind = Literal["compute", "collective", "permute", "p2p", "host"]
 BufferKind = Literal[
     "latent", "hidden", "kv", "halo", "moments", "slots", "noise", "text", "image", "weights"
 ]
+BROADCAST_PIECE = 1 << 15
+"""Bytes after which a rank passes on what it has of a broadcast along a chain of messages (gloo)."""
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "broadcast")
 
 
@@ -207,15 +209,12 @@ class Dependencies:
     """Predecessors of each op, from the canonical order alone.
 
     This is the only place where edges come from. Feed instances in canonical order; ``add`` returns
-    the handles of the predecessors. ``blocking(op)`` says which ops hold the issuing host until they
-    end (gloo, CPU compute); what a rank issues later then waits for them too.
+    the handles of the predecessors.
     """
 
-    def __init__(self, blocking: Callable[[Op], bool] | None = None) -> None:
+    def __init__(self) -> None:
         self._buffers: dict[str, _BufferState] = defaultdict(_BufferState)
         self._last: dict[tuple[int, str], int] = {}
-        self._blocking = blocking
-        self._held: dict[int, int] = {}
 
     def add(self, instance: Instance, handle: int) -> list[int]:
         """Predecessor handles of ``instance``, each once, in a fixed order. Raises InvalidGraph."""
@@ -226,8 +225,6 @@ class Dependencies:
             if key in self._last:
                 found[self._last[key]] = None
             self._last[key] = handle
-            if rank in self._held:
-                found[self._held[rank]] = None
         reader = (op.stream, op.ranks)
         for ref in op.reads:
             state = self._buffers[ref.buffer]
@@ -235,8 +232,6 @@ class Dependencies:
             state.readers.setdefault(ref.part, {})[reader] = handle
         for ref in op.writes:
             self._overwrite(self._buffers[ref.buffer], ref, instance, handle, found)
-        if self._blocking is not None and self._blocking(op):
-            self._held.update(dict.fromkeys(op.ranks, handle))
         found.pop(handle, None)
         return list(found)
 
@@ -297,7 +292,6 @@ class Dependencies:
             for readers in state.readers.values():
                 readers.update({who: moved(handle) for who, handle in readers.items()})
         self._last.update({stream: moved(handle) for stream, handle in self._last.items()})
-        self._held.update({rank: moved(handle) for rank, handle in self._held.items()})
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,22 @@ broadcast      S, last rank 0               n-1                     pipelined ch
 permute, p2p   S                            1                       to the next rank; to the peer
 ============== ============================ ======================= ==============================
 
-NCCL lays its rings along the machine, not along rank order, and so do we: from the first device of a
-group to the nearest that is left (the lower number where two are equally near), and so on. Groups of
-more than 64 go by device number. Algorithm choice: NCCL's tuner takes the fastest by
-``steps x latency + bytes / bandwidth`` (src/graph/tuning.cc); trees serve all_reduce only.
+That is NCCL's way; gloo's is in ``simulator.gloo``. NCCL lays its rings along the machine, not along
+rank order, and so do we: from the first device of a group to the nearest that is left (the lower number
+where two are equally near), and so on. Groups of more than 64 go by device number. Algorithm choice:
+NCCL's tuner takes the fastest by ``steps x latency + bytes / bandwidth`` (src/graph/tuning.cc); trees
+serve all_reduce only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from paradiff.graph import Op
+from simulator import gloo
 from simulator.network import HOST, Flow, Network, drain_times
 
 MAX_TOUR = 64
@@ -40,7 +42,8 @@ MAX_TOUR = 64
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """One call: ``latency_s`` of algorithm steps, then all ``flows`` at once.
+    """One call: ``latency_s`` of algorithm steps, then all ``flows`` at once, but for those that come
+    after others (``Flow.after``).
 
     ``measured`` names the source of the table whose time the call takes when alone; None where the
     model holds. What the framework adds to a call is in neither (``Costs.transfer_fixed_s``).
@@ -55,29 +58,19 @@ class Lowered:
 class Backend:
     """How a library moves bytes.
 
-    ``uses_sms``: transfers run as kernels and slow the compute beside them. ``blocks_host``: an op
-    holds its rank's host until it ends. ``half_duplex``: calls that send and receive in turns.
+    ``uses_sms``: transfers run as kernels and slow the compute beside them. ``algorithm``: its latency
+    steps and flows, from the call, the devices by rank, and the payload; None where it is chosen here,
+    along the machine.
     """
 
     name: str
     uses_sms: bool
-    blocks_host: bool
-    half_duplex: frozenset[str] = frozenset()
-
-    def blocking(self, op: Op) -> bool:
-        """Whether ``op`` holds the issuing host until it ends.
-
-        On gloo the host computes, and first waits for what it computes from; transfers run on
-        threads of their own.
-        """
-        return self.blocks_host and op.kind in ("compute", "host")
+    algorithm: Callable[[str, Sequence[int], float], tuple[int, tuple[Flow, ...]]] | None = None
 
 
 BACKENDS: Mapping[str, Backend] = {
-    "nccl": Backend("nccl", uses_sms=True, blocks_host=False),
-    "gloo": Backend(
-        "gloo", uses_sms=False, blocks_host=True, half_duplex=frozenset({"all_to_all"})
-    ),
+    "nccl": Backend("nccl", uses_sms=True),
+    "gloo": Backend("gloo", uses_sms=False, algorithm=gloo.flows),
 }
 
 
@@ -118,9 +111,12 @@ class Lowering:
             return self._direct([Flow(HOST, devices[0], op.nbytes)])
         if op.kind != "collective":
             raise ValueError(f"{op.name}: {op.kind} is not a transfer")
-        modelled = self._collective(op.call, devices, op.nbytes)
-        if op.call in self.backend.half_duplex:
-            modelled = _scaled(modelled, 2.0)
+        if self.backend.algorithm is None:
+            modelled = self._collective(op.call, devices, op.nbytes)
+        else:
+            steps, flows = self.backend.algorithm(op.call, self._in_group(op), op.nbytes)
+            slowest_s = self._slowest_s((f.source, f.destination) for f in flows)
+            modelled = Lowered(steps * slowest_s, flows)
         return self._measured(op.call, devices, op.nbytes, modelled)
 
     def _direct(self, flows: list[Flow]) -> Lowered:
@@ -145,6 +141,11 @@ class Lowering:
             self._trees(ring, size),
         ]
         return min(candidates, key=self.alone_s)
+
+    def _in_group(self, op: Op) -> list[int]:
+        """Devices in the order that gloo goes by: of rings that of ranks, of messages that of the op."""
+        in_order = op.call in ("broadcast", "all_to_all")
+        return [self.placement[rank] for rank in (op.ranks if in_order else sorted(op.ranks))]
 
     def _tour(self, devices: Sequence[int]) -> list[int]:
         """The order of a ring through ``devices``."""
@@ -229,5 +230,7 @@ def _kept(flows: Iterable[Flow]) -> tuple[Flow, ...]:
 
 
 def _scaled(lowered: Lowered, factor: float) -> Lowered:
-    flows = _kept(replace(flow, nbytes=flow.nbytes * factor) for flow in lowered.flows)
-    return Lowered(lowered.latency_s, flows, lowered.measured)
+    if factor == 0:
+        return replace(lowered, flows=())
+    flows = tuple(replace(flow, nbytes=flow.nbytes * factor) for flow in lowered.flows)
+    return replace(lowered, flows=flows)

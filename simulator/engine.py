@@ -32,7 +32,6 @@ raised. The trace holds the spans of the representatives.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf, ulp
@@ -151,7 +150,6 @@ class _Plan:
     """The flows of a transfer; None where nothing takes time to drain."""
     host: tuple[tuple[int, float], ...]
     uses_sms: bool
-    blocking: bool
     edges: tuple[int, ...] = ()
     """Predecessors from the third iteration on: handles relative to the iteration's first."""
     roots: tuple[int, ...] = ()
@@ -216,8 +214,7 @@ class _Feed:
     def __init__(self, schedule: Quotient, engine: _Engine) -> None:
         self._sections = zip(schedule.graph.sections, schedule.members, strict=True)
         self._engine = engine
-        backend = engine.backend
-        self._dependencies = Dependencies(backend.blocking if backend.blocks_host else None)
+        self._dependencies = Dependencies()
         self.section: Section | None = None
         self.plans: list[_Plan] = []
         self.iteration = 0
@@ -328,8 +325,6 @@ class _Engine:
         """Per rank: when its host is free to issue."""
         self._felt_s = [-inf] * graph.world_size
         """Per rank: when its host last delayed an op."""
-        self._held = [False] * graph.world_size
-        self._unissued: list[deque[tuple[_Task, float]]] = [deque() for _ in ranks]
         self._sms = [0] * graph.world_size
         """Per rank: active transfers that use SMs."""
         self._computing: list[dict[int, _Task]] = [{} for _ in ranks]
@@ -344,7 +339,7 @@ class _Engine:
         """Per rank: host seconds of one iteration of the section."""
         self._watched: Section | None = None
         """The section whose states are compared."""
-        self._periodic = periodic
+        self._periodic = periodic and not lowering.network.bucket_bytes
         self._wires: dict[tuple[str, str, int, Members], tuple[float, Bundle | None]] = {}
         """Latency and flows of transfers that were lowered."""
         self._feed = _Feed(schedule, self)
@@ -400,7 +395,6 @@ class _Engine:
             bundle=bundle,
             host=tuple((rank, issue_s) for rank in op.ranks),
             uses_sms=transfer and self.backend.uses_sms,
-            blocking=self.backend.blocking(op),
         )
 
     def _wire(self, op: Op, members: Members) -> tuple[float, Bundle | None]:
@@ -423,10 +417,7 @@ class _Engine:
         ready = []
         for task in self._feed.next():
             for rank, seconds in task.plan.host:
-                if self._held[rank]:
-                    self._unissued[rank].append((task, seconds))
-                else:
-                    self._issue(task, rank, seconds)
+                self._issue(task, rank, seconds)
             if not task.waiting:
                 ready.append(task)
         if self._feed.handle == self._frontier:
@@ -442,17 +433,6 @@ class _Engine:
         if end > task.issue_end_s:
             task.issue_end_s = end
         task.issue_ends_s.append((rank, end))
-        if task.plan.blocking:
-            self._held[rank] = True
-
-    def _release(self, rank: int) -> None:
-        """The op that held this rank's host has ended."""
-        self._held[rank] = False
-        self._clock_s[rank] = max(self._clock_s[rank], self._env.now)
-        queue = self._unissued[rank]
-        while queue and not self._held[rank]:
-            task, seconds = queue.popleft()
-            self._issue(task, rank, seconds)
 
     def _host_felt(self, task: _Task) -> None:
         """Some host delays ``task``: not one that had issued it by the time it was ready."""
@@ -553,9 +533,6 @@ class _Engine:
             _Record(task.start_s, task.handle, plan, task.base, task.ready_s, end_s, task.busy_s)
         )
         del self.alive[task.handle]
-        if plan.blocking:
-            for rank in plan.op.ranks:
-                self._release(rank)
         for follower in task.next:
             follower.waiting -= 1
             if not follower.waiting:
@@ -594,14 +571,12 @@ class _Engine:
         for handle, task in self.alive.items():
             key.append((handle - first) * _PHASES + task.phase)
             if task.phase == _FLOWING:
-                key.append(task.drain.bundle.routes)
+                bundle = task.drain.bundle
+                key += [bundle.routes, tuple([piece.place for piece in bundle.later])]
                 times_s += task.drain.left_s(now)
             elif task.phase != _WAITING:
                 times_s.append(task.due_s - now)
-        leads_s = [
-            max(clock - now, 0.0) if held else clock - now
-            for clock, held in zip(self._clock_s, self._held, strict=True)
-        ]
+        leads_s = [clock - now for clock in self._clock_s]
         state = _State(self._feed.iteration, now, times_s, leads_s)
         earlier_states = self._seen.setdefault(tuple(key), [])
         for earlier in reversed(earlier_states):

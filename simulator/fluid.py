@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from simpy import Environment
 from simpy.events import NORMAL, Event
 
-from simulator.network import Flow, Network
+from simulator.network import Flow, Network, Usage
 from simulator.symmetry import Asymmetric
 
 _QUANTUM_S = 2.0**-40
@@ -51,17 +51,28 @@ class Alarm(Event):
         env.schedule(self, NORMAL, delay_s)
 
 
+class Piece(NamedTuple):
+    """One flow of a bundle: its place in it, its route, its bytes, which of the bundle's alike calls it
+    is of, and the place of the flow that drains before it starts (-1: none)."""
+
+    place: int
+    route: int
+    nbytes: float
+    part: int
+    after: int
+
+
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Flows that start together: their routes, their bytes, the resources they cross as bits, and a
-    small number for the tuple of routes. ``parts``: which of ``count`` alike calls each flow is of."""
+    """Flows that run together: their pieces, the routes of these, the resources they cross as bits, a
+    small number for the tuple of routes; how many alike calls they are of; flows still to start."""
 
+    pieces: tuple[Piece, ...]
     routes: tuple[int, ...]
-    sizes: tuple[float, ...]
-    parts: tuple[int, ...]
     count: int
     mask: int
     number: int
+    later: tuple[Piece, ...]
 
 
 class Drain(Generic[Owner]):
@@ -72,7 +83,7 @@ class Drain(Generic[Owner]):
     def __init__(self, bundle: Bundle, owner: Owner, now: float) -> None:
         self.bundle = bundle
         self.owner = owner
-        self.remaining: Sequence[float] = bundle.sizes
+        self.remaining: Sequence[float] = [piece.nbytes for piece in bundle.pieces]
         self.rates: tuple[float, ...] = ()
         self.mark_s = now
         self.token = 0
@@ -120,37 +131,42 @@ class Fluid(Generic[Owner]):
         self._numbers: dict[tuple[int, ...], int] = {}
         self._masks: dict[int, int] = {}
         self._rates: dict[tuple[int, ...], list[tuple[float, ...]]] = {}
+        self._buckets = _Buckets(network) if network.bucket_bytes else None
 
     def bundle(self, calls: Sequence[Sequence[Flow]]) -> Bundle | None:
         """The flows of alike calls prepared; those that cross nothing of finite bandwidth take no
         time. Raises Asymmetric where that holds for some of the calls only."""
         capacities = self._network.capacities
-        routes, sizes, parts = [], [], []
+        pieces: list[Piece] = []
         for part, flows in enumerate(calls):
-            for flow in flows:
+            after = [0] * len(flows)
+            for i, flow in enumerate(flows):
                 route = self._network.route(flow.source, flow.destination)
                 mask = sum(1 << r for r, _ in route.resources if capacities[r] < inf)
                 self._masks[route.id] = mask
+                before = after[flow.after] if flow.after >= 0 else -1
+                after[i] = len(pieces) if mask else before
                 if mask:
-                    routes.append(route.id)
-                    sizes.append(flow.nbytes)
-                    parts.append(part)
-        return self._bundle(routes, sizes, parts, len(calls)) if routes else None
+                    pieces.append(Piece(len(pieces), route.id, flow.nbytes, part, before))
+        first = tuple(piece for piece in pieces if piece.after < 0)
+        rest = tuple(piece for piece in pieces if piece.after >= 0)
+        return self._bundle(first, rest, len(calls)) if first else None
 
-    def _bundle(
-        self, routes: Sequence[int], sizes: Sequence[float], parts: Sequence[int], count: int
-    ) -> Bundle:
-        if count > 1 and len(set(parts)) < count:
+    def _bundle(self, pieces: tuple[Piece, ...], later: tuple[Piece, ...], count: int) -> Bundle:
+        if count > 1 and len({piece.part for piece in pieces}) < count:
             raise Asymmetric
         mask = 0
-        for route in routes:
-            mask |= self._masks[route]
-        number = self._numbers.setdefault(tuple(routes), len(self._numbers))
-        return Bundle(tuple(routes), tuple(sizes), tuple(parts), count, mask, number)
+        for piece in pieces:
+            mask |= self._masks[piece.route]
+        routes = tuple([piece.route for piece in pieces])
+        number = self._numbers.setdefault(routes, len(self._numbers))
+        return Bundle(pieces, routes, count, mask, number, later)
 
     def start(self, bundle: Bundle, owner: Owner) -> Drain[Owner]:
         """The flows of ``bundle`` start now."""
         drain = Drain(bundle, owner, self._env.now)
+        if self._buckets is not None:
+            drain.remaining = self._buckets.start(bundle.pieces, self._env.now)
         self._active[drain] = None
         self._solve(bundle.mask)
         return drain
@@ -215,21 +231,74 @@ class Fluid(Generic[Owner]):
         self._settle(drain, now)
         bundle = drain.bundle
         slack_s = 4 * max(_QUANTUM_S, ulp(now))
-        live = [
-            (route, left, part)
-            for route, left, rate, part in zip(
-                bundle.routes, drain.remaining, drain.rates, bundle.parts, strict=True
-            )
-            if left > rate * slack_s
-        ]
+        live, ended = [], []
+        for piece, left, rate in zip(bundle.pieces, drain.remaining, drain.rates, strict=True):
+            if left > rate * slack_s:
+                live.append((piece, left))
+            else:
+                ended.append(piece)
+        gone = {piece.place for piece in ended}
+        begun = tuple([piece for piece in bundle.later if piece.after in gone])
+        if self._buckets is not None:
+            self._buckets.end(ended, now)
+            live += zip(begun, self._buckets.start(begun, now), strict=True)
+        else:
+            live += [(piece, piece.nbytes) for piece in begun]
         if not live:
             del self._active[drain]
             self._solve(bundle.mask)
             self._drained(drain.owner)
             return
-        routes, drain.remaining, parts = zip(*live, strict=True)
-        drain.bundle, drain.rates = self._bundle(routes, (), parts, bundle.count), ()
-        self._solve(bundle.mask)
+        pieces, drain.remaining = zip(*live, strict=True)
+        later = tuple([piece for piece in bundle.later if piece.after not in gone])
+        drain.bundle, drain.rates = self._bundle(pieces, later, bundle.count), ()
+        self._solve(bundle.mask | drain.bundle.mask)
+
+
+class _Buckets:
+    """What idle links may send at once: their buckets fill at their rates, up to the brim.
+
+    A flow that starts takes its share of what is in every bucket on its way, the least of them. What
+    runs against the main direction (acknowledgements) is too little to matter.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._users: dict[int, int] = {}
+        self._idle_since_s: dict[int, float] = {}
+
+    def start(self, pieces: Sequence[Piece], now: float) -> list[float]:
+        """Bytes that each of ``pieces`` still has to send at the rate of its links."""
+        ways = [self._way(piece) for piece in pieces]
+        sharing: dict[int, float] = {}
+        for way in ways:
+            for resource, weight in way:
+                sharing[resource] = sharing.get(resource, 0.0) + weight
+        full = {resource: self._level(resource, now) / sharing[resource] for resource in sharing}
+        for way in ways:
+            for resource, _ in way:
+                self._users[resource] = self._users.get(resource, 0) + 1
+        free = [min((full[resource] for resource, _ in way), default=0.0) for way in ways]
+        return [max(p.nbytes - f, 1.0) for p, f in zip(pieces, free, strict=True)]
+
+    def end(self, pieces: Sequence[Piece], now: float) -> None:
+        for piece in pieces:
+            for resource, _ in self._way(piece):
+                self._users[resource] -= 1
+                self._idle_since_s[resource] = now
+
+    def _level(self, resource: int, now: float) -> float:
+        if self._users.get(resource):
+            return 0.0
+        idle_s = now - self._idle_since_s.get(resource, -inf)
+        capacity = self._network.capacities[resource]
+        return min(self._network.bucket_bytes, idle_s * capacity)
+
+    def _way(self, piece: Piece) -> Usage:
+        """The links of a piece in its direction."""
+        usage = self._network.usage(piece.route)
+        finite = (u for u in usage if self._network.capacities[u[0]] < inf)
+        return tuple(use for use in finite if use[1] >= 1.0)
 
 
 def _number(drain: Drain[Any]) -> int:

@@ -71,12 +71,14 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """``nbytes`` from device ``source`` to device ``destination``, ready at ``start_s``."""
+    """``nbytes`` from device ``source`` to device ``destination``, ready at ``start_s``, and not before
+    flow number ``after`` of those that are given together has drained (-1: no other)."""
 
     source: int
     destination: int
     nbytes: float
     start_s: float = 0.0
+    after: int = -1
 
 
 def max_min_rates(
@@ -127,6 +129,9 @@ def _fill(
 
 class Network:
     """Routes and rates of one topology. Pure: equal questions get equal answers, remembered."""
+
+    bucket_bytes = 0.0
+    """What an idle link sends at once (``simulator.tcp``)."""
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
@@ -337,7 +342,12 @@ def simulate_flows(topology: Topology | Network, flows: Sequence[Flow]) -> tuple
 def drain_times(network: Network, flows: Sequence[Flow]) -> list[float]:
     """When the last byte of each flow has left, in seconds: ``simulate_flows`` without latency."""
     routes = [network.route(flow.source, flow.destination) for flow in flows]
-    waiting = sorted(range(len(flows)), key=lambda i: (-flows[i].start_s, -i))
+    first = (i for i, flow in enumerate(flows) if flow.after < 0)
+    waiting = sorted(first, key=lambda i: (-flows[i].start_s, -i))
+    then: dict[int, list[int]] = {}
+    for i, flow in enumerate(flows):
+        if flow.after >= 0:
+            then.setdefault(flow.after, []).append(i)
     left: dict[int, float] = {}
     ends = [0.0] * len(flows)
     now = 0.0
@@ -360,6 +370,7 @@ def drain_times(network: Network, flows: Sequence[Flow]) -> list[float]:
             if seconds <= step * _SAME:
                 ends[i] = now
                 del left[i]
+                left |= {later: flows[later].nbytes for later in then.get(i, ())}
             else:
                 left[i] -= rate * step
     return ends

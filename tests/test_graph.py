@@ -262,8 +262,8 @@ def test_a_version_is_written_once_and_a_buffer_declared_once() -> None:
 # ---------------------------------------------------------------------------------- edges
 
 
-def edges(graph: ScheduleGraph, **kwargs: object) -> dict[str, list[str]]:
-    dependencies, ids, found = Dependencies(**kwargs), [], {}
+def edges(graph: ScheduleGraph) -> dict[str, list[str]]:
+    dependencies, ids, found = Dependencies(), [], {}
     for handle, instance in enumerate(graph.instances()):
         ids.append(instance.id)
         found[instance.id] = sorted(ids[h] for h in dependencies.add(instance, handle))
@@ -327,18 +327,6 @@ def test_versions_within_a_step_keep_apart() -> None:
     graph = g.build()
     assert edges(graph)["t000/op2@r0"] == ["t000/op1@r0"]
     assert parse_graph(graph.text()) == graph
-
-
-def test_a_blocking_op_holds_what_its_ranks_issue_later() -> None:
-    g = Graph(2)
-    g.compute("a", 0, 1)
-    g.op("send", "p2p", "send", (0, 1), "s")
-    g.compute("b", 1, 1)
-    graph = g.build()
-    assert edges(graph)["t000/send"] == []
-    held = edges(graph, blocking=lambda op: op.kind == "compute")
-    assert held["t000/send"] == ["t000/a@r0"]
-    assert held["t000/b@r1"] == []
 
 
 def test_advance_stands_for_the_iterations_it_leaves_out() -> None:

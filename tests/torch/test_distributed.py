@@ -53,3 +53,11 @@ def test_spread_attention_agrees_with_diffusers() -> None:
     names = {(name, spec.partition("=")[0]) for name, spec in (each["case"] for each in found)}
     assert names == {(m, s) for m in ("flux1-dev", "wan2.1-1.3b") for s in ("ulysses", "ring")}
     assert all(each["error"] < 1e-5 for each in found), found
+
+
+def test_calls_made_of_messages_bring_every_byte_to_its_place() -> None:
+    """Exchanges in rounds, broadcasts in pieces, two ranks that gather: uneven, empty and long buffers,
+    ranks in another order than their numbers, every root."""
+    (said,) = launched(4, Path(__file__).parent / "ranks_messages.py")
+    assert [len(each) for each in said["found"]] == [13, 14, 13, 14]
+    assert all(all(each.values()) for each in said["found"]), said
