@@ -68,7 +68,7 @@ def test_commands() -> None:
     ]  # type: ignore[attr-defined]
     assert sorted(group.commands["profile"].commands) == ["fit", "kernels", "network", "trace"]  # type: ignore[attr-defined]
     assert sorted(group.commands["topology"].commands) == ["doctor", "import", "show"]  # type: ignore[attr-defined]
-    assert sorted(group.commands["validate"].commands) == ["fidelity", "published"]  # type: ignore[attr-defined]
+    assert sorted(group.commands["validate"].commands) == ["fidelity", "lab", "published"]  # type: ignore[attr-defined]
 
 
 def test_validate_options() -> None:
@@ -76,6 +76,14 @@ def test_validate_options() -> None:
     command = group.commands["validate"].commands["published"]  # type: ignore[attr-defined]
     assert options(command) == {"--data", "--format", "--output-dir"}
     assert options(group.commands["validate"].commands["fidelity"]) == FIDELITY  # type: ignore[attr-defined]
+
+
+def test_validate_lab_options() -> None:
+    command = typer.main.get_command(app).commands["validate"].commands["lab"]  # type: ignore[attr-defined]
+    assert options(command) == {
+        "--topology", "--set", "--model", "--strategy", "--height", "--width", "--steps", "--ranks",
+        "--regime", "--repeats", "--max-error", "--format", "--output-dir",
+    }  # fmt: skip
 
 
 def test_plan_options_are_the_same_under_both_names() -> None:

@@ -9,9 +9,11 @@ import typer
 
 from paradiff.cli.common import check_output_dir, group, json_text, one_message, progress, staged
 from paradiff.cli.validate_fidelity import fidelity
+from paradiff.cli.validate_lab import lab
 
 app = group("Predictions against measurements.")
 app.command()(fidelity)
+app.command()(lab)
 
 
 @app.callback()

@@ -1,0 +1,283 @@
+"""The laboratory: what it predicts from, when it is satisfied, and that real transfers agree."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from analysis.comparison import compare
+from paradiff.cli import app
+from paradiff.cli.common import load_model
+from paradiff.config import ConfigError
+from paradiff.graph import Op
+from paradiff.lab import laboratory, namespaces
+from paradiff.lab.calibration import CALLS, FREE, Calibration, calibrate, chain
+from paradiff.lab.cells import default_cells
+from paradiff.lab.laboratory import Cell, Oracle, Result, Verdict, network_of, spread_over
+from paradiff.lab.ranks import LaboratoryFailed, Run, ranks, sweep
+from paradiff.strategies import parse_spec
+from paradiff.trace import TRANSFERS
+from simulator.topology import load_topology
+
+CALIBRATION = Calibration(
+    {(call, n): 1e-3 * n for call in CALLS for n in (2, 4, 8)}, 5e-5, 1e9
+)  # fmt: skip
+PATCH = Cell("pixart-alpha", "patch=4", 128, 64, 1, "communication")
+
+
+def op(call: str, n: int, nbytes: int) -> Op:
+    kind = call if call in ("p2p", "permute") else "collective"
+    return Op("x", kind, call, tuple(range(n)), "s", nbytes=nbytes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("n", [2, 4])
+def test_chains_are_graphs_whose_rounds_wait_for_what_came(call: str, n: int) -> None:
+    """Every kernel but the first of a one-way call's sender reads what the call before wrote to it."""
+    if call == "p2p" and n > 2:
+        pytest.skip("a message has two ends")
+    graph = chain(call, n, 64, n)
+    graph.validate()
+    rounds = graph.sections[1].ops
+    calls = [each for each in rounds if each.kind in TRANSFERS]
+    assert [each.ranks[0] for each in calls] == list(range(len(calls)))
+    written = {ref.buffer for each in calls for ref in each.writes}
+    read = {ref.buffer for each in rounds if each.kind == "compute" for ref in each.reads}
+    assert read == written
+
+
+def test_fixed_costs() -> None:
+    """1 ms a rank was measured for every call: a message of two takes 2 ms; three ranks are between two
+    and four. Of a ring's call, whose rounds go on beside bytes, one round of as many ranks shows (the
+    shift), or more where bytes are too few to hide the rest. An exchange of four takes three rounds of
+    4/3 ms; links make up for 1 ms of the second and of the third."""
+    slow = replace(CALIBRATION, call_s={**CALIBRATION.call_s, ("all_reduce", 4): 30e-3})
+    assert slow.fixed_s(op("p2p", 2, 1), 9.0, 0.0) == pytest.approx(2e-3)
+    assert slow.fixed_s(op("broadcast", 3, 1), 9.0, 0.0) == pytest.approx(3e-3)
+    assert slow.fixed_s(op("all_reduce", 4, 1), 1.0, 0.0) == pytest.approx(4e-3)
+    assert slow.fixed_s(op("all_reduce", 4, 1), 10e-3, 0.0) == pytest.approx(20e-3)
+    assert slow.fixed_s(op("all_to_all", 4, 1), 9.0, 0.0) == pytest.approx(4e-3)
+    assert slow.fixed_s(op("all_to_all", 4, 1), 9.0, 1e-3) == pytest.approx(2e-3)
+    assert slow.fixed_s(op("all_to_all", 4, 1), 9.0, 2e-3) == pytest.approx(4e-3 / 3)
+    assert FREE.fixed_s(op("all_to_all", 8, 1), 0.0, 0.0) == 0.0
+
+
+def test_ranks_spread_over_hosts() -> None:
+    box = load_topology("lab-trunk")
+    assert spread_over(box, 8) == tuple(range(8))
+    devices = spread_over(box, 4)
+    switches = [next(k.b for k in box.links if k.a == box.gpus[d]) for d in devices]
+    assert switches == ["switch0", "switch0", "switch1", "switch1"]
+    with pytest.raises(ConfigError, match="8 hosts, the strategy takes 9 ranks"):
+        spread_over(box, 9)
+
+
+def test_no_link_is_faster_than_a_host() -> None:
+    uneven = load_topology("lab-uneven")
+    network = network_of(uneven, replace(CALIBRATION, host_bytes_per_s=7e6))
+    capacity = {r.name: r.capacity_bytes_per_s for r in network.resources}
+    assert capacity["gpu0->switch"] == 7e6  # 60 Mbit/s is 7.5 MB/s
+    assert capacity["switch->gpu0"] == 30e6 / 8
+    assert network.bucket_bytes == namespaces.PACKET_BYTES
+
+
+@pytest.mark.parametrize(("regime", "balance"), laboratory.BALANCE.items())
+def test_kernels_are_stretched_to_the_balance(regime: laboratory.Regime, balance: float) -> None:
+    """patch gathers and computes by turns, so that the whole is what transfers take alone, and the
+    kernels of one rank; the final gather and the decoder of other stages cost next to nothing."""
+    oracle = Oracle(load_topology("lab-star"), CALIBRATION)
+    found = oracle.predict(load_model(PATCH.model), PATCH._replace(regime=regime))
+    alone = oracle.predict(load_model(PATCH.model), PATCH, stretch=0.0)
+    busy_s = laboratory.busiest_s(found.graph, found.costs, found.placement)
+    assert busy_s == pytest.approx(balance * alone.trace.makespan_s, rel=0.02)
+    assert found.trace.makespan_s == pytest.approx(busy_s + alone.trace.makespan_s, rel=0.02)
+
+
+def test_default_cells_cover_every_strategy_that_moves_something() -> None:
+    """4 and 8 ranks each have every axis and pass; all cells can be built on the shipped boxes, and
+    bytes are nine tenths of what their transfers take at a millisecond a call."""
+    box = load_topology("lab-star")
+    oracle = Oracle(box, replace(CALIBRATION, call_s=dict.fromkeys(CALIBRATION.call_s, 1e-3)))
+    names: dict[int, set[str]] = {}
+    for cell in default_cells(["communication"]):
+        found = oracle.predict(load_model(cell.model), cell)
+        spec = parse_spec(cell.spec)
+        names.setdefault(spec.n_gpus, set()).update(
+            word.partition("=")[0] for word in cell.spec.split(",")
+        )
+        assert found.trace.makespan_s > 0.1, cell
+        if spec.n_gpus <= 4:
+            assert found.fixed_share < 0.15, cell
+    wanted = {
+        "ulysses", "ring", "patch", "distrifusion", "pcpp", "pipefusion", "asyncdiff", "parastep",
+        "tensor", "cfg",
+    }  # fmt: skip
+    assert wanted <= names[4]
+    assert wanted <= names[8]
+
+
+# -------------------------------------------------------------------------------------- the verdict
+
+
+@dataclass(frozen=True)
+class Latency:
+    predicted_s: float
+    measured_s: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted_s / self.measured_s - 1
+
+
+@dataclass(frozen=True)
+class Times:
+    latency: Latency
+    spread: float
+
+
+def verdict(*cells: tuple[str, float, float, float]) -> Verdict:
+    """Of (spec, predicted, measured, spread) on one box."""
+    oracle = Oracle(load_topology("lab-star"), CALIBRATION)
+    plain = oracle.predict(load_model(PATCH.model), PATCH)
+    results = tuple(
+        Result(
+            "lab-star",
+            replace(plain, cell=PATCH._replace(spec=spec)),
+            Times(Latency(predicted, measured), spread),  # type: ignore[arg-type]
+        )
+        for spec, predicted, measured, spread in cells
+    )
+    return Verdict(results, 0.10)
+
+
+def test_what_makes_the_gate_fail() -> None:
+    good = [(f"s{i}", 1.0 + i, 1.02 * (1 + i), 0.01) for i in range(10)]
+    assert verdict(*good).failures == []
+    assert verdict(*good).median_error == pytest.approx(1 - 1 / 1.02)
+    assert verdict(*good, ("bad", 50.0, 57.0, 0.0)).failures == [
+        "bad on lab-star is -12.3% off, allowed: 10.0%"
+    ]
+    assert verdict(*good, ("noisy", 50.0, 57.0, 0.04)).failures == []
+    assert verdict(*good, ("n", 50.0, 57.0, 0.04), ("m", 50.0, 57.0, 0.04)).failures == [
+        "17% of the cells are noisy, allowed: 10%"
+    ]
+    far = verdict(*((spec, 1.06 * predicted, predicted, 0.0) for spec, predicted, *_ in good))
+    assert far.failures == ["median error 6.0%, allowed: 5.0%"]
+    turned = verdict(*good, ("a", 20.0, 19.0, 0.0), ("b", 19.5, 21.0, 0.0))
+    assert turned.failures == ["a is faster than b on lab-star, predicted the other way"]
+    near = verdict(*good, ("a", 20.0, 19.5, 0.0), ("b", 19.5, 21.0, 0.0))
+    assert near.failures == [], "times within a tenth may be in any order"
+
+
+# ------------------------------------------------------------------------------------------ command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--topology", "pcie8"],
+            "pcie8: no laboratory can be made of this: gpu0--rc0 has a latency",
+        ),
+        (["--topology", "nowhere"], "no such file in topologies"),
+        (["--model", "sdxl"], "need --strategy beside them"),
+        (["--strategy", "ulysses=four"], "--strategy 'ulysses=four'"),
+        (["--strategy", "patch=4", "--ranks", "8"], "--ranks 8: no strategy takes so many"),
+        (["--set", "links.0.bandwidth=fast"], "links.0.bandwidth"),
+    ],
+)
+def test_bad_input_is_one_message(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["validate", "lab", *arguments])
+    assert done.exit_code == 2
+    assert message in done.output
+    assert len(done.output.strip().splitlines()) == 1
+
+
+# -------------------------------------------------------------------------------------- real transfers
+
+REASON = namespaces.why_not()
+lab = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+def rejudged(oracle: Oracle, results: Sequence[Result]) -> Verdict:
+    """The same measured runs against another prediction of the same kernels."""
+    again = []
+    for r in results:
+        p = oracle.predict(load_model(r.cell.model), r.cell, r.prediction.costs.stretch)
+        again.append(Result(r.box, p, compare(p.trace, [r.comparison.typical])))
+    return Verdict(tuple(again), 0.10)
+
+
+@lab
+@pytest.mark.torch
+def test_predictions_hold_over_real_links_and_faults_show() -> None:
+    """Four hosts on a star and on two switches. Then the same runs against faulty simulators: links
+    twice as fast, and calls that cost nothing beside bytes. The latter is judged by a cell of many short
+    calls, of whose transfers it is a third and more; with the cost its error is less than half of that
+    without."""
+    pytest.importorskip("torch")
+    star, trunk = (load_topology(f"lab-{name}") for name in ("star", "trunk"))
+    cells = [
+        PATCH,
+        PATCH._replace(spec="ring=4"),
+        Cell("pixart-alpha", "pipefusion=4,patches=4,warmup=1", 256, 256, 3, "communication"),
+    ]
+    short = Cell("pixart-alpha", "ulysses=4", 64, 64, 1, "communication")
+    results: list[Result] = []
+    with ranks() as running:
+        calibration = calibrate(running, [4])
+        for box in (star, trunk):
+            oracle = Oracle(box, calibration)
+            predictions = [oracle.predict(load_model(c.model), c) for c in (*cells, short)]
+            results += laboratory.measure(box, predictions, running, 3)
+    counted = [r for r in results if r.cell != short]
+    latency = [r for r in results if r.cell == short]
+    assert Verdict(tuple(counted), 0.10).failures == []
+
+    on_star = [r for r in counted if r.box == star.name]
+    twice = tuple(replace(k, bandwidth_bytes_per_s=2 * k.bandwidth_bytes_per_s) for k in star.links)
+    faulty = Oracle(star, calibration, network_of(replace(star, links=twice), calibration))
+    assert rejudged(faulty, on_star).failures
+
+    free = Oracle(star, FREE, network_of(star, calibration))
+    (without,) = rejudged(free, [r for r in latency if r.box == star.name]).results
+    (with_it,) = (r for r in latency if r.box == star.name)
+    assert Verdict((without,), 0.10).failures
+    assert without.error < -0.2
+    assert abs(with_it.error) < abs(without.error) / 2
+
+
+def test_scratch_of_the_dead_is_swept_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = [f"paradiff-lab-{pid}-x" for pid in (dead.pid, os.getpid())]
+    names += ["paradiff-lab-notes", f"other-{dead.pid}-x", f"paradiff-{dead.pid}-x"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    sweep()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+
+
+@lab
+@pytest.mark.torch
+def test_a_rank_that_fails_is_one_message() -> None:
+    """A kernel that sleeps for less than nothing is an error of its rank; the others do not hang."""
+    pytest.importorskip("torch")
+    graph = chain("p2p", 2, 64, 2)
+    with ranks() as running, namespaces.hosts(namespaces.star(2)) as hosts:
+        with pytest.raises(LaboratoryFailed, match=r"rank [01]: .*sleep length must be"):
+            running.run(hosts, [Run(graph, lambda _: -1.0, 1)])
+        ((trace,),) = running.run(hosts, [Run(graph, lambda _: 0.0, 1)])
+    assert trace.makespan_s < 10
+    assert math.isfinite(trace.makespan_s)
