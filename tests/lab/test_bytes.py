@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 from counting_rank import graph_of
 
 from paradiff.lab import namespaces
+from simulator.tcp import ACK_SHARE
 
 REASON = namespaces.why_not()
 pytestmark = [pytest.mark.torch, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -31,7 +32,8 @@ CASES = [
 
 
 def test_links_carry_what_the_graph_says(tmp_path: Path) -> None:
-    """Within 5 %: TCP and gloo add headers, each buffer is sent once."""
+    """Within 5 %: TCP and gloo add headers, each buffer is sent once. What comes in is acknowledged with
+    up to 66 bytes for every two packets of 1448, which go out."""
     cases = tmp_path / "cases.json"
     cases.write_text(json.dumps(CASES))
     root = Path(__file__).parents[2]
@@ -57,4 +59,6 @@ def test_links_carry_what_the_graph_says(tmp_path: Path) -> None:
         seen = [counts[rank][number][2:] for rank in range(4)]
         for rank, (ours, theirs) in enumerate(zip(said, seen, strict=True)):
             for way, expected, found in zip(("out", "in"), ours, theirs, strict=True):
-                assert found == pytest.approx(expected, rel=0.05), (spec, rank, way)
+                other = ours[1 if way == "out" else 0]
+                most = 1.05 * expected + 1.05 * ACK_SHARE * other
+                assert 0.95 * expected <= found <= most, (spec, rank, way)
