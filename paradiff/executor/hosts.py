@@ -10,6 +10,7 @@ file for the trace of each (``%d`` is the repeat).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -71,6 +72,8 @@ def _fork(
         return pid
     try:
         die_with_parent()
+        with contextlib.suppress(OSError):
+            os.nice(-15)  # ranks mostly sleep; what else runs here should not decide when they wake
         os.dup2(errors, 2)
         _enter(job["hosts"][rank]["pid"])
         _rank(job, rank, graphs)
