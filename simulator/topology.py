@@ -262,7 +262,9 @@ class NodeFile(Strict):
     name: Names
     gpus: tuple[GpuEntry, ...] = Field(min_length=1)
     host_memory: BytesPerSecond | None = None
+    """Loads plus stores, as DMA sees them; without it, no limit."""
     memory_at: tuple[Names, ...] = ()
+    """Switches that host memory hangs on."""
     source: str = ""
 
     @model_validator(mode="after")
@@ -317,6 +319,7 @@ class CollectiveFile(Strict):
     kind: CollectiveKind
     ranks: int = Field(ge=2)
     scope: Literal["node", "any"] | tuple[Names, ...] = "node"
+    """Groups it holds for: inside one node, any, or these GPUs."""
     source: str = Field(min_length=1)
     table: tuple[tuple[Bytes, PositiveSeconds], ...] = Field(min_length=1)
 
@@ -333,12 +336,16 @@ class TopologyFile(Strict):
 
     name: str
     gpu: str
+    """Profile of every GPU that names none."""
     nodes: tuple[NodeFile, ...] = Field(min_length=1)
     peer_to_peer: bool
+    """Whether PCIe transfers go from GPU to GPU; otherwise through host memory."""
     switches: tuple[Names, ...] = ()
+    """Whatever shares bandwidth: PCIe switches, sockets, NVSwitches, network adapters."""
     links: tuple[LinkFile, ...] = ()
     collectives: tuple[CollectiveFile, ...] = ()
     price_per_hour: Dollars | None = None
+    """Of all of it."""
     source: str = Field(min_length=1)
 
     @model_validator(mode="after")

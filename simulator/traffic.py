@@ -31,7 +31,9 @@ class RequestClass(Strict):
 
     model: str = Field(min_length=1)
     name: str = ""
+    """What traces and results call it; without it, its model."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Share of the requests, next to the others' weights."""
     height: Size | None = None
     width: Size | None = None
     frames: Size | None = None

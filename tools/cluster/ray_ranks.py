@@ -105,13 +105,17 @@ def main() -> None:
         parser.error("what should run? run PLAN.yaml ..., or acceptance ...")
     first, *others = options.command
     what = [str(ACCEPTANCE)] if first == "acceptance" else ["-m", "paradiff", first]
-    ray.init(
-        address=options.address,
-        num_cpus=int(options.ranks * options.cpus_per_rank) if options.address == "local" else None,
-        log_to_driver=False,
-        include_dashboard=False if options.address == "local" else None,
-        logging_level=logging.ERROR,
-    )
+    is_local = options.address == "local"
+    try:
+        ray.init(
+            address=options.address,
+            num_cpus=int(options.ranks * options.cpus_per_rank) if is_local else None,
+            log_to_driver=False,
+            include_dashboard=False if is_local else None,
+            logging_level=logging.ERROR,
+        )
+    except ConnectionError as error:
+        parser.error(f"--address {options.address}: no Ray cluster answers ({error})")
     try:
         code = run(
             [sys.executable, *what, *others],
