@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "docs" / "tutorial.md"]
+PAGES = [README, ROOT / "docs" / "tutorial.md", ROOT / "docs" / "howto.md"]
 """Pages whose commands are run."""
 BLOCK = re.compile(r"^```(?P<kind>console(?: measured)?|sh)\n(?P<body>.*?)^```$", re.M | re.S)
 COMMAND = re.compile(r"^\$ (?P<command>(?:.*\\\n)*.*)\n(?P<output>(?:(?!\$ ).*\n)*)", re.M)
@@ -96,16 +96,17 @@ def printed(command: str, home: str) -> str:
     return done.stdout
 
 
-def run_page(page: Path) -> list[tuple[Shown, str]]:
-    """Every command of the page and what it printed now."""
+def run_page(page: Path) -> Iterator[tuple[Shown, str]]:
+    """Every command of the page and what it prints now."""
     with tempfile.TemporaryDirectory(prefix="paradiff-page-") as home:
-        return [(shown, printed(shown.command, home)) for shown in commands(page.read_text())]
+        for shown in commands(page.read_text(encoding="utf-8")):
+            yield shown, printed(shown.command, home)
 
 
 def refreshed(page: Path) -> str:
     """The page with what its commands print now."""
     text = page.read_text(encoding="utf-8")
-    for shown, fresh in reversed(run_page(page)):
+    for shown, fresh in reversed(list(run_page(page))):
         if shown.output is not None and not shown.agrees(fresh):
             first, last = shown.span
             text = text[:first] + fresh + text[last:]
