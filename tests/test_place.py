@@ -55,5 +55,7 @@ def test_half_of_the_names_is_refused() -> None:
         Place.of_environment({"RANK": "0", "WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match="without RANK, MASTER_ADDR"):
         Place.of_environment({"SLURM_STEP_NUM_TASKS": "2"})
+    with pytest.raises(ValueError, match="WORLD_SIZE, LOCAL_RANK, MASTER_PORT: invalid literal"):
+        Place.of_environment(TASK | {"SLURM_STEP_NUM_TASKS": "two"})
     with pytest.raises(ValueError, match="MASTER_PORT: invalid literal"):
         Place.of_environment(RANK | {"MASTER_PORT": "http"})

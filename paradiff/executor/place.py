@@ -36,7 +36,7 @@ class Place:
         half of the names.
         """
         if "RANK" not in environment:
-            if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+            if environment.get("SLURM_STEP_NUM_TASKS", "1") == "1":
                 return None
             environment = {**_of_slurm(environment), **environment}
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
