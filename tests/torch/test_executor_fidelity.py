@@ -1,9 +1,10 @@
-"""Small trained models, the latents that are kept of runs, scores."""
+"""Small trained models, the latents that are kept of runs, orderings that hold clearly, scores."""
 
 from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from analysis.fidelity import relative_l2
+from analysis.fidelity import paired, relative_l2
 from paradiff.executor.fidelity import Bench, Seen, look
 from paradiff.executor.job import Job
 from paradiff.executor.perceptual import CHANNELS, CLIP, LPIPS, _alexnet
@@ -164,6 +165,32 @@ def test_a_prompt_is_a_digit() -> None:
     assert digits_of(None, 3, 9) == [9, 0, 1]
     with pytest.raises(ValueError, match="prompt 'a cat': the model draws digits, allowed: 0 to 9"):
         digits_of("a cat", 1, 0)
+
+
+# ------------------------------------------------------------------- orderings that hold clearly
+
+GATED = [
+    (
+        "small-dit",
+        ("distrifusion=8,warmup=2", "distrifusion=4,warmup=2", "distrifusion=2,warmup=2"),
+    ),
+    (
+        "small-dit",
+        ("distrifusion=4,warmup=0", "distrifusion=4,warmup=3", "distrifusion=4,warmup=6"),
+    ),
+    ("small-dit", ("distrifusion=4,warmup=2", "pipefusion=4,patches=4,warmup=3")),
+]
+"""Chains from what is further off to what is nearer, of those that hold clearly in docs/fidelity.md."""
+
+
+@pytest.mark.parametrize(("model", "chain"), GATED)
+def test_orderings_of_the_literature(model: str, chain: tuple[str, ...]) -> None:
+    serial = samples(model)[0][-1]
+    errors = {spec: relative_l2(samples(model, spec)[0][-1], serial) for spec in chain}
+    for worse, better in pairwise(chain):
+        found = paired(worse, errors[worse], better, errors[better])
+        assert found.p < 0.01, found
+        assert found.low > 1, found
 
 
 # ---------------------------------------------------------------------------------- LPIPS and CLIP
