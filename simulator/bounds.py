@@ -31,8 +31,8 @@ from simulator.symmetry import Members, Quotient
 MAX_LOOKUPS = 256
 """Where a transfer has more placements (times alike transfers), its bytes are left out of the bound."""
 ROUNDING = 1 - 1e-9
-"""The engine rounds times to its grid, up and down; computations are rounded here as there, because many
-equal ones are all rounded the same way."""
+"""The engine rounds times to its grid, up and down; computations and the host's part are rounded here as
+there, because many equal ones are all rounded the same way."""
 
 
 Merit = tuple[float, float, float]
@@ -154,14 +154,14 @@ class _Durations:
         if op.work is not None:
             prices = [self._costs.compute(op.work, device) for device in self._devices]
             least = min(min(price.device_s, price.contended_s) for price in prices)
-            return on_grid(least), min(price.host_s for price in prices)
+            return on_grid(least), on_grid(min(price.host_s for price in prices))
         if op.kind not in TRANSFERS and not op.nbytes:
             return 0.0, 0.0
         key = (op.kind, op.call, op.nbytes, members)
         if key not in self._transfers:
             self._transfers[key] = self._least_wire_s(op, members)
         fixed_s = self._costs.transfer_fixed_s(op)
-        return fixed_s + self._transfers[key], self._costs.transfer_host_s(op)
+        return fixed_s + self._transfers[key], on_grid(self._costs.transfer_host_s(op))
 
     def _least_wire_s(self, op: Op, members: Members) -> float:
         if len(self._choices) * len(members) > MAX_LOOKUPS:
