@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
-from itertools import permutations
+from itertools import permutations, product
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from shipped import profile
 from toys import transformer
 from unit_hardware import Graph, UnitCosts, random_box
 
+from paradiff.config import available
 from paradiff.strategies import Workload, build, candidate_specs, parse_spec
 from simulator.bounds import Incumbents, least_latency_s
 from simulator.engine import simulate
@@ -22,6 +25,7 @@ from simulator.runs import Runs
 from simulator.symmetry import Quotient, quotient, whole
 from simulator.topology import Topology, load_topology
 
+RECORD = Path(__file__).parent / "golden" / "exhaustive.csv"
 SPECS = (
     "ulysses=2",
     "ring=4",
@@ -166,6 +170,21 @@ CASES = (
 def test_the_choice_is_that_of_exhaustive_search(model: str, box: str) -> None:
     exhaustive, pruned = (plan(asked(model, box, 6, top)) for top in (None, 2))
     check_same_choice(exhaustive, pruned, 2)
+
+
+def test_recorded_exhaustive_searches_found_no_difference() -> None:
+    """``tools/check_bounds.py`` writes a row for each model and box; a recorded model has all, at
+    its own number of steps, and none differs."""
+    with RECORD.open(encoding="utf-8", newline="") as file:
+        found = {(row["model"], row["box"]): row for row in csv.DictReader(file)}
+    models = {model for model, _ in found}
+    real = [name for name in available("topologies") if not name.startswith("lab-")]
+    boxes = [name for name in real if len(load_topology(name).gpus) == 8]
+    assert models <= set(available("models", ".json"))
+    assert set(found) == set(product(models, boxes))
+    assert {row["same"] for row in found.values()} == {"yes"}
+    steps = {model: str(profile(model).defaults["steps"]) for model in models}
+    assert all(row["steps"] == steps[model] for (model, _), row in found.items())
 
 
 def test_what_is_shared_between_plans_changes_none() -> None:
