@@ -75,9 +75,9 @@ def lab(
         boxes = _boxes(topology or list(TOPOLOGIES), set_ or [])
         cells = _cells(model, strategy, (height, width, steps), ranks, regime)
         _check_machine()
-        verdict, calibration = _ran(boxes, cells, repeats, max_error, format_ == "table")
         from paradiff.lab import report
 
+        verdict, calibration = _ran(boxes, cells, repeats, max_error, format_ == "table")
         answer = json_text(report.to_json(verdict, calibration, repeats))
         if output_dir is not None:
             _write(output_dir, verdict, answer)
@@ -127,6 +127,9 @@ def _cells(
             for each in regimes
         ]
         wanted = ranks or sorted({parse_spec(cell.spec).n_gpus for cell in cells})
+    for cell in cells:
+        if parse_spec(cell.spec).n_gpus < 2:
+            raise ConfigError(f"--strategy {cell.spec}: one rank, allowed: two or more")
     found = [cell for cell in cells if parse_spec(cell.spec).n_gpus in wanted]
     if not found:
         raise ConfigError(f"--ranks {', '.join(map(str, wanted))}: no strategy takes so many")

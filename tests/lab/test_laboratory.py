@@ -190,6 +190,7 @@ def test_what_makes_the_gate_fail() -> None:
         (["--topology", "nowhere"], "no such file in topologies"),
         (["--model", "sdxl"], "need --strategy beside them"),
         (["--strategy", "ulysses=four"], "--strategy 'ulysses=four'"),
+        (["--strategy", "serial"], "--strategy serial: one rank, allowed: two or more"),
         (["--strategy", "patch=4", "--ranks", "8"], "--ranks 8: no strategy takes so many"),
         (["--set", "links.0.bandwidth=fast"], "links.0.bandwidth"),
     ],
