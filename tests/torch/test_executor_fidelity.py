@@ -179,6 +179,10 @@ GATED = [
         ("distrifusion=4,warmup=0", "distrifusion=4,warmup=3", "distrifusion=4,warmup=6"),
     ),
     ("small-dit", ("distrifusion=4,warmup=2", "pipefusion=4,patches=4,warmup=3")),
+    ("small-unet", ("distrifusion=4,warmup=2", "distrifusion=2,warmup=2")),
+    ("small-unet", ("patch=4,mode=naive", "pcpp=4,portion=0.3,warmup=0")),
+    ("small-unet", ("asyncdiff=2,stride=2,warmup=3", "asyncdiff=2,stride=1,warmup=3")),
+    ("small-unet", ("parastep=4,warmup=3", "parastep=2,warmup=3")),
 ]
 """Chains from what is further off to what is nearer, of those that hold clearly in docs/fidelity.md."""
 
