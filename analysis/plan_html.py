@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -18,7 +18,6 @@ from analysis import text as words
 from analysis import what_if_charts as what_if
 from analysis.close_up import CloseUp
 from analysis.page import (
-    COLOURS,
     NEUTRAL,
     PALETTE,
     SYMBOLS,
@@ -31,26 +30,21 @@ from analysis.page import (
     plain,
     render,
 )
+from analysis.timeline import lanes, timeline, windows, within
 from analysis.topology_picture import path_of, positions
 from analysis.what_if import Outlook
-from paradiff.graph import Instance, OpKind, ScheduleGraph
-from paradiff.trace import Span, Trace
 from simulator.gpu import Figure as GpuFigure
 from simulator.gpu import load_gpu
 from simulator.network import Network
 from simulator.planner import Candidate, Plan, Request
 from simulator.topology import Link, Topology
 
-KINDS: tuple[OpKind, ...] = ("compute", "collective", "permute", "p2p", "host")
 PARTS: Mapping[str, str] = {
     "compute_s": "compute",
     "exposed_comm_s": "exposed communication",
     "bubble_s": "waiting for other ranks",
     "host_s": "waiting for launches",
 }
-MAX_SPANS = 3000
-"""Bars of one timeline; a browser takes a second for as many."""
-SHOWN_STEPS = 2
 BANDS = (
     (0.001, "#8a8a8a", "below 0.1 %"),
     (0.1, "#56B4E9", "0.1 to 10 %"),
@@ -238,8 +232,8 @@ def _memory(best: CloseUp, first: Candidate, capacity_bytes: int) -> Figure:
 
 def _timelines(place: str, candidate: Candidate, seen: CloseUp) -> Iterator[Chart]:
     """``place``: what their ids begin with."""
-    for name, heading, steps in _windows(seen.trace, candidate.synchronous_steps or 0):
-        spans, complete = _within(seen.trace, steps)
+    for name, heading, steps in windows(seen.trace, candidate.synchronous_steps or 0):
+        spans, complete = within(seen.trace, steps)
         limit = "" if complete else f" Only the first {len(spans)} spans are drawn."
         alike = _alike(seen.representative)
         yield Chart(
@@ -247,8 +241,8 @@ def _timelines(place: str, candidate: Candidate, seen: CloseUp) -> Iterator[Char
             f"Timeline{' of the runner-up' * bool(place)}: {heading}",
             f"{candidate.spec}, steps {steps[0]} to {steps[-1]}, a row for each rank and stream. Drag "
             f"to zoom in, double-click to zoom out.{limit}{alike}",
-            _timeline(seen.graph, spans),
-            height_rem=9 + 1.4 * len(_lanes(spans)),
+            timeline(seen.graph, {"": spans}),
+            height_rem=9 + 1.4 * len(lanes(spans)),
         )
 
 
@@ -261,69 +255,6 @@ def _alike(representative: Sequence[int]) -> str:
     if len(set(drawn.values())) == 1:
         told = [f"each stands for {drawn[representative[0]]} of {len(representative)}"]
     return f" Ranks that do the same at the same time are drawn once: {', '.join(told)}."
-
-
-def _windows(trace: Trace, synchronous: int) -> Iterator[tuple[str, str, range]]:
-    """(id, heading, steps) of what is shown of a run: its begin, and its middle once it is steady."""
-    steps = 1 + max((s.step for s in trace.spans if s.step is not None), default=0)
-    warm = 0 < synchronous < steps
-    yield "begin", "warm-up steps" if warm else "first steps", range(min(SHOWN_STEPS, steps))
-    first = (synchronous if warm else 0) + (steps - (synchronous if warm else 0)) // 2
-    if first >= SHOWN_STEPS:
-        yield "steady", "steady steps", range(first, min(first + SHOWN_STEPS, steps))
-
-
-def _within(trace: Trace, steps: range) -> tuple[list[Span], bool]:
-    """The spans that overlap ``steps``, and whether that is all of them."""
-    own = [span for span in trace.spans if span.step in steps]
-    begin, end = min(s.start_s for s in own), max(s.end_s for s in own)
-    found = [s for s in trace.spans if s.start_s < end and s.end_s > begin and s.end_s > s.start_s]
-    return found[:MAX_SPANS], len(found) <= MAX_SPANS
-
-
-def _lanes(spans: Iterable[Span]) -> list[tuple[int, str]]:
-    lanes = {(span.rank, span.stream) for span in spans}
-    return sorted(lanes, key=lambda lane: (lane[0], lane[1] != "compute", lane[1]))
-
-
-def _timeline(graph: ScheduleGraph, spans: Sequence[Span]) -> Figure:
-    ids = {span.id for span in spans}
-    instances = {each.id: each for each in graph.instances() if each.id in ids}
-    traces = []
-    for k, kind in enumerate(KINDS):
-        group = [span for span in spans if span.kind == kind]
-        if group:
-            lanes = [plain(f"rank {s.rank} {s.stream}") for s in group]
-            widths = [1e3 * (s.end_s - s.start_s) for s in group]
-            notes = [_about(s, instances[s.id]) for s in group]
-            drawn = bars(
-                kind, lanes, widths, k, base=[1e3 * s.start_s for s in group], text=notes,
-                textposition="none", hovertemplate="%{text}<extra></extra>",
-            )  # fmt: skip
-            drawn["marker"] = {"color": COLOURS[k], "line": {"width": 0}}
-            traces.append(drawn)
-    rows = [plain(f"rank {rank} {stream}") for rank, stream in _lanes(spans)]
-    y = {"type": "category", "categoryorder": "array", "categoryarray": rows[::-1]}
-    begin, end = min(s.start_s for s in spans), max(s.end_s for s in spans)
-    x = axis("ms of the request") | {"range": [1e3 * begin, 1e3 * end]}
-    drawn = figure(traces, x, y)
-    drawn["layout"] |= {"barmode": "overlay", "bargap": 0.15, "legend": above()}
-    return drawn
-
-
-def _about(span: Span, instance: Instance) -> str:
-    """Op, duration, bytes, and the versions that it reads of what its rank holds."""
-    reads = [ref.show(instance.base) for ref in instance.op.reads]
-    reads = [name for name in reads if f"@r{span.rank}" in name] or reads
-    more = [f"and {len(reads) - 4} more"] * (len(reads) > 4)
-    lines = [
-        f"{span.id} ({span.call})",
-        f"{1e3 * (span.end_s - span.start_s):.4g} ms from {1e3 * span.start_s:.6g} ms",
-        *([f"{span.nbytes:,} bytes"] if span.nbytes else []),
-        *(f"reads {name}" for name in reads[:4]),
-        *more,
-    ]
-    return "<br>".join(map(plain, lines))
 
 
 # ------------------------------------------------------------------------------------------ topology
