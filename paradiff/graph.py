@@ -586,6 +586,15 @@ def _buffer_text(b: Buffer) -> str:
     return f"buffer {b.id} {b.nbytes} {b.kind}{points}{module}"
 
 
+def work_text(work: Work) -> str:
+    """``denoiser[0:4]{2,1,8,16,16,77,2,0,1,0,1}``: stage, segments, shape in the order of ``Shape``."""
+    ranges = ",".join(f"{lo}:{hi}" for lo, hi in work.ranges)
+    shape = ",".join(map(str, work.shape))
+    blocks = f"/{work.blocks}" if work.blocks > 1 else ""
+    copies = f"+{work.copies}:{work.copied}" if work.copies else ""
+    return f"{work.stage}[{ranges}]{{{shape}}}{work.stored}{blocks}{copies}"
+
+
 def _op_text(op: Op) -> str:
     fields = [
         "op",
@@ -600,11 +609,7 @@ def _op_text(op: Op) -> str:
         f"bytes={op.nbytes}",
     ]
     if op.work is not None:
-        ranges = ",".join(f"{lo}:{hi}" for lo, hi in op.work.ranges)
-        shape = ",".join(map(str, op.work.shape))
-        blocks = f"/{op.work.blocks}" if op.work.blocks > 1 else ""
-        copies = f"+{op.work.copies}:{op.work.copied}" if op.work.copies else ""
-        fields.append(f"work={op.work.stage}[{ranges}]{{{shape}}}{op.work.stored}{blocks}{copies}")
+        fields.append(f"work={work_text(op.work)}")
     if op.tags:
         fields.append(f"tags={';'.join(f'{name}={value}' for name, value in op.tags)}")
     return " ".join(fields)

@@ -20,7 +20,7 @@ from paradiff.graph import Op, Shape, Work
 from paradiff.profiles import Kernel, Profile, Segment, Stage
 from simulator.gpu import AttentionFigure, Gpu
 from simulator.kernels import Chip, attention_s, conv_s, gemm_s, stream_s
-from simulator.measured import Estimate, measured_on
+from simulator.measured import Estimate, KernelTable, measured_on
 from simulator.tables import Table, lender
 
 Runtime = Literal["eager", "compiled", "cuda-graph"]
@@ -214,7 +214,8 @@ class CostModel:
 
     ``gpus[d]`` is the GPU of device d. ``device_scale`` and ``host_scale`` multiply the denoising
     loop's device and host time; ``calibrated`` sets them. ``speed``: what if every kernel took so many
-    times less; what launches cost the host stays.
+    times less; what launches cost the host stays. ``kernels``: tables by kind that were measured on these
+    very devices; None: those of the GPUs' profiles.
     """
 
     profile: Profile
@@ -226,6 +227,7 @@ class CostModel:
     host_scale: float = 1.0
     is_calibrated: bool = False
     speed: float = 1.0
+    kernels: Mapping[str, KernelTable] | None = None
     _pricers: dict[str, _Pricer] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -233,9 +235,10 @@ class CostModel:
             raise ValueError(f"dtype {self.dtype!r}: one of {', '.join(ITEMSIZE)}")
         for gpu in self.gpus:
             if gpu.name not in self._pricers:
-                self._pricers[gpu.name] = _Pricer(
-                    self.profile, gpu, self.dtype, self.runtime, self.attention_kernel
-                )
+                pricer = _Pricer(self.profile, gpu, self.dtype, self.runtime, self.attention_kernel)
+                if self.kernels is not None:
+                    pricer.kernels = self.kernels
+                self._pricers[gpu.name] = pricer
 
     @property
     def _ideal(self) -> bool:

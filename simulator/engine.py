@@ -106,7 +106,7 @@ def simulate(
     *,
     placement: Sequence[int] | None = None,
     periodic: bool = True,
-    backend: str = "nccl",
+    backend: str | Backend = "nccl",
     flows: list[Flows] | None = None,
 ) -> Trace:
     """Run ``graph`` with rank r on device ``placement[r]`` (default: device r).
@@ -125,9 +125,10 @@ def simulate(
         raise ValueError(
             f"placement {devices}: {schedule.world_size} ranks on devices 0 to {num_devices - 1}"
         )
-    if backend not in BACKENDS:
+    if isinstance(backend, str) and backend not in BACKENDS:
         raise ValueError(f"back end {backend!r}, one of {', '.join(BACKENDS)}")
-    lowering = Lowering(network, devices, BACKENDS[backend])
+    library = BACKENDS[backend] if isinstance(backend, str) else backend
+    lowering = Lowering(network, devices, library)
     engine = _Engine(schedule, lowering, costs, periodic, watched=flows is not None)
     try:
         trace = engine.run()

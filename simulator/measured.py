@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paradiff.config import ConfigError
+from paradiff.graph import ScheduleGraph
 from paradiff.profiles import KERNEL_DIMS, Profile, Stage
 
 COLUMNS = ("kind", "dims", "dtype", "time_us", "low_us", "high_us", "runs")
@@ -92,6 +93,20 @@ def distinct_kernels(profiles: Iterable[Profile]) -> tuple[Key, ...]:
         longest = max(map(len, queues))
         done |= dict.fromkeys(q[i] for i in range(longest) for q in queues if i < len(q))
     return tuple(done)
+
+
+def kernels_of(graph: ScheduleGraph, profile: Profile) -> tuple[Key, ...]:
+    """Every kernel of the works of ``graph``, at their shapes."""
+    found: dict[Key, None] = {}
+    for work in dict.fromkeys(op.work for section in graph.sections for op in section.ops):
+        if work is None:
+            continue
+        stage = profile.stages[work.stage]
+        bound = stage.bind(work.shape._asdict())
+        for segment in (s for lo, hi in work.ranges for s in stage.segments[lo:hi]):
+            keys = (Key(kernel.kind, tuple(kernel.sizes(bound))) for kernel in segment.kernels)
+            found |= dict.fromkeys(key for key in keys if min(key.dims) > 0)
+    return tuple(found)
 
 
 def _kernels(profile: Profile) -> Iterator[Key]:

@@ -1,0 +1,175 @@
+"""A measured machine: what the simulator is told equals what was measured, in closed form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from unit_hardware import Graph
+
+from analysis.comparison import compare
+from paradiff.config import ConfigError
+from paradiff.graph import Op, ScheduleGraph, work_text
+from paradiff.trace import Trace, check_trace
+from simulator.engine import simulate
+from simulator.measured import Key, Row
+from simulator.measured_machine import CallTime, MeasuredMachine, in_turn
+
+LATENCY_S, RATE = 2e-3, 1e6
+PAIR = (0, 1)
+
+
+def message_s(nbytes: int) -> float:
+    return LATENCY_S + nbytes / RATE
+
+
+def calls(ring: float = 1.0) -> tuple[CallTime, ...]:
+    """Messages of 2 ms and 1 MB/s, rings ``ring`` times as long, gathers of 5 ms and 2 us/B."""
+    sizes = (1024, 4096, 65536, 1048576)
+    return (
+        *(CallTime("p2p", "send", PAIR, n, message_s(n)) for n in sizes),
+        *(CallTime("permute", "ring", PAIR, n, ring * message_s(n)) for n in sizes),
+        *(CallTime("collective", "all_gather", PAIR, n, 5e-3 + 2e-6 * n) for n in sizes),
+    )
+
+
+@pytest.fixture
+def graph() -> ScheduleGraph:
+    """A step: 3 on rank 0, 5 on rank 1; a gather; rank 1 computes 4 beside it; then a message."""
+    g = Graph(2)
+    for r in range(2):
+        g.compute("begin", r, 1, writes=["x#-1"], step=None)
+    g.section("begin", 0)
+    for r in range(2):
+        g.compute("net", r, 3 + 2 * r, reads=["x#-1"], writes=["y"])
+    g.collective("all_gather", "gather", PAIR, 4096, "y", "x")
+    g.compute("beside", 1, 4, reads=["y"], writes=["z"])
+    g.send("back", 1, 0, 4096, "x", "w")
+    g.section("loop", 0, 3)
+    return g.build()
+
+
+def machine_of(
+    graph: ScheduleGraph, lost: float | None = 0.0, ring: float = 1.0
+) -> MeasuredMachine:
+    """Work of r takes r ms on rank 0 and twice that on rank 1."""
+    ops = [op for section in graph.sections for op in section.ops if op.work is not None]
+    times = {
+        work_text(op.work): (1e-3 * op.work.shape.r, 2e-3 * op.work.shape.r)
+        for op in ops
+        if op.work is not None
+    }
+    return MeasuredMachine(
+        about={"device": "by hand"}, hosts=("here", "here"), works=times, calls=calls(ring),
+        packing=((1024, 1e-4), (1001024, 1.1e-3)), lost=lost,
+    )  # fmt: skip
+
+
+def run(graph: ScheduleGraph, machine: MeasuredMachine) -> Trace:
+    trace = simulate(graph, machine.topology(), machine.costs(), backend=machine.backend("gloo"))
+    check_trace(graph, trace)
+    return trace.expanded()
+
+
+def busy(trace: Trace, name: str, rank: int) -> float:
+    return next(s.busy_s for s in trace.spans if s.name == name and s.rank == rank)
+
+
+def test_ops_take_what_was_measured(graph: ScheduleGraph) -> None:
+    trace = run(graph, machine_of(graph))
+    assert busy(trace, "net@r0", 0) == pytest.approx(3e-3)
+    assert busy(trace, "net@r1", 1) == pytest.approx(10e-3)  # 5 of work, rank 1 is half as fast
+    # Packing is 0.1 ms + 1 ns a byte from 1 KiB on; the gather's table is in gathered bytes.
+    packing_s = 1e-4 + (4096 - 1024) * 1e-9
+    assert busy(trace, "gather", 0) == pytest.approx(5e-3 + 2e-6 * 4096 + packing_s)
+    assert busy(trace, "back", 1) == pytest.approx(message_s(4096) + packing_s, rel=1e-6)
+
+
+def test_compute_beside_a_transfer_loses_what_it_was_seen_to_lose(graph: ScheduleGraph) -> None:
+    """``beside`` has 8 ms to do alone. Losing 3/4 it does a quarter of the gather's and of the message's
+    13.3 and 6.2 ms meanwhile, and the rest after them."""
+    free, slow = run(graph, machine_of(graph)), run(graph, machine_of(graph, lost=0.75))
+    moving_s = busy(free, "gather", 1) + busy(free, "back", 1)
+    assert busy(slow, "gather", 1) + busy(slow, "back", 1) == pytest.approx(moving_s)
+    assert busy(free, "beside@r1", 1) == pytest.approx(8e-3)
+    assert busy(slow, "beside@r1", 1) == pytest.approx(moving_s + 8e-3 - moving_s / 4)
+
+
+@pytest.mark.parametrize(("ring", "duplex"), [(1.0, "full"), (1.4, "full"), (2.0, "half")])
+def test_links_are_read_from_messages(graph: ScheduleGraph, ring: float, duplex: str) -> None:
+    box = machine_of(graph, ring=ring).topology()
+    assert len(box.links) == 2
+    for link in box.links:
+        assert link.bandwidth_bytes_per_s == pytest.approx(RATE)
+        assert 2 * link.latency_s == pytest.approx(LATENCY_S)
+        assert link.duplex == duplex
+
+
+def test_ranks_on_two_hosts_have_a_trunk_between_them(graph: ScheduleGraph) -> None:
+    """Within a host as above, between hosts 10 ms and half the rate, from ranks 0 and 2."""
+    far = tuple(
+        CallTime("p2p", "send", (0, 2), n, 10e-3 + 2 * n / RATE) for n in (1024, 65536, 1048576)
+    )
+    near = machine_of(graph)
+    box = replace(near, hosts=("a", "a", "b", "b"), calls=(*near.calls, *far)).topology()
+    assert [node.gpus for node in box.nodes] == [("rank0", "rank1"), ("rank2", "rank3")]
+    trunks = [link for link in box.links if link.b == "trunk"]
+    assert len(trunks) == 2
+    assert trunks[0].bandwidth_bytes_per_s == pytest.approx(RATE / 2)
+    # Rank 0, its switch, the trunk, the other switch, rank 2.
+    assert sum(link.latency_s for link in (box.links[0], *trunks, box.links[2])) == pytest.approx(
+        10e-3
+    )
+
+
+def test_one_process_takes_turns(graph: ScheduleGraph) -> None:
+    """3 steps of 3 + 5 + 4, two begins of 1, at the speed of the first rank; hand-overs are free."""
+    trace = in_turn(graph, machine_of(graph).costs())
+    check_trace(graph, trace)
+    assert trace.makespan_s == pytest.approx(1e-3 * (2 + 3 * 12))
+
+
+def test_the_file_round_trips(graph: ScheduleGraph) -> None:
+    machine = machine_of(graph, lost=None)
+    machine = replace(machine, kernels={Key("gemm", (1, 2, 3, 4)): Row(1.0, 0.5, 1.5, 7)})
+    text = json.dumps(machine.to_json())
+    assert MeasuredMachine.from_json(text, "file") == machine
+    for broken in ("", "{}", "[]", text.replace("machine/1", "machine/2"), text[:-9]):
+        with pytest.raises(ConfigError, match="file: no measurements"):
+            MeasuredMachine.from_json(broken, "file")
+
+
+class NoFixedCost:
+    """A simulator that forgets what a call costs beside its bytes."""
+
+    def __init__(self, machine: MeasuredMachine) -> None:
+        self._costs = machine.costs()
+        self.compute = self._costs.compute
+        self.transfer_host_s = self._costs.transfer_host_s
+
+    def transfer_fixed_s(self, op: Op) -> float:
+        return 0.0
+
+
+def test_a_fault_of_the_simulator_fails_the_gate() -> None:
+    """A step: 10 ms, then 4096 bytes to the other rank and back, 10 ms each there: of 42 ms 8 are the
+    rate's and 20 the calls'. Links twice too fast give 38 ms, calls without their cost 22."""
+    g = Graph(2)
+    g.compute("begin", 0, 1, writes=["x#-1"], step=None)
+    g.section("begin", 0)
+    g.compute("net", 0, 10, reads=["x#-1"], writes=["y"])
+    g.send("there", 0, 1, 4096, "y", "z")
+    g.send("back", 1, 0, 4096, "z", "x")
+    g.section("loop", 0, 9)
+    graph = g.build()
+    machine = replace(machine_of(graph), packing=((1024, 10e-3), (65536, 10e-3)))
+    real = run(graph, machine)
+    assert compare(run(graph, machine), [real]).within(0.0)
+    box = machine.topology()
+    twice = tuple(replace(k, bandwidth_bytes_per_s=2 * k.bandwidth_bytes_per_s) for k in box.links)
+    library = machine.backend("gloo")
+    fast = simulate(graph, replace(box, links=twice), machine.costs(), backend=library)
+    assert not compare(fast, [real]).within(0.09)
+    cheap = simulate(graph, box, NoFixedCost(machine), backend=library)
+    assert not compare(cheap, [real]).within(0.10)
