@@ -37,16 +37,18 @@ def run_rank(
     request: Request,
     session: Session,
     doing: Doing | None = None,
+    transport: Distributed | None = None,
 ) -> Result:
     """Run this rank's ops of ``graph``. The result is the same on all ranks: the latents of every
     replica, wherever it ended, and the trace of all ranks on rank 0's clock.
 
-    ``doing`` is kept at the op that each stream has in hand. Raises Unexecutable and InvalidGraph
-    before anything runs, RunFailed.
+    ``doing`` is kept at the op that each stream has in hand. ``transport``: of an earlier run of the
+    same graph, which knows what payloads look like (all ranks give one, or none). Raises Unexecutable
+    and InvalidGraph before anything runs, RunFailed.
     """
     check_executable(graph, network, request)
     graph.validate()
-    transport = Distributed(session, graph)
+    transport = transport or Distributed(session, graph)
     run = _Run(graph, network, request, session.rank, transport)
 
     def walk(steps: list[Step]) -> list[Span]:

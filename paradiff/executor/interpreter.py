@@ -102,16 +102,24 @@ Key = tuple[str, int | None, int, int]
 
 
 def run_graph(
-    graph: ScheduleGraph, network: Network, request: Request, progress: Progress | None = None
+    graph: ScheduleGraph,
+    network: Network,
+    request: Request,
+    progress: Progress | None = None,
+    *,
+    in_turn: bool = False,
 ) -> Result:
-    """Run ``graph`` on ``network``. Raises Unexecutable before anything runs, InvalidGraph for a graph
-    that breaks the rules, ScheduleMismatch where network and graph part."""
+    """Run ``graph`` on ``network``; ``in_turn``: on a GPU too, one op after another. Raises Unexecutable
+    before anything runs, InvalidGraph for a graph that breaks the rules, ScheduleMismatch where network
+    and graph part."""
     check_executable(graph, network, request)
     graph.validate()
     run = _Run(graph, network, request)
     device = run.blank.device
     if device.type == "cuda":
-        return run.run(lambda steps: on_cuda(steps, run.perform, device, None, run.tensors))
+        return run.run(
+            lambda steps: on_cuda(steps, run.perform, device, None, run.tensors, in_turn)
+        )
     return run.run(lambda steps: take_turns(steps, run.perform, progress))
 
 

@@ -72,9 +72,11 @@ class Prepared:
     request: Request
     device: str
 
-    def in_process(self, progress: Progress | None = None) -> Result:
-        """All ranks in this process, one op after another. Raises RunFailed."""
-        return run_graph(self.graph, self.pipeline.network, self.request, progress)
+    def in_process(self, progress: Progress | None = None, *, in_turn: bool = False) -> Result:
+        """All ranks in this process, one op after another (on a GPU: if ``in_turn``, else a stream for
+        each stream). Raises RunFailed."""
+        network = self.pipeline.network
+        return run_graph(self.graph, network, self.request, progress, in_turn=in_turn)
 
     def save(self, result: Result, folder: Path) -> None:
         """Latents and what they decode to, as files. Raises OSError; none is left then."""

@@ -138,7 +138,10 @@ class Session:
 
     def gather_text(self, own: str) -> list[str]:
         """What every rank says, on every rank, in order."""
-        buffer = torch.frombuffer(bytearray(own.encode()), dtype=torch.uint8)
+        data = bytearray(own.encode())
+        buffer = (
+            torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        )
         return [bytes(each.numpy()).decode() for each in self.gather(buffer)]
 
     def machines(self) -> list[dict[str, Any]]:

@@ -187,8 +187,10 @@ def on_cuda(
     device: torch.device,
     rank: int | None,
     tensors: Callable[[Instance], Iterator[torch.Tensor]],
+    in_turn: bool = False,
 ) -> list[Span]:
-    """Issue in canonical order, one CUDA stream for each stream of each rank; times are the device's.
+    """Issue in canonical order, one CUDA stream for each stream of each rank (``in_turn``: one for all,
+    so that one op has the device at a time); times are the device's.
 
     ``tensors`` gives what an op reads: memory of one stream that another uses must not be reused early.
     """
@@ -200,7 +202,8 @@ def on_cuda(
     origin.record(torch.cuda.current_stream(device))
     for step in steps:
         op = step.instance.op
-        lane = (op.ranks[0] if rank is None else rank, op.stream)
+        at = op.ranks[0] if rank is None else rank
+        lane = (0, "all") if in_turn else (at, op.stream)
         if lane not in streams:
             streams[lane] = torch.cuda.Stream(device)
             streams[lane].wait_event(origin)
@@ -211,7 +214,7 @@ def on_cuda(
                 tensor.record_stream(streams[lane])
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            _performed(perform, step.number, step.instance, lane[0])
+            _performed(perform, step.number, step.instance, at)
             end.record()
         ends[step.number] = end
         marks.append((step, begin, end))
@@ -224,12 +227,12 @@ def _cuda_spans(
     origin: torch.cuda.Event,
     rank: int | None,
 ) -> Iterator[Span]:
-    at: Mapping[int, float] = {
+    ends: Mapping[int, float] = {
         step.number: origin.elapsed_time(end) / 1e3 for step, _, end in marks
     }
     for step, begin, _ in marks:
         start_s = origin.elapsed_time(begin) / 1e3
-        end_s = max(at[step.number], start_s)
-        ready_s = max((at[n] for n in step.before), default=start_s)
+        end_s = max(ends[step.number], start_s)
+        ready_s = max((ends[n] for n in step.before), default=start_s)
         ranks = step.instance.op.ranks if rank is None else (rank,)
         yield from spans_of(step.instance, ranks, min(ready_s, start_s), start_s, end_s)

@@ -1,0 +1,200 @@
+"""``paradiff validate run`` on tiny twins: real processes and numbers, files, cache, gate, messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from paradiff.cli import app
+from paradiff.cli.measure_here import measure_here
+from paradiff.executor.job import Job, prepare
+from paradiff.executor.measure_calls import Call, chain, grid
+from paradiff.executor.measure_works import shortest, works_of
+from paradiff.trace import check_trace, read_chrome_trace
+
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--model", "pixart-alpha", "--height", "128", "--width", "128", "--steps", "3")
+ANY = ("--max-error", "1000")
+"""Other processes of a test machine may take any time: only files and sums are judged."""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def launched(cache: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache),
+    }  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "paradiff", "validate", "run", *SMALL, *arguments],
+        capture_output=True, text=True, cwd=folder, check=False, timeout=300, env=environment,
+    )  # fmt: skip
+
+
+def here(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["validate", "run", *arguments])
+
+
+def test_two_processes_are_measured_predicted_run_and_compared(cache: Path, tmp_path: Path) -> None:
+    """Then again without measuring, under a gate that nothing passes."""
+    command = ("--strategy", "ulysses=2", "--launch", "2", "--repeats", "2", "--warmup-runs", "1")
+    done = launched(cache, tmp_path, *command, *ANY, "--output-dir", "out", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer == json.loads((tmp_path / "out" / "validation.json").read_text())
+    assert answer["schema"] == "paradiff.validate-run/1"
+    assert answer["passed"] is True
+    assert answer["error"] == pytest.approx(answer["predicted_s"] / answer["measured_s"] - 1)
+    assert len(answer["repeats_s"]) == 2
+    assert sum(s["predicted_s"] for s in answer["steps"]) <= answer["predicted_s"]
+    assert answer["by_kind"]["collective"]["predicted_s"] > 0
+    assert answer["measured"]["new"] == answer["measured"]["works"] + answer["measured"]["calls"]
+    assert {"torch", "NCCL"} & {name for name, _ in answer["environment"]}
+    _check_traces(tmp_path / "out", answer)
+
+    again = launched(
+        cache,
+        tmp_path,
+        *command[:-2],
+        "--warmup-runs",
+        "0",
+        "--max-error",
+        "0",
+        "--output-dir",
+        "again",
+    )
+    assert again.returncode == 1
+    assert "allowed: 0.0% (--max-error)" in again.stderr.splitlines()[-1]
+    report = json.loads((tmp_path / "again" / "validation.json").read_text())
+    assert report["measured"]["new"] == 0
+    # The same measurements predict the same run, whatever this time was measured.
+    assert report["predicted_s"] == answer["predicted_s"]
+
+
+def _check_traces(folder: Path, answer: dict[str, Any]) -> None:
+    """Every trace is a run of the graph, and they are those of the numbers."""
+    prepared = prepare(
+        Job(source="tiny-pixart-alpha", spec="ulysses=2", height=128, width=128, steps=3)
+    )
+    names = ["predicted.json.gz", "measured-1.json.gz", "measured-2.json.gz"]
+    traces = [read_chrome_trace(folder / name) for name in names]
+    for trace in traces:
+        check_trace(prepared.graph, trace)
+    assert [t.makespan_s for t in traces] == [answer["predicted_s"], *answer["repeats_s"]]
+    assert answer["files"] == sorted(path.name for path in folder.iterdir())
+
+
+def test_one_process_takes_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """All ranks in one process: nothing overlaps, so the prediction is the sum of the works."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    done = here(*SMALL, "--strategy", "cfg=2", "--repeats", "1", *ANY, "--format", "json")
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.output)
+    assert answer["how"] == "all ranks in one process, in turn"
+    assert answer["predicted_s"] == pytest.approx(answer["by_kind"]["compute"]["predicted_s"])
+
+
+def test_works_are_timed_once_for_all_that_have_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A longer run has no work that a shorter one lacks; a broken file is said, not used."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    job = Job(source="tiny-pixart-alpha", spec="serial", height=128, width=128, steps=2)
+    prepared = prepare(job)
+    first = measure_here(job, prepared)
+    assert first.new == len(first.machine.works) == len(works_of(prepared.graph))
+    longer = prepare(Job(**{**_fields(job), "steps": 4}), prepared.pipeline)
+    assert measure_here(job, longer, again=False).new == 0
+    (file,) = tmp_path.glob("paradiff/measured/*.json")
+    assert json.loads(file.read_text())["about"]["torch"] == torch.__version__
+    assert measure_here(job, prepared, again=True).new == first.new
+
+
+def _fields(job: Job) -> dict[str, Any]:
+    return {name: getattr(job, name) for name in job.__slots__}
+
+
+def test_the_shortest_schedule_has_every_work() -> None:
+    """Two warm-up steps and one after them are the fewest that show a stale strategy."""
+    job = Job(source="tiny-pixart-alpha", spec="pipefusion=2,patches=2,warmup=2", height=128, width=128,
+              steps=12)  # fmt: skip
+    prepared = prepare(job)
+    wanted = works_of(prepared.graph)
+    fewer = shortest(job, prepared.pipeline, wanted)
+    assert works_of(fewer.graph) == wanted
+    assert int(dict(fewer.graph.meta)["steps"]) < 5
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call("collective", "all_gather", (0, 1, 2), 64),
+        Call("permute", "ring", (0, 2), 64),
+        Call("p2p", "send", (2, 0), 64),
+    ],
+)
+def test_chains_are_legal_schedules(call: Call) -> None:
+    """Each call waits for the one before: with a second for a call, n of them take n seconds."""
+    graph = chain(call, 3, 5)
+    graph.validate()
+    transfers = [i for i in graph.instances() if i.op.kind == call.kind]
+    assert len(transfers) == (10 if call.kind == "p2p" else 5)
+    assert {i.op.nbytes for i in transfers} == {64}
+
+
+def test_grids_enclose_what_is_asked() -> None:
+    assert grid(1, 1) == [1]
+    assert grid(5, 64) == [4, 16, 64]
+    assert grid(1024, 1025) == [1024, 4096]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ((), 2, "nothing to run"),
+        ((*SMALL, "--strategy", "cfg=2", "--launch", "3"), 2, "--launch 3: cfg=2 takes 2 ranks"),
+        ((*SMALL, "--launch", "1", "--in-process"), 2, "give one of them"),
+        ((*SMALL, "--device", "cuda"), 2, "which GPU is it"),
+        ((*SMALL, "--gpu", "nonsense"), 2, "nonsense"),
+        (("--model", "sd21", "--strategy", "ulysses=2"), 3, "ulysses"),
+        ((*SMALL, "--repeats", "0"), 2, "--repeats"),
+        (("absent.plan.yaml",), 2, "absent.plan.yaml"),
+    ],
+)
+def test_bad_input_is_one_message(arguments: tuple[str, ...], code: int, said: str) -> None:
+    done = here(*arguments)
+    assert done.exit_code == code, done.output
+    assert said in done.output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("spec", ["serial", "ulysses=4"])
+def test_kernel_tables_predict_a_real_model_on_a_gpu(tmp_path: Path, spec: str) -> None:
+    """PixArt at full size, one process, ranks one after another: an op within 10 % in the median, a step
+    within 7 %. ``PARADIFF_GPU`` names the profile of the card."""
+    name = os.environ.get("PARADIFF_GPU")
+    if name is None:
+        pytest.skip("PARADIFF_GPU is not set: which profile is this card?")
+    done = here("--model", "pixart-alpha", "--random-weights", "--strategy", spec, "--steps", "4",
+                "--dtype", "fp16", "--device", "cuda", "--gpu", name, *ANY, "--output-dir",
+                str(tmp_path / "out"))  # fmt: skip
+    assert done.exit_code == 0, done.output
+    answer = json.loads((tmp_path / "out" / "validation.json").read_text())
+    assert answer["by_call"]["forward"]["median_error"] <= 0.10
+    for step in answer["steps"][1:]:
+        assert abs(step["error"]) <= 0.07
