@@ -214,8 +214,8 @@ class CostModel:
 
     ``gpus[d]`` is the GPU of device d. ``device_scale`` and ``host_scale`` multiply the denoising
     loop's device and host time; ``calibrated`` sets them. ``speed``: what if every kernel took so many
-    times less; what launches cost the host stays. ``kernels``: tables by kind that were measured on these
-    very devices; None: those of the GPUs' profiles.
+    times less; what launches cost the host stays. ``kernels``: tables by kind, measured on these very
+    devices; None: those of the GPUs' profiles.
     """
 
     profile: Profile

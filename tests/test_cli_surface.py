@@ -40,6 +40,12 @@ FIDELITY = {
     "--guidance-scale", "--embeddings", "--prompt", "--negative-prompt", "--lpips", "--clip",
     "--topology", "--format", "--output-dir",
 }  # fmt: skip
+VALIDATE_RUN = {
+    "--model", "--strategy", "--weights", "--random-weights", "--height", "--width", "--frames",
+    "--steps", "--batch", "--dtype", "--in-process", "--launch", "--device", "--gpu", "--pin", "--seed",
+    "--scheduler", "--repeats", "--warmup-runs", "--max-error", "--measure-again", "--timeout",
+    "--output-dir", "--format",
+}  # fmt: skip
 CHOICES = {
     "--dtype": ["fp16", "bf16", "fp32"],
     "--runtime": ["eager", "compiled", "cuda-graph"],
@@ -68,14 +74,17 @@ def test_commands() -> None:
     ]  # type: ignore[attr-defined]
     assert sorted(group.commands["profile"].commands) == ["fit", "kernels", "network", "trace"]  # type: ignore[attr-defined]
     assert sorted(group.commands["topology"].commands) == ["doctor", "import", "show"]  # type: ignore[attr-defined]
-    assert sorted(group.commands["validate"].commands) == ["fidelity", "lab", "published"]  # type: ignore[attr-defined]
+    assert sorted(group.commands["validate"].commands) == ["fidelity", "lab", "published", "run"]  # type: ignore[attr-defined]
 
 
 def test_validate_options() -> None:
     group = typer.main.get_command(app)
-    command = group.commands["validate"].commands["published"]  # type: ignore[attr-defined]
-    assert options(command) == {"--data", "--format", "--output-dir"}
-    assert options(group.commands["validate"].commands["fidelity"]) == FIDELITY  # type: ignore[attr-defined]
+    commands = group.commands["validate"].commands  # type: ignore[attr-defined]
+    assert options(commands["published"]) == {"--data", "--format", "--output-dir"}
+    assert options(commands["fidelity"]) == FIDELITY
+    assert options(commands["run"]) == VALIDATE_RUN
+    of_run = [p.name for p in commands["run"].params if p.param_type_name == "argument"]
+    assert of_run == ["plan"]
 
 
 def test_validate_lab_options() -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -123,29 +123,33 @@ def run(
     with one_message():
         from paradiff.config import ConfigError
 
-        given = _Given(arguments)
+        given = Given(arguments)
         if in_process and launch is not None:
             raise ConfigError("--in-process and --launch: give one of them")
         if launch is not None:
             given.check_world(launch, "--launch")
             check_output_dir(output_dir)
-            _launch(given, launch, timeout)
+            launch_ranks(given, ["run"], launch)
             return
-        place = None if in_process else _place()
+        place = None if in_process else place_here()
         if place is not None:
             given.check_world(place.world_size, "WORLD_SIZE")
-            _as_rank(given, place)
+            as_rank(place, partial(_run_rank, given, place))
         elif kernels == "timed":
             raise ConfigError("--kernels timed: needs transfers between processes, add --launch N")
         else:
             _in_process(given)
 
 
-class _CannotRun(Exception):
-    """Well formed, but the model cannot run it: exit 3."""
+class Ended(Exception):
+    """How a command ends early: its exit code and its one message."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
-class _Given:
+class Given:
     """The options, completed by the plan file."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -264,7 +268,7 @@ def _check_plan(plan: PlanFile, file: Path) -> int:
     return profile.denoiser.params
 
 
-def _place() -> Place | None:
+def place_here() -> Place | None:
     from paradiff.config import ConfigError
     from paradiff.executor.place import Place
 
@@ -298,20 +302,20 @@ def needs_torch() -> None:
 # ------------------------------------------------------------------------------------- in process
 
 
-def _in_process(given: _Given) -> None:
+def _in_process(given: Given) -> None:
     """All ranks here."""
     needs_torch()
     check_output_dir(given.options["output_dir"])
     from paradiff.executor.faults import RunFailed
 
     try:
-        prepared = _prepared(given, None)
+        prepared = prepared_of(given, None)
         with progress("running", enabled=given.options["format_"] == "table") as advance:
             result = prepared.in_process(advance)
-    except _CannotRun as error:
-        _exit(INFEASIBLE, str(error))
+    except Ended as error:
+        leave_with(error.code, str(error))
     except RunFailed as error:
-        _exit(FAILED, str(error))
+        leave_with(FAILED, str(error))
     from paradiff.executor.machine import facts
 
     graph = prepared.graph
@@ -319,14 +323,14 @@ def _in_process(given: _Given) -> None:
     _report(given, graph, result.trace, "all ranks in one process", machines, prepared, result)
 
 
-def _exit(code: int, message: str) -> NoReturn:
+def leave_with(code: int, message: str) -> NoReturn:
     if message:
         typer.echo(f"paradiff: {message}", err=True)
     raise typer.Exit(code)
 
 
-def _prepared(given: _Given, local_rank: int | None) -> Prepared:
-    """Raises ConfigError for whatever is wrong with the input, _CannotRun where the model cannot."""
+def prepared_of(given: Given, local_rank: int | None) -> Prepared:
+    """Raises ConfigError for whatever is wrong with the input, Ended where the model cannot."""
     from paradiff.config import ConfigError
     from paradiff.executor.job import prepare
     from paradiff.strategies import Infeasible
@@ -334,7 +338,7 @@ def _prepared(given: _Given, local_rank: int | None) -> Prepared:
     try:
         return prepare(given.job(local_rank))
     except Infeasible as error:
-        raise _CannotRun(f"{given.spec}: {error}") from None
+        raise Ended(INFEASIBLE, f"{given.spec}: {error}") from None
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
 
@@ -342,9 +346,10 @@ def _prepared(given: _Given, local_rank: int | None) -> Prepared:
 # --------------------------------------------------------------------------------- one rank of many
 
 
-def _as_rank(given: _Given, place: Place) -> None:
-    """This process is one rank: report to the launcher if there is one, and leave at once on failure,
-    since a thread may still wait in a transfer that nobody will answer."""
+def as_rank(place: Place, work: Callable[[dict[str, str]], None]) -> None:
+    """This process is one rank and does ``work``, which keeps a dict at the op that each stream has in
+    hand. Report to the launcher if there is one, and leave at once on failure, since a thread may still
+    wait in a transfer that nobody will answer."""
     from paradiff.executor.launch import STATUS, die_with_parent, status_path
     from paradiff.executor.session import Heartbeat
 
@@ -369,7 +374,7 @@ def _as_rank(given: _Given, place: Place) -> None:
 
     signal.signal(signal.SIGTERM, terminated)
     with _leaving(leave, place.rank):
-        _run_rank(given, place, doing)
+        work(doing)
     if beat is not None:
         beat.finish("done")
 
@@ -384,8 +389,8 @@ def _leaving(leave: Callable[..., NoReturn], rank: int) -> Iterator[None]:
         yield
     except ConfigError as error:
         leave(MALFORMED, "refused", " ".join(str(error).split()))
-    except _CannotRun as error:
-        leave(INFEASIBLE, "refused", str(error))
+    except Ended as error:
+        leave(error.code, "refused", str(error))
     except RunFailed as error:
         leave(FAILED, "failed", str(error), symptom=error.symptom)
     except KeyboardInterrupt:
@@ -397,7 +402,7 @@ def _leaving(leave: Callable[..., NoReturn], rank: int) -> Iterator[None]:
         leave(FAILED, "failed", f"rank {rank}: {what}")
 
 
-def _run_rank(given: _Given, place: Place, doing: dict[str, str]) -> None:
+def _run_rank(given: Given, place: Place, doing: dict[str, str]) -> None:
     from paradiff.executor import distributed
     from paradiff.executor.session import Session
 
@@ -409,7 +414,7 @@ def _run_rank(given: _Given, place: Place, doing: dict[str, str]) -> None:
         trace = distributed.run_timed(graph, seconds, session, doing)
         _finish_rank(given, session, graph, trace)
         return
-    prepared = _prepared(given, place.local_rank)
+    prepared = prepared_of(given, place.local_rank)
     fingerprint = prepared.graph.fingerprint()
     session = Session.join(place, options["timeout"], prepared.device, fingerprint)
     result = distributed.run_rank(
@@ -419,7 +424,7 @@ def _run_rank(given: _Given, place: Place, doing: dict[str, str]) -> None:
 
 
 def _finish_rank(
-    given: _Given, session: Session, graph: ScheduleGraph, trace: Trace, *more: Any
+    given: Given, session: Session, graph: ScheduleGraph, trace: Trace, *more: Any
 ) -> None:
     how = f"{session.world_size} processes over {session.backend}"
     machines = [] if given.options["output_dir"] is None else session.machines()
@@ -428,10 +433,10 @@ def _finish_rank(
     session.leave()
 
 
-def _timed(given: _Given) -> tuple[ScheduleGraph, Callable[[Instance], float]]:
+def _timed(given: Given) -> tuple[ScheduleGraph, Callable[[Instance], float]]:
     """The real model's schedule, and what its compute ops take on the box.
 
-    Raises ConfigError and _CannotRun.
+    Raises ConfigError and Ended.
     """
     from paradiff.config import ConfigError
     from paradiff.strategies import Infeasible, build, parse_spec
@@ -453,7 +458,7 @@ def _timed(given: _Given) -> tuple[ScheduleGraph, Callable[[Instance], float]]:
     try:
         graph = build(parse_spec(given.spec), profile, workload)
     except Infeasible as error:
-        raise _CannotRun(f"{given.spec}: {error}") from None
+        raise Ended(INFEASIBLE, f"{given.spec}: {error}") from None
     placement = plan.placement if plan and plan.placement else tuple(range(graph.world_size))
     if len(box.gpus) < graph.world_size:
         raise ConfigError(f"--topology {box.name}: {len(box.gpus)} GPUs, {given.spec} takes more")
@@ -473,25 +478,33 @@ def _timed(given: _Given) -> tuple[ScheduleGraph, Callable[[Instance], float]]:
 # ------------------------------------------------------------------------------------- launching
 
 
-def _launch(given: _Given, ranks: int, timeout_s: float) -> None:
+def launch_ranks(given: Given, command: Sequence[str], ranks: int) -> None:
+    """Start ``ranks`` processes of ``command`` with the same options; the exit code is theirs."""
     needs_torch()
     from paradiff.executor.launch import launch
 
     with progress("starting", enabled=given.options["format_"] == "table") as advance:
         shown = None if advance is None else partial(_show_steps, given, advance)
         try:
-            outcome = launch(_arguments(given.options), ranks, timeout_s, shown)
+            outcome = launch(
+                _arguments(command, given.options), ranks, given.options["timeout"], shown
+            )
         except KeyboardInterrupt:
-            _exit(INTERRUPTED, "interrupted")
+            leave_with(INTERRUPTED, "interrupted")
     if outcome.code:
-        _exit(outcome.code, outcome.message)
+        leave_with(outcome.code, outcome.message)
 
 
-def _arguments(options: Mapping[str, Any]) -> list[str]:
-    """The options again, for the ranks."""
-    arguments = ["run"] if options["plan"] is None else ["run", str(options["plan"])]
+def _arguments(command: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """The command and its options again, for the ranks."""
+    arguments = [*command] if options["plan"] is None else [*command, str(options["plan"])]
     for name, value in options.items():
-        if name in ("plan", "launch", "in_process") or value in (None, False, ""):
+        if (
+            name in ("plan", "launch", "in_process")
+            or value is None
+            or value is False
+            or value == ""
+        ):
             continue
         flag = f"--{name.strip('_').replace('_', '-')}"
         arguments += [flag] if value is True else [flag, str(value)]
@@ -499,7 +512,7 @@ def _arguments(options: Mapping[str, Any]) -> list[str]:
 
 
 def _show_steps(
-    given: _Given, advance: Callable[[int, int], None], found: Mapping[int, Mapping[str, Any]]
+    given: Given, advance: Callable[[int, int], None], found: Mapping[int, Mapping[str, Any]]
 ) -> None:
     """Progress of a launch: the step that the slowest rank is in."""
     total = given.sizes(planned=True)["steps"]
@@ -513,7 +526,7 @@ def _show_steps(
 
 
 def _report(
-    given: _Given,
+    given: Given,
     graph: ScheduleGraph,
     trace: Trace,
     how: str,
@@ -567,7 +580,7 @@ def _number(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-def _print_summary(given: _Given, summary: Mapping[str, Any]) -> None:
+def _print_summary(given: Given, summary: Mapping[str, Any]) -> None:
     from analysis.text import plain, seconds
 
     typer.echo(f"{_what(given, summary)}: {summary['spec']}, {summary['how']}\n")
@@ -583,7 +596,7 @@ def _print_summary(given: _Given, summary: Mapping[str, Any]) -> None:
         typer.echo(f"Written to {given.options['output_dir']}: {', '.join(summary['files'])}.")
 
 
-def _what(given: _Given, summary: Mapping[str, Any]) -> str:
+def _what(given: Given, summary: Mapping[str, Any]) -> str:
     size = "{height}x{width}, {steps} steps, batch {batch}, {dtype}".format(**summary["workload"])
     name = f"{summary['model']} ({size})"
     if given.source.startswith("small-"):

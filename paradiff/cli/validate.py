@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from paradiff.cli import validate_run
 from paradiff.cli.common import check_output_dir, group, json_text, one_message, progress, staged
 from paradiff.cli.validate_fidelity import fidelity
 from paradiff.cli.validate_lab import lab
@@ -14,11 +15,7 @@ from paradiff.cli.validate_lab import lab
 app = group("Predictions against measurements.")
 app.command()(fidelity)
 app.command()(lab)
-
-
-@app.callback()
-def _group() -> None:
-    """Commands that compare."""
+app.command()(validate_run.run)
 
 
 @app.command()

@@ -1,0 +1,144 @@
+"""Predicted against measured speed-ups of every strategy on two processes, real kernels.
+
+``python benchmarks/bench_validate.py [MODEL...]``: for a U-Net, a DiT with cross-attention and one with
+joint attention (twins, enlarged until a step takes 100 ms and more), two processes of one thread, each
+pinned to a core. Serial on one of them against each strategy on both, in ABBA order. Fails where the
+speed-up is missed by more than 10 % in the median or 20 % at worst. Nothing is fitted on strategies:
+works are timed one at a time, calls between empty computations (docs/validation.md).
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from analysis.attribution import attribute
+from paradiff.cli.measure_here import measure_here, pin_to_cores, predict
+from paradiff.cli.validate_run import runs_of
+from paradiff.executor.interpreter import Unexecutable
+from paradiff.executor.job import Job, Prepared, prepare
+from paradiff.executor.place import Place
+from paradiff.executor.session import Session
+from paradiff.executor.transports import Distributed
+from paradiff.strategies import Infeasible
+from paradiff.trace import Trace
+
+MODELS = {"sd21": 448, "pixart-alpha": 640, "sd3-medium": 640}
+STEPS = 4
+ROUNDS = 3
+"""Each serial, strategy, strategy, serial."""
+SPECS = (
+    "cfg=2", "data=2", "patch=2", "distrifusion=2,warmup=1", "pcpp=2,warmup=1", "ulysses=2", "ring=2",
+    "ring=2,rotate=allgather", "pipefusion=2,patches=4,warmup=1", "asyncdiff=2,warmup=1",
+    "parastep=2,warmup=1", "tensor=2",
+)  # fmt: skip
+"""Every family; a model takes those that it can."""
+LEAST_STEP_S = 0.1
+MEDIAN, WORST = 0.10, 0.20
+TIMEOUT_S = 300.0
+
+
+def loop_s(trace: Trace) -> float:
+    return attribute(trace).stages.denoise_s
+
+
+def without_decoding(prepared: Prepared) -> Prepared:
+    return replace(prepared, request=replace(prepared.request, decode=None))
+
+
+def compared(model: str, session: Session) -> list[float]:
+    """Relative errors of the speed-ups of ``model``; rank 0 prints them."""
+    size = MODELS[model]
+    job = Job(source=f"tiny-{model}", spec="serial", height=size, width=size, steps=STEPS)
+    serial = without_decoding(prepare(job))
+    alone_s = predicted_s = 0.0
+    if session.rank == 0:
+        predicted_s = loop_s(predict(serial, measure_here(job, serial).machine, None))
+        serial.in_process()
+        alone_s = loop_s(serial.in_process().trace)
+        print(
+            f"{model} {size} px: a step alone {alone_s / STEPS * 1e3:.0f} ms, predicted"
+            f" {predicted_s / STEPS * 1e3:.0f} ms",
+            flush=True,
+        )
+    errors = []
+    for spec in SPECS:
+        try:
+            error = _compared(replace(job, spec=spec), serial, predicted_s, session)
+        except (Infeasible, Unexecutable):
+            continue
+        errors.append(error)
+    assert session.rank or alone_s > LEAST_STEP_S * STEPS, "the step is too short to judge by"
+    return errors
+
+
+def _compared(job: Job, serial: Prepared, serial_s: float, session: Session) -> float:
+    prepared = without_decoding(prepare(job, serial.pipeline))
+    found = measure_here(job, prepared, session)
+    predicted_s = loop_s(predict(prepared, found.machine, session.backend))
+    transport = Distributed(session, prepared.graph)
+    runs_of(prepared, session, 1, 1, transport=transport)
+    ratios, times = [], []
+    for _ in range(ROUNDS):
+        before = _alone(serial, session)
+        both = [loop_s(trace) for trace in runs_of(prepared, session, 0, 2, transport=transport)]
+        after = _alone(serial, session)
+        ratios.append((before + after) / sum(both))
+        times += both
+    if session.rank:
+        return 0.0
+    predicted, measured = serial_s / predicted_s, statistics.median(ratios)
+    print(
+        f"  {job.spec:34} predicted {predicted:5.2f}x, measured {measured:5.2f}x"
+        f" {predicted / measured - 1:+7.1%}   ({predicted_s:.3f} s, {statistics.median(times):.3f} s)",
+        flush=True,
+    )
+    return predicted / measured - 1
+
+
+def _alone(serial: Prepared, session: Session) -> float:
+    """Seconds of the loop on rank 0, the others waiting."""
+    dist.barrier()
+    seconds = loop_s(serial.in_process().trace) if session.rank == 0 else 0.0
+    dist.barrier()
+    return seconds
+
+
+def as_rank(place: Place, models: list[str]) -> None:
+    torch.set_num_threads(1)
+    pin_to_cores(place.local_rank)
+    session = Session.join(place, TIMEOUT_S, "cpu", "bench_validate")
+    errors = [error for model in models for error in compared(model, session)]
+    session.leave()
+    if place.rank:
+        return
+    sizes = [abs(error) for error in errors]
+    print(
+        f"{len(sizes)} speed-ups: missed by {statistics.median(sizes):.1%} in the median (wanted"
+        f" {MEDIAN:.0%}), {max(sizes):.1%} at worst (wanted {WORST:.0%})"
+    )
+    sys.exit(statistics.median(sizes) > MEDIAN or max(sizes) > WORST)
+
+
+def main() -> None:
+    models = sys.argv[1:] or list(MODELS)
+    place = Place.of_environment()
+    if place is not None:
+        as_rank(place, models)
+        return
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        __file__, *models,
+    ]  # fmt: skip
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()

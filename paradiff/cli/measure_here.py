@@ -1,0 +1,232 @@
+"""What this machine is measured to do for one schedule, kept for the next time, and the prediction.
+
+Decides what is missing, who measures it and where it is kept: a file for each machine, versions,
+model, precision and group of ranks, in the user's cache directory, replaced whole. On a CPU works are
+timed (``paradiff.executor.measure_works``), on a GPU kernels (``measure``); calls between ranks on both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from platformdirs import user_cache_path
+
+import paradiff
+from paradiff.cli.common import json_text, write_file
+from paradiff.config import ConfigError
+from simulator.costs import CostModel
+from simulator.engine import Costs, simulate
+from simulator.gpu import load_gpu
+from simulator.measured import Key, Row, kernels_of, tables
+from simulator.measured_machine import CallTime, MeasuredMachine, in_turn
+
+if TYPE_CHECKING:
+    from paradiff.executor.job import Job, Prepared
+    from paradiff.executor.session import Session
+    from paradiff.trace import Trace
+
+BESIDE_BYTES = 2**22
+"""Of the gather that compute runs beside."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A machine, and how much of it was measured just now (the rest was known)."""
+
+    machine: MeasuredMachine
+    new: int
+
+
+def pin_to_cores(local_rank: int) -> None:
+    """Keep this process on as many cores as torch has threads; processes of one machine on different
+    ones. Before it makes any threads. Raises ConfigError where that is not possible."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if not hasattr(os, "sched_setaffinity"):
+        raise ConfigError("--pin: this system does not let a process choose its cores")
+    cores = sorted(os.sched_getaffinity(0))
+    own = cores[local_rank * threads : (local_rank + 1) * threads]
+    if len(own) < threads:
+        raise ConfigError(
+            f"--pin: process {local_rank} of {threads} threads, {len(cores)} cores here, allowed: fewer"
+            " processes, or fewer threads (OMP_NUM_THREADS)"
+        )
+    os.sched_setaffinity(0, own)
+
+
+def measure_here(
+    job: Job, prepared: Prepared, session: Session | None = None, *, again: bool = False
+) -> Measured:
+    """All that predicting ``prepared`` needs; all ranks of ``session`` take part and get the same.
+
+    ``again``: do not use what is kept. Raises RunFailed; ConfigError for a kept file that is broken.
+    """
+    about = _about(job, session)
+    hosts = tuple(_told(session, socket.gethostname()))
+    path = _path(about, hosts)
+    kept = "" if again else _read(path)
+    kept = _told(session, kept)[0]
+    known = (
+        MeasuredMachine.from_json(kept, str(path))
+        if kept
+        else MeasuredMachine(about=about, hosts=hosts)
+    )
+    if prepared.device.startswith("cuda"):
+        found = _with_kernels(known, prepared, session)
+    else:
+        found = _with_works(known, job, prepared, session)
+    if session is not None and session.world_size > 1:
+        found = _with_calls(found, prepared, session)
+    new = sum(
+        len(getattr(found, n)) - len(getattr(known, n)) for n in ("works", "kernels", "calls")
+    )
+    if new and (session is None or session.rank == 0):
+        with suppress(
+            OSError, ConfigError
+        ):  # a cache that cannot be written costs time, not the run
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, json_text(found.to_json()))
+    return Measured(found, new)
+
+
+def predict(
+    prepared: Prepared, machine: MeasuredMachine, backend: str | None, gpu: str | None = None
+) -> Trace:
+    """The simulated run: processes over ``backend``, or (None) all ranks in one process, in turn.
+    ``gpu``: the profile of the device where that is a GPU."""
+    costs: Costs = machine.costs()
+    if prepared.device.startswith("cuda"):
+        costs = _kernel_costs(prepared, machine, gpu)
+    if backend is None:
+        return in_turn(prepared.graph, costs)
+    library = machine.backend(backend)
+    return simulate(prepared.graph, machine.topology(), costs, backend=library)
+
+
+def _kernel_costs(prepared: Prepared, machine: MeasuredMachine, gpu: str | None) -> CostModel:
+    assert gpu is not None
+    meta = dict(prepared.graph.meta)
+    rows = {(Key(kind, dims), meta["dtype"]): row for (kind, dims), row in machine.kernels.items()}
+    return CostModel(
+        prepared.pipeline.network.profile,
+        [load_gpu(gpu)] * len(machine.hosts),
+        meta["dtype"],
+        kernels=tables(rows, meta["dtype"]),
+    )
+
+
+# ------------------------------------------------------------------------------------------ the cache
+
+
+def _about(job: Job, session: Session | None) -> dict[str, str]:
+    """All that another time may differ in."""
+    from paradiff.executor.measure import machine
+
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        **machine(job.device.partition(":")[0]),
+        "paradiff": paradiff.__version__,
+        "diffusers": version("diffusers"),
+        "model": job.source,
+        "dtype": job.dtype,
+        "cores": str(len(affinity(0)) if affinity else os.cpu_count()),
+        "processes": str(1 if session is None else session.world_size),
+    }
+
+
+def _path(about: Mapping[str, str], hosts: Sequence[str]) -> Path:
+    key = hashlib.sha256(repr((sorted(about.items()), hosts)).encode()).hexdigest()[:16]
+    name = about["model"].rstrip("/").rpartition("/")[2]
+    return user_cache_path("paradiff") / "measured" / f"{name}-{key}.json"
+
+
+def _read(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text(encoding="utf-8")
+    return ""
+
+
+def _told(session: Session | None, own: str) -> list[str]:
+    """What every rank says."""
+    return [own] if session is None else session.gather_text(own)
+
+
+# ------------------------------------------------------------------------------------------ measuring
+
+
+def _with_works(
+    known: MeasuredMachine, job: Job, prepared: Prepared, session: Session | None
+) -> MeasuredMachine:
+    """All ranks measure at the same time: what they share is shared in the run too."""
+    from paradiff.executor.measure_works import measure_works, works_of
+
+    missing = works_of(prepared.graph) - known.works.keys()
+    if not missing:
+        return known
+
+    def agree(done: bool) -> bool:
+        return all(_told(session, "done" * done))
+
+    timed = measure_works(job, prepared.pipeline, missing, agree)
+    own = json.dumps({key: timing.time_s for key, timing in timed.items()})
+    every = [json.loads(text) for text in _told(session, own)]
+    new = {key: tuple(float(each[key]) for each in every) for key in sorted(every[0])}
+    return replace(known, works={**new, **known.works})
+
+
+def _with_kernels(
+    known: MeasuredMachine, prepared: Prepared, session: Session | None
+) -> MeasuredMachine:
+    """The first rank measures: its device stands for all."""
+    from paradiff.executor import measure
+
+    graph, profile = prepared.graph, prepared.pipeline.network.profile
+    rows: list[tuple[Key, Row]] = []
+    if session is None or session.rank == 0:
+        for key in kernels_of(graph, profile):
+            if key not in known.kernels:
+                with suppress(measure.NotMeasurable):
+                    timing = measure.measure(key.kind, key.dims, dict(graph.meta)["dtype"], "cuda")
+                    rows.append((key, Row(*timing)))
+    told = json.loads(_told(session, json.dumps(rows))[0])
+    new = {Key(kind, tuple(dims)): Row(*row) for (kind, dims), row in told}
+    return replace(known, kernels={**known.kernels, **new})
+
+
+def _with_calls(known: MeasuredMachine, prepared: Prepared, session: Session) -> MeasuredMachine:
+    from paradiff.executor.measure_calls import calls_for, measure_calls, packing_s
+
+    there = {call[:-1] for call in known.calls}
+    wanted = [c for c in calls_for(prepared.graph, known.hosts) if (*c,) not in there]
+    timed = [
+        CallTime(call.kind, call.call, call.ranks, call.nbytes, seconds)
+        for call, seconds in zip(wanted, measure_calls(session, wanted), strict=True)
+    ]
+    found = replace(known, calls=(*known.calls, *timed))
+    most = max(call.nbytes for call in found.calls)
+    if not found.packing or found.packing[-1][0] < most:
+        sizes = [4**i for i in range(5, 20) if 4**i < 4 * most]
+        own = [packing_s(size, session.device) for size in sizes]
+        slowest = map(max, zip(*map(json.loads, _told(session, json.dumps(own))), strict=True))
+        found = replace(found, packing=tuple(zip(sizes, slowest, strict=True)))
+    return found if found.lost is not None else replace(found, lost=_lost(session))
+
+
+def _lost(session: Session) -> float:
+    """Share of a gather's time by which it lengthens compute beside it."""
+    from paradiff.executor.measure_network import Case, measure
+
+    ranks = tuple(range(session.world_size))
+    (timed,) = measure(session, [Case("all_gather", ranks, "all", BESIDE_BYTES)])
+    lost = (timed.together_s - timed.compute_s) / timed.time_s
+    return float(min(max(lost, 0.0), 1.0))

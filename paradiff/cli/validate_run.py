@@ -1,0 +1,292 @@
+"""``paradiff validate run``: measure what a run is made of, predict it, run it, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from paradiff.cli.common import (
+    GATE_FAILED,
+    check_output_dir,
+    json_text,
+    one_message,
+    staged,
+)
+from paradiff.cli.run import (
+    Ended,
+    Given,
+    as_rank,
+    launch_ranks,
+    leave_with,
+    needs_torch,
+    place_here,
+    prepared_of,
+)
+
+if TYPE_CHECKING:
+    from paradiff.cli.measure_here import Measured
+    from paradiff.executor.job import Prepared
+    from paradiff.executor.place import Place
+    from paradiff.executor.session import Session
+    from paradiff.executor.transports import Distributed
+    from paradiff.trace import Trace
+
+TIMEOUT_S = 120.0
+WORKLOAD = ("height", "width", "frames", "steps", "batch")
+ELSEWHERE = {
+    "compile_": False, "kernels": None, "guidance_scale": None, "embeddings": None, "prompt": None,
+    "negative_prompt": "",
+}  # fmt: skip
+"""Options of ``paradiff run`` that this command does not have."""
+
+
+def run(
+    plan: Annotated[
+        Path | None, typer.Argument(metavar="[PLAN.yaml]", help="A plan file; else --model.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model of the catalogue, or a twin.")] = None,
+    strategy: Annotated[str | None, typer.Option(metavar="SPEC", help="What to run.")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Local directory of the model, as from_pretrained reads it."
+        ),
+    ] = None,
+    random_weights: Annotated[
+        bool,
+        typer.Option("--random-weights", help="The real size with random weights, not the twin."),
+    ] = False,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Default: the plan's or model's.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images or clips per request.")] = 1,
+    dtype: Annotated[
+        Literal["fp16", "bf16", "fp32", "fp64"] | None,
+        typer.Option(help="Precision; default: the plan's at real size, else fp32."),
+    ] = None,
+    in_process: Annotated[
+        bool,
+        typer.Option("--in-process", help="All ranks here, one op after another (the default)."),
+    ] = False,
+    launch: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Start N processes through torchrun.")
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where ranks run.")] = "cpu",
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="GPU profile of the device, for what has no kernel table."
+        ),
+    ] = None,
+    pin: Annotated[
+        bool, typer.Option("--pin", help="Each process on as many cores as it has threads.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise and of random weights.")] = 0,
+    scheduler: Annotated[
+        Literal["ddim", "euler", "dpmsolver++", "flow-match-euler"] | None,
+        typer.Option(help="In place of the model's own."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs that count.")] = 5,
+    warmup_runs: Annotated[int, typer.Option(min=0, help="Runs before them that do not.")] = 1,
+    max_error: Annotated[
+        float,
+        typer.Option(
+            min=0.0, metavar="X", help="Exit 1 if the latency is missed by more than this."
+        ),
+    ] = 0.10,
+    measure_again: Annotated[
+        bool, typer.Option("--measure-again", help="Do not use what was measured here before.")
+    ] = False,
+    timeout: Annotated[
+        float,
+        typer.Option(min=1.0, metavar="SECONDS", help="The longest that a transfer may wait."),
+    ] = TIMEOUT_S,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write validation.json, report.html and all traces."),
+    ] = None,
+    format_: Annotated[
+        Literal["table", "json"], typer.Option("--format", help="Output on stdout.")
+    ] = "table",
+) -> None:
+    """Predict a run from what this machine is measured to do, run it, compare op by op (needs [run])."""
+    arguments = ELSEWHERE | locals()
+    with one_message():
+        from paradiff.config import ConfigError
+
+        given = Given(arguments)
+        if in_process and launch is not None:
+            raise ConfigError("--in-process and --launch: give one of them")
+        check_output_dir(output_dir)
+        _check_device(device, gpu)
+        if launch is not None:
+            given.check_world(launch, "--launch")
+            launch_ranks(given, ["validate", "run"], launch)
+            return
+        place = None if in_process else place_here()
+        if place is not None:
+            given.check_world(place.world_size, "WORLD_SIZE")
+            as_rank(place, partial(_rank, given, place))
+        else:
+            _in_process(given)
+
+
+def _check_device(device: str, gpu: str | None) -> None:
+    """Raises ConfigError unless kernels without a table have rates to be priced with."""
+    from paradiff.config import ConfigError, available
+    from simulator.gpu import load_gpu
+
+    if gpu is not None:
+        load_gpu(gpu)
+    elif device == "cuda":
+        names = ", ".join(available("gpus", ".yaml"))
+        raise ConfigError(f"--device cuda: which GPU is it? give --gpu NAME, one of {names}")
+
+
+def _rank(given: Given, place: Place, doing: dict[str, str]) -> None:
+    """One of several processes: all measure and run, the first compares."""
+    from paradiff.cli.measure_here import measure_here, pin_to_cores
+    from paradiff.executor.session import Session
+
+    options = given.options
+    if options["pin"]:
+        pin_to_cores(place.local_rank)
+    prepared = prepared_of(given, place.local_rank)
+    session = Session.join(place, options["timeout"], prepared.device, prepared.graph.fingerprint())
+    again = options["measure_again"]
+    measured = measure_here(given.job(place.local_rank), prepared, session, again=again)
+    runs = runs_of(prepared, session, options["warmup_runs"], options["repeats"], doing)
+    machines = session.machines()
+    session.leave()
+    if session.rank == 0:
+        _conclude(given, prepared, measured, runs, machines, session.backend)
+
+
+def runs_of(
+    prepared: Prepared,
+    session: Session,
+    warmup_runs: int,
+    repeats: int,
+    doing: dict[str, str] | None = None,
+    transport: Distributed | None = None,
+) -> list[Trace]:
+    """Traces of the runs that count. ``transport``: of earlier runs, if there were any. Raises
+    RunFailed."""
+    from paradiff.executor.distributed import run_rank
+    from paradiff.executor.transports import Distributed
+
+    transport = transport or Distributed(session, prepared.graph)
+    network, request = prepared.pipeline.network, prepared.request
+    return [
+        run_rank(prepared.graph, network, request, session, doing, transport).trace
+        for _ in range(warmup_runs + repeats)
+    ][warmup_runs:]
+
+
+def _in_process(given: Given) -> None:
+    """All ranks here, one op after another."""
+    needs_torch()
+    from paradiff.cli.measure_here import measure_here, pin_to_cores
+    from paradiff.executor.faults import RunFailed
+    from paradiff.executor.machine import facts
+
+    options = given.options
+    if options["pin"]:
+        pin_to_cores(0)
+    try:
+        prepared = prepared_of(given, None)
+        measured = measure_here(given.job(None), prepared, again=options["measure_again"])
+        total = options["warmup_runs"] + options["repeats"]
+        runs = [prepared.in_process(in_turn=True).trace for _ in range(total)]
+        here = facts() | {"ranks": [*range(prepared.graph.world_size)]}
+        _conclude(given, prepared, measured, runs[options["warmup_runs"] :], [here], None)
+    except RunFailed as error:
+        leave_with(GATE_FAILED, str(error))
+    except Ended as error:
+        leave_with(error.code, str(error))
+
+
+def _conclude(
+    given: Given,
+    prepared: Prepared,
+    measured: Measured,
+    runs: Sequence[Trace],
+    machines: list[dict[str, Any]],
+    backend: str | None,
+) -> None:
+    """Predict, compare, print, write. Raises Ended where the gate fails."""
+    from analysis import comparison_report as words
+    from analysis.comparison import compare, to_json
+    from paradiff.cli.measure_here import predict
+    from paradiff.trace import check_trace, write_chrome_trace
+
+    options = given.options
+    predicted = predict(prepared, measured.machine, backend, options["gpu"])
+    for trace in (predicted, *runs):
+        check_trace(prepared.graph, trace)
+    found = compare(predicted, runs)
+    report = {
+        **to_json(found, options["max_error"]),
+        **_facts(given, prepared, measured, backend),
+        "machines": machines,
+        "files": [],
+    }
+    target = options["output_dir"]
+    if target is not None:
+        with staged(target) as folder:
+            write_chrome_trace(found.predicted, folder / "predicted.json.gz")
+            for number, trace in enumerate(runs, 1):
+                write_chrome_trace(trace, folder / f"measured-{number}.json.gz")
+            machine = json_text(measured.machine.to_json())
+            (folder / "machine.json").write_text(machine, encoding="utf-8")
+            (folder / "report.html").write_text(
+                words.page(prepared.graph, found, report), encoding="utf-8"
+            )
+            report["files"] = sorted({*(p.name for p in folder.iterdir()), "validation.json"})
+            (folder / "validation.json").write_text(json_text(report), encoding="utf-8")
+    if options["format_"] == "json":
+        typer.echo(json_text(report), nl=False)
+    else:
+        typer.echo(words.text(found, report))
+    if not report["passed"]:
+        raise Ended(GATE_FAILED, words.failure(found, options["max_error"]))
+
+
+def _facts(
+    given: Given, prepared: Prepared, measured: Measured, backend: str | None
+) -> dict[str, Any]:
+    """What somebody else needs to trust the numbers."""
+    machine, options = measured.machine, given.options
+    box, meta = machine.topology(), dict(prepared.graph.meta)
+    ranks = len(machine.hosts)
+    here = "all ranks in one process, in turn"
+    return {
+        "model": meta["model"],
+        "spec": given.spec,
+        "how": here if backend is None else f"{ranks} process{'es' * (ranks > 1)} over {backend}",
+        "workload": {key: int(meta[key]) for key in WORKLOAD} | {"dtype": meta["dtype"]},
+        "fingerprint": prepared.graph.fingerprint(),
+        "warmup_runs": options["warmup_runs"],
+        "is_pinned": options["pin"],
+        "measured": {
+            **machine.about,
+            "new": measured.new,
+            "works": len(machine.works),
+            "kernels": len(machine.kernels),
+            "calls": len(machine.calls),
+            "compute_lost_beside_a_transfer": machine.lost,
+        },
+        "topology": {
+            "nodes": {node.name: list(node.gpus) for node in box.nodes},
+            "links": [asdict(link) for link in box.links],
+            "collectives": [asdict(table) for table in box.collectives],
+        },
+    }
