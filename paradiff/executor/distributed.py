@@ -24,7 +24,7 @@ from paradiff.executor.payload import Piece
 from paradiff.executor.session import Session
 from paradiff.executor.streams import Step, Threads, on_cuda, program
 from paradiff.executor.transports import Channel, Distributed, channels
-from paradiff.graph import Instance, ScheduleGraph
+from paradiff.graph import Instance, Op, ScheduleGraph
 from paradiff.trace import TRANSFERS, Span, Trace
 
 Doing = MutableMapping[str, str]
@@ -105,6 +105,7 @@ class _Timed:
         seconds: Callable[[Instance], float],
     ) -> None:
         self._session, self._channels, self._seconds = session, known, seconds
+        self._made: dict[tuple[str, int], torch.Tensor] = {}
 
     def perform(self, _: int, instance: Instance) -> None:
         op = instance.op
@@ -115,26 +116,30 @@ class _Timed:
         n = len(op.ranks)
         if op.kind == "p2p":
             if channel.index == 0:
-                channel.send(self._bytes(op.nbytes))
+                channel.send(self._bytes(op, op.nbytes))
             else:
                 channel.receive(op.nbytes)
         elif op.kind == "permute":
-            channel.rotate(self._bytes(op.nbytes), op.nbytes)
+            channel.rotate(self._bytes(op, op.nbytes), op.nbytes)
         elif op.call == "all_gather":
-            channel.all_gather(self._bytes(op.nbytes), [op.nbytes] * n)
+            channel.all_gather(self._bytes(op, op.nbytes), [op.nbytes] * n)
         elif op.call == "all_reduce":
-            channel.all_reduce(torch.zeros(-(-op.nbytes // 4), device=self._session.device))
+            channel.all_reduce(self._bytes(op, -(-op.nbytes // 4) * 4).view(torch.float32))
         elif op.call == "broadcast":
-            own = self._bytes(op.nbytes) if channel.index == 0 else None
+            own = self._bytes(op, op.nbytes) if channel.index == 0 else None
             channel.broadcast(own, op.nbytes)
         else:
             assert op.call == "all_to_all", f"{op.name}: no strategy emits {op.call}"
             share = [(i + 1) * op.nbytes // n - i * op.nbytes // n for i in range(n)]
             mine = share[channel.index]
-            channel.all_to_all([self._bytes(size) for size in share], [mine] * n)
+            channel.all_to_all([self._bytes(op, size) for size in share], [mine] * n)
 
-    def _bytes(self, size: int) -> torch.Tensor:
-        return torch.zeros(size, dtype=torch.uint8, device=self._session.device)
+    def _bytes(self, op: Op, size: int) -> torch.Tensor:
+        """Zeros, made once for each stream: memory that is touched for the first time is no transfer."""
+        key = op.stream, size
+        if key not in self._made:
+            self._made[key] = torch.zeros(size, dtype=torch.uint8, device=self._session.device)
+        return self._made[key]
 
 
 def merged_trace(session: Session, graph: ScheduleGraph, own: tuple[Span, ...]) -> Trace:
