@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+from pages import HOSTILE, Scripts, opened
 from unit_hardware import Graph, UnitCosts, run
 
-from analysis.comparison import SCHEMA, compare, to_json
+from analysis import comparison_report
+from analysis.comparison import SCHEMA, Comparison, compare, to_json
 from paradiff.graph import ScheduleGraph
 from paradiff.trace import Trace, TraceMismatch
 from simulator.topology import Topology
@@ -135,3 +139,52 @@ def test_a_fault_of_the_simulator_fails_the_gate(graph: ScheduleGraph, fault: st
     right = compare(run(graph, costs=UnitCosts(fixed_s=1.0)), [measured])
     assert right.within(0.0)
     assert not compare(FAULTS[fault](graph), [measured]).within(0.09)
+
+
+def facts(found: Comparison) -> dict[str, Any]:
+    """A report with hostile names, as ``paradiff validate run`` writes it."""
+    return {
+        **to_json(found, 0.1),
+        "model": HOSTILE,
+        "spec": "patch=2",
+        "how": "2 processes over gloo",
+        "workload": {"height": 64, "width": 64, "steps": STEPS, "batch": 1, "dtype": "fp32"},
+        "measured": {"device": HOSTILE},
+        "machines": [{"host": HOSTILE, "gpus": ["none"], "ranks": [0, 1]}],
+    }
+
+
+def test_the_text_has_both_times(graph: ScheduleGraph) -> None:
+    predicted = run(graph)
+    found = compare(predicted, [slower(predicted, 1.25)])
+    said = comparison_report.text(found, facts(found))
+    assert "Predicted 55.0 s, measured 68.8 s (one run): -20.0%, failed at 10.0%." in said
+    permute = next(line for line in said.splitlines() if line.startswith("permute"))
+    assert permute.split() == ["permute", "12", "48.0", "s", "60.0", "s", "-20.0%", "20.0%"]
+
+
+def test_the_page_shows_both_timelines_on_one_axis(graph: ScheduleGraph, tmp_path: Path) -> None:
+    """Rows of the prediction above those of the run, in which step 3 begins at zero in both."""
+    predicted = run(graph)
+    found = compare(predicted, [slower(predicted, 1.25)])
+    path = tmp_path / "report.html"
+    path.write_text(comparison_report.page(graph, found, facts(found)), encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    elements = Scripts()
+    elements.feed(text)
+    assert elements.fetched == []
+    assert "<script>alert" not in text
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        with opened(path, width, scheme) as browser:
+            for chart in ("ranks", "begin", "steady"):
+                browser.wait_for_selector(f"#{chart} .barlayer .point path", state="attached")
+            rows = browser.evaluate("figures.steady.layout.yaxis.categoryarray")
+            assert [row.split(":")[0] for row in rows] == ["measured"] * 4 + ["predicted"] * 4
+            ends = browser.evaluate(
+                "figures.steady.data.filter(t => t.name === 'permute')"
+                ".flatMap(t => t.y.map((row, i) => [row, t.base[i] + t.x[i]]))"
+            )
+            # Two steps of 9 s, and of 11.25 s.
+            latest = {name: max(at for row, at in ends if row.startswith(name)) for name, _ in ends}
+            assert latest["predicted: rank 0 comm"] == pytest.approx(18e3)
+            assert latest["measured: rank 0 comm"] == pytest.approx(22.5e3)
