@@ -2,7 +2,8 @@
 
 Decides what is missing, who measures it and where it is kept: a file for each machine, versions,
 model, precision and group of ranks, in the user's cache directory, replaced whole. On a CPU works are
-timed (``paradiff.executor.measure_works``), on a GPU kernels (``measure``); calls between ranks on both.
+timed (``paradiff.executor.measure_works``) and calls through the executor (``measure_calls``), on a GPU
+kernels (``measure``) and calls of the library alone (``measure_network``).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -23,7 +24,7 @@ from platformdirs import user_cache_path
 import paradiff
 from paradiff.cli.common import json_text, write_file
 from paradiff.config import ConfigError
-from simulator.costs import CostModel
+from simulator.costs import ITEMSIZE, CostModel
 from simulator.engine import Costs, simulate
 from simulator.gpu import load_gpu
 from simulator.measured import Key, Row, kernels_of, tables
@@ -31,6 +32,7 @@ from simulator.measured_machine import CallTime, MeasuredMachine, in_turn
 
 if TYPE_CHECKING:
     from paradiff.executor.job import Job, Prepared
+    from paradiff.executor.measure_calls import Call
     from paradiff.executor.session import Session
     from paradiff.trace import Trace
 
@@ -82,6 +84,8 @@ def measure_here(
         else MeasuredMachine(about=about, hosts=hosts)
     )
     if prepared.device.startswith("cuda"):
+        if job.dtype not in ITEMSIZE:
+            raise ConfigError(f"--dtype {job.dtype} on a GPU, allowed: {', '.join(ITEMSIZE)}")
         found = _with_kernels(known, prepared, session)
     else:
         found = _with_works(known, job, prepared, session)
@@ -208,11 +212,14 @@ def _with_calls(known: MeasuredMachine, prepared: Prepared, session: Session) ->
 
     there = {call[:-1] for call in known.calls}
     wanted = [c for c in calls_for(prepared.graph, known.hosts) if (*c,) not in there]
+    is_gpu = session.device.type == "cuda"
+    seconds = _library_s(session, wanted) if is_gpu else measure_calls(session, wanted)
     timed = [
-        CallTime(call.kind, call.call, call.ranks, call.nbytes, seconds)
-        for call, seconds in zip(wanted, measure_calls(session, wanted), strict=True)
+        CallTime(c.kind, c.call, c.ranks, c.nbytes, s) for c, s in zip(wanted, seconds, strict=True)
     ]
     found = replace(known, calls=(*known.calls, *timed))
+    if is_gpu:
+        return found
     most = max(call.nbytes for call in found.calls)
     if not found.packing or found.packing[-1][0] < most:
         sizes = [4**i for i in range(5, 20) if 4**i < 4 * most]
@@ -220,6 +227,22 @@ def _with_calls(known: MeasuredMachine, prepared: Prepared, session: Session) ->
         slowest = map(max, zip(*map(json.loads, _told(session, json.dumps(own))), strict=True))
         found = replace(found, packing=tuple(zip(sizes, slowest, strict=True)))
     return found if found.lost is not None else replace(found, lost=_lost(session))
+
+
+def _library_s(session: Session, calls: Sequence[Call]) -> Iterator[float]:
+    """Seconds of the library alone: what the framework adds on a GPU is in the cost model."""
+    from paradiff.executor.measure_network import ITEM, Case, measure
+
+    cases = []
+    for call in calls:
+        count = len(call.ranks)
+        size = call.nbytes * (count if call.call == "all_gather" else 1)
+        whole = -(-size // (count * ITEM)) * count * ITEM
+        if call.kind == "collective":
+            cases.append(Case(call.call, call.ranks, "all", whole))
+        else:
+            cases.append(Case("p2p", call.ranks, "one" if call.kind == "p2p" else "both", whole))
+    return (timed.time_s for timed in measure(session, cases))
 
 
 def _lost(session: Session) -> float:
