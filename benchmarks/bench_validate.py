@@ -24,10 +24,11 @@ import torch
 import torch.distributed as dist
 
 from analysis.attribution import attribute
-from paradiff.cli.measure_here import measure_here, pin_to_cores, predict
+from paradiff.cli.measure_here import measure_here, predict
 from paradiff.cli.validate_run import runs_of
 from paradiff.executor.interpreter import Unexecutable
 from paradiff.executor.job import Job, Prepared, prepare
+from paradiff.executor.measure import pin_to_cores
 from paradiff.executor.place import Place
 from paradiff.executor.session import Session
 from paradiff.executor.transports import Distributed

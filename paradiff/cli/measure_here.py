@@ -48,24 +48,6 @@ class Measured:
     new: int
 
 
-def pin_to_cores(local_rank: int) -> None:
-    """Keep this process on as many cores as torch has threads; processes of one machine on different
-    ones. Before it makes any threads. Raises ConfigError where that is not possible."""
-    import torch
-
-    threads = torch.get_num_threads()
-    if not hasattr(os, "sched_setaffinity"):
-        raise ConfigError("--pin: this system does not let a process choose its cores")
-    cores = sorted(os.sched_getaffinity(0))
-    own = cores[local_rank * threads : (local_rank + 1) * threads]
-    if len(own) < threads:
-        raise ConfigError(
-            f"--pin: process {local_rank} of {threads} threads, {len(cores)} cores here, allowed: fewer"
-            " processes, or fewer threads (OMP_NUM_THREADS)"
-        )
-    os.sched_setaffinity(0, own)
-
-
 def measure_here(
     job: Job, prepared: Prepared, session: Session | None = None, *, again: bool = False
 ) -> Measured:

@@ -153,12 +153,11 @@ def _check_device(device: str, gpu: str | None) -> None:
 
 def _rank(given: Given, place: Place, doing: dict[str, str]) -> None:
     """One of several processes: all measure and run, the first compares."""
-    from paradiff.cli.measure_here import measure_here, pin_to_cores
+    from paradiff.cli.measure_here import measure_here
     from paradiff.executor.session import Session
 
     options = given.options
-    if options["pin"]:
-        pin_to_cores(place.local_rank)
+    _pin(given, place.local_rank)
     prepared = prepared_of(given, place.local_rank)
     session = Session.join(place, options["timeout"], prepared.device, prepared.graph.fingerprint())
     again = options["measure_again"]
@@ -168,6 +167,18 @@ def _rank(given: Given, place: Place, doing: dict[str, str]) -> None:
     session.leave()
     if session.rank == 0:
         _conclude(given, prepared, measured, runs, machines, session.backend)
+
+
+def _pin(given: Given, local_rank: int) -> None:
+    """Keep this process on its cores, if asked to. Raises ConfigError."""
+    from paradiff.config import ConfigError
+    from paradiff.executor.measure import pin_to_cores
+
+    try:
+        if given.options["pin"]:
+            pin_to_cores(local_rank)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def runs_of(
@@ -194,13 +205,12 @@ def runs_of(
 def _in_process(given: Given) -> None:
     """All ranks here, one op after another."""
     needs_torch()
-    from paradiff.cli.measure_here import measure_here, pin_to_cores
+    from paradiff.cli.measure_here import measure_here
     from paradiff.executor.faults import RunFailed
     from paradiff.executor.machine import facts
 
     options = given.options
-    if options["pin"]:
-        pin_to_cores(0)
+    _pin(given, 0)
     try:
         prepared = prepared_of(given, None)
         measured = measure_here(given.job(None), prepared, again=options["measure_again"])

@@ -11,6 +11,7 @@ kernels, and where the times go, is the caller's business.
 from __future__ import annotations
 
 import math
+import os
 import platform
 import statistics
 import time
@@ -65,6 +66,22 @@ def is_here(kind: str) -> bool:
 def device_of(kind: str, index: int) -> torch.device:
     """The device of one of several processes on a machine."""
     return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+
+
+def pin_to_cores(local_rank: int) -> None:
+    """Keep this process on as many cores as torch has threads, processes of one machine on different
+    ones; before it makes any threads. Raises ValueError where that is not possible."""
+    threads = torch.get_num_threads()
+    if not hasattr(os, "sched_setaffinity"):
+        raise ValueError("--pin: this system does not let a process choose its cores")
+    cores = sorted(os.sched_getaffinity(0))
+    own = cores[local_rank * threads : (local_rank + 1) * threads]
+    if len(own) < threads:
+        raise ValueError(
+            f"--pin: process {local_rank} of {threads} threads, {len(cores)} cores here, allowed: fewer"
+            " processes, or fewer threads (OMP_NUM_THREADS)"
+        )
+    os.sched_setaffinity(0, own)
 
 
 def machine(kind: str) -> dict[str, str]:
