@@ -55,7 +55,7 @@ def measure_here(
 
     ``again``: do not use what is kept. Raises RunFailed; ConfigError for a kept file that is broken.
     """
-    about = _about(job, session)
+    about = _about(job, prepared, session)
     hosts = tuple(_told(session, socket.gethostname()))
     path = _path(about, hosts)
     kept = "" if again else _read(path)
@@ -73,13 +73,11 @@ def measure_here(
         found = _with_works(known, job, prepared, session)
     if session is not None and session.world_size > 1:
         found = _with_calls(found, prepared, session)
-    new = sum(
-        len(getattr(found, n)) - len(getattr(known, n)) for n in ("works", "kernels", "calls")
-    )
+    names = ("works", "kernels", "calls")
+    new = sum(len(getattr(found, name)) - len(getattr(known, name)) for name in names)
     if new and (session is None or session.rank == 0):
-        with suppress(
-            OSError, ConfigError
-        ):  # a cache that cannot be written costs time, not the run
+        # what cannot be kept costs time the next time, not this run
+        with suppress(OSError, ConfigError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, json_text(found.to_json()))
     return Measured(found, new)
@@ -114,7 +112,7 @@ def _kernel_costs(prepared: Prepared, machine: MeasuredMachine, gpu: str | None)
 # ------------------------------------------------------------------------------------------ the cache
 
 
-def _about(job: Job, session: Session | None) -> dict[str, str]:
+def _about(job: Job, prepared: Prepared, session: Session | None) -> dict[str, str]:
     """All that another time may differ in."""
     from paradiff.executor.measure import machine
 
@@ -124,6 +122,7 @@ def _about(job: Job, session: Session | None) -> dict[str, str]:
         "paradiff": paradiff.__version__,
         "diffusers": version("diffusers"),
         "model": job.source,
+        "parameters": str(prepared.pipeline.network.profile.denoiser.params),
         "dtype": job.dtype,
         "cores": str(len(affinity(0)) if affinity else os.cpu_count()),
         "processes": str(1 if session is None else session.world_size),

@@ -15,6 +15,7 @@ from paradiff.cli.common import (
     check_output_dir,
     json_text,
     one_message,
+    progress,
     staged,
 )
 from paradiff.cli.run import (
@@ -215,7 +216,12 @@ def _in_process(given: Given) -> None:
         prepared = prepared_of(given, None)
         measured = measure_here(given.job(None), prepared, again=options["measure_again"])
         total = options["warmup_runs"] + options["repeats"]
-        runs = [prepared.in_process(in_turn=True).trace for _ in range(total)]
+        runs: list[Trace] = []
+        with progress("running", enabled=options["format_"] == "table") as advance:
+            for number in range(total):
+                runs.append(prepared.in_process(in_turn=True).trace)
+                if advance is not None:
+                    advance(number + 1, total)
         here = facts() | {"ranks": [*range(prepared.graph.world_size)]}
         _conclude(given, prepared, measured, runs[options["warmup_runs"] :], [here], None)
     except RunFailed as error:
