@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from paradiff.cli import options as opt
 from paradiff.cli.common import (
     INFEASIBLE,
     INTERRUPTED,
@@ -48,39 +49,20 @@ TIMEOUT_S = 25.0
 
 
 def run(
-    plan: Annotated[
-        Path | None, typer.Argument(metavar="[PLAN.yaml]", help="A plan file; else --model.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Model of the catalogue, or a twin.")] = None,
-    strategy: Annotated[str | None, typer.Option(metavar="SPEC", help="What to run.")] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Local directory of the model, as from_pretrained reads it."
-        ),
-    ] = None,
-    random_weights: Annotated[
-        bool,
-        typer.Option("--random-weights", help="The real size with random weights, not the twin."),
-    ] = False,
+    plan: opt.Plan = None,
+    model: opt.Model = None,
+    strategy: opt.Strategy = None,
+    weights: opt.Weights = None,
+    random_weights: opt.RandomWeights = False,
     height: Pixels = None,
     width: Pixels = None,
     frames: Frames = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Default: the plan's or model's.")
-    ] = None,
+    steps: opt.Steps = None,
     batch: Batch = 1,
-    dtype: Annotated[
-        Literal["fp16", "bf16", "fp32", "fp64"] | None,
-        typer.Option(help="Precision; default: the plan's at real size, else fp32."),
-    ] = None,
-    in_process: Annotated[
-        bool, typer.Option("--in-process", help="All ranks in this process (the default).")
-    ] = False,
-    launch: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Start N processes through torchrun.")
-    ] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where ranks run.")] = "cpu",
+    dtype: opt.Dtype = None,
+    in_process: opt.InProcess = False,
+    launch: opt.Launch = None,
+    device: opt.Device = "cpu",
     compile_: Annotated[
         bool, typer.Option("--compile", help="torch.compile what lies between exchange points.")
     ] = False,
@@ -92,14 +74,11 @@ def run(
         str | None,
         typer.Option(help="Box whose kernel times timed kernels take; default: the plan's."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise and of random weights.")] = 0,
+    seed: opt.Seed = 0,
     guidance_scale: Annotated[
         float | None, typer.Option(min=0.0, metavar="X", help="Default: the pipeline's.")
     ] = None,
-    scheduler: Annotated[
-        Literal["ddim", "euler", "dpmsolver++", "flow-match-euler"] | None,
-        typer.Option(help="In place of the model's own."),
-    ] = None,
+    scheduler: opt.Scheduler = None,
     embeddings: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Safetensors with the network's arguments by name."),
@@ -108,10 +87,7 @@ def run(
         str | None, typer.Option(metavar="TEXT", help="Encoded by the text encoders of --weights.")
     ] = None,
     negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="For guidance.")] = "",
-    timeout: Annotated[
-        float,
-        typer.Option(min=1.0, metavar="SECONDS", help="The longest that a transfer may wait."),
-    ] = TIMEOUT_S,
+    timeout: opt.Timeout = TIMEOUT_S,
     output_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write trace.json.gz, summary.json and the outputs."),

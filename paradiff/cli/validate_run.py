@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paradiff.cli import options as opt
 from paradiff.cli.common import (
     GATE_FAILED,
+    Batch,
+    Frames,
+    Pixels,
+    TableOrJson,
     check_output_dir,
     json_text,
     one_message,
@@ -47,40 +52,20 @@ ELSEWHERE = {
 
 
 def run(
-    plan: Annotated[
-        Path | None, typer.Argument(metavar="[PLAN.yaml]", help="A plan file; else --model.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Model of the catalogue, or a twin.")] = None,
-    strategy: Annotated[str | None, typer.Option(metavar="SPEC", help="What to run.")] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Local directory of the model, as from_pretrained reads it."
-        ),
-    ] = None,
-    random_weights: Annotated[
-        bool,
-        typer.Option("--random-weights", help="The real size with random weights, not the twin."),
-    ] = False,
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Default: the plan's or model's.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images or clips per request.")] = 1,
-    dtype: Annotated[
-        Literal["fp16", "bf16", "fp32", "fp64"] | None,
-        typer.Option(help="Precision; default: the plan's at real size, else fp32."),
-    ] = None,
-    in_process: Annotated[
-        bool,
-        typer.Option("--in-process", help="All ranks here, one op after another (the default)."),
-    ] = False,
-    launch: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Start N processes through torchrun.")
-    ] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where ranks run.")] = "cpu",
+    plan: opt.Plan = None,
+    model: opt.Model = None,
+    strategy: opt.Strategy = None,
+    weights: opt.Weights = None,
+    random_weights: opt.RandomWeights = False,
+    height: Pixels = None,
+    width: Pixels = None,
+    frames: Frames = None,
+    steps: opt.Steps = None,
+    batch: Batch = 1,
+    dtype: opt.Dtype = None,
+    in_process: opt.InProcess = False,
+    launch: opt.Launch = None,
+    device: opt.Device = "cpu",
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -90,11 +75,8 @@ def run(
     pin: Annotated[
         bool, typer.Option("--pin", help="Each process on as many cores as it has threads.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise and of random weights.")] = 0,
-    scheduler: Annotated[
-        Literal["ddim", "euler", "dpmsolver++", "flow-match-euler"] | None,
-        typer.Option(help="In place of the model's own."),
-    ] = None,
+    seed: opt.Seed = 0,
+    scheduler: opt.Scheduler = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs that count.")] = 5,
     warmup_runs: Annotated[int, typer.Option(min=0, help="Runs before them that do not.")] = 1,
     max_error: Annotated[
@@ -106,17 +88,12 @@ def run(
     measure_again: Annotated[
         bool, typer.Option("--measure-again", help="Do not use what was measured here before.")
     ] = False,
-    timeout: Annotated[
-        float,
-        typer.Option(min=1.0, metavar="SECONDS", help="The longest that a transfer may wait."),
-    ] = TIMEOUT_S,
+    timeout: opt.Timeout = TIMEOUT_S,
     output_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write validation.json, report.html and all traces."),
     ] = None,
-    format_: Annotated[
-        Literal["table", "json"], typer.Option("--format", help="Output on stdout.")
-    ] = "table",
+    format_: TableOrJson = "table",
 ) -> None:
     """Predict a run from what this machine is measured to do, run it, compare op by op (needs [run])."""
     arguments = ELSEWHERE | locals()
