@@ -13,8 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-import torch
-
 from paradiff.executor.interpreter import _Run
 from paradiff.executor.job import Job, Prepared, prepare
 from paradiff.executor.loading import Pipeline
@@ -71,17 +69,16 @@ def shortest(job: Job, pipeline: Pipeline, wanted: Collection[str]) -> Prepared:
 
 
 def _pass(prepared: Prepared, samples: dict[str, list[float]]) -> float:
-    """Run every op once, add what each took to ``samples``; the sum. On one thread that thread's own
-    time counts, which what else runs here does not lengthen."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    """Run every op once, add what each took to ``samples``; the sum. Wall time, as in the run: what else
+    this machine does lengthens both."""
     run = _Run(prepared.graph, prepared.pipeline.network, prepared.request)
     total = 0.0
 
     def perform(number: int, instance: Instance) -> None:
         nonlocal total
-        begin = clock()
+        begin = time.perf_counter()
         run.perform(number, instance)
-        took = clock() - begin
+        took = time.perf_counter() - begin
         total += took
         if instance.op.work is not None:
             samples[work_text(instance.op.work)].append(took)
