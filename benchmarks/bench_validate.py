@@ -57,29 +57,20 @@ def loop_s(trace: Trace) -> float:
     return attribute(trace).stages.denoise_s
 
 
-def without_decoding(prepared: Prepared) -> Prepared:
-    return replace(prepared, request=replace(prepared.request, decode=None))
-
-
 def compared(model: str, session: Session) -> list[float | None]:
     """Relative errors of the speed-ups of ``model``; rank 0 prints them."""
     size = MODELS[model]
     job = Job(source=f"tiny-{model}", spec="serial", height=size, width=size, steps=STEPS)
-    serial = without_decoding(prepare(job))
-    alone_s = predicted_s = 0.0
+    pipeline = replace(prepare(job).pipeline, vae=None)  # the loop alone is judged
+    serial = prepare(job, pipeline)
+    _alone(serial, session)
+    alone_s = _alone(serial, session)
     if session.rank == 0:
-        predicted_s = loop_s(predict(serial, measure_here(job, serial).machine, None))
-        serial.in_process()
-        alone_s = loop_s(serial.in_process().trace)
-        print(
-            f"{model} {size} px: a step alone {alone_s / STEPS * 1e3:.0f} ms, predicted"
-            f" {predicted_s / STEPS * 1e3:.0f} ms",
-            flush=True,
-        )
+        print(f"{model} {size} px: a step alone {alone_s / STEPS * 1e3:.0f} ms", flush=True)
     errors = []
     for spec in SPECS:
         try:
-            error = _compared(replace(job, spec=spec), serial, predicted_s, session)
+            error = _compared(replace(job, spec=spec), serial, session)
         except (Infeasible, Unexecutable):
             continue
         errors.append(error)
@@ -87,12 +78,13 @@ def compared(model: str, session: Session) -> list[float | None]:
     return errors
 
 
-def _compared(job: Job, serial: Prepared, serial_s: float, session: Session) -> float | None:
+def _compared(job: Job, serial: Prepared, session: Session) -> float | None:
     """Relative error of the predicted speed-up; None on other ranks, and where no round counts."""
-    prepared = without_decoding(prepare(job, serial.pipeline))
-    before = _piece_s(session)
+    prepared = prepare(job, serial.pipeline)
+    serial_s = _predicted_alone(replace(job, spec="serial"), serial, session)
+    usual = [_piece_s(session)]
     found = measure_here(job, prepared, session, again=True)
-    usual = [before, _piece_s(session)]
+    usual.append(_piece_s(session))
     predicted_s = loop_s(predict(prepared, found.machine, session.backend))
     transport = Distributed(session, prepared.graph)
     runs_of(prepared, session, 1, 1, transport=transport)
@@ -137,6 +129,16 @@ def _piece_s(session: Session) -> float:
             x.add(1.0)
         times.append(time.perf_counter() - begin)
     return max(map(float, session.gather_text(repr(statistics.median(times)))))
+
+
+def _predicted_alone(job: Job, serial: Prepared, session: Session) -> float:
+    """Predicted seconds of the loop on rank 0, measured now, the others waiting."""
+    dist.barrier()
+    seconds = 0.0
+    if session.rank == 0:
+        seconds = loop_s(predict(serial, measure_here(job, serial, again=True).machine, None))
+    dist.barrier()
+    return seconds
 
 
 def _alone(serial: Prepared, session: Session) -> float:
