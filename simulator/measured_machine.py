@@ -70,10 +70,9 @@ class MeasuredMachine:
         return MeasuredCosts(self)
 
     def backend(self, name: str) -> Backend:
-        """The library ``name`` here: the executor has a thread for each stream, so nothing blocks; its
-        transfers take time from compute if they were seen to."""
+        """The library ``name`` here: its transfers take time from compute if they were seen to."""
         own = BACKENDS[name]
-        return replace(own, blocks_host=False, uses_sms=own.uses_sms or bool(self.lost))
+        return replace(own, uses_sms=own.uses_sms or bool(self.lost))
 
     def topology(self) -> Topology:
         """One switch for each host, a trunk between them; rates from messages, tables of the calls."""
