@@ -31,7 +31,7 @@ CAPACITY = {
 RUN = {
     "--model", "--strategy", "--weights", "--random-weights", "--height", "--width", "--frames",
     "--steps", "--batch", "--dtype", "--in-process", "--launch", "--device", "--compile", "--kernels",
-    "--topology", "--seed", "--guidance-scale", "--scheduler", "--embeddings", "--prompt",
+    "--topology", "--seed", "--guidance-scale", "--scheduler", "--embeddings", "--prompt", "--image",
     "--negative-prompt", "--timeout", "--output-dir", "--format",
 }  # fmt: skip
 FIDELITY = {

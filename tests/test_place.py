@@ -59,3 +59,7 @@ def test_half_of_the_names_is_refused() -> None:
         Place.of_environment(TASK | {"SLURM_STEP_NUM_TASKS": "two"})
     with pytest.raises(ValueError, match="MASTER_PORT: invalid literal"):
         Place.of_environment(RANK | {"MASTER_PORT": "http"})
+    with pytest.raises(
+        ValueError, match="RANK 4, LOCAL_RANK 4 of WORLD_SIZE 4: allowed are 0 to 3"
+    ):
+        Place.of_environment(RANK | {"RANK": "4"})

@@ -31,7 +31,9 @@ Launch = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Start N processes through torchrun.")
 ]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where ranks run.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the noise and of random weights.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Of the noise and of random weights.")
+]
 Scheduler = Annotated[
     Literal["ddim", "euler", "dpmsolver++", "flow-match-euler"] | None,
     typer.Option(help="In place of the model's own."),

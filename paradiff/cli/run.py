@@ -76,7 +76,8 @@ def run(
     ] = None,
     seed: opt.Seed = 0,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=0.0, metavar="X", help="Default: the pipeline's.")
+        float | None,
+        typer.Option(min=0.0, max=1000.0, metavar="X", help="Default: the pipeline's."),
     ] = None,
     scheduler: opt.Scheduler = None,
     embeddings: Annotated[
@@ -87,6 +88,12 @@ def run(
         str | None, typer.Option(metavar="TEXT", help="Encoded by the text encoders of --weights.")
     ] = None,
     negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="For guidance.")] = "",
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="In place of a prompt, for models that animate an image."
+        ),
+    ] = None,
     timeout: opt.Timeout = TIMEOUT_S,
     output_dir: Annotated[
         Path | None,
@@ -117,6 +124,9 @@ def run(
             _in_process(given)
 
 
+RESIDENT = "offload: weights stay on the device here, so loading them takes no time"
+
+
 class Ended(Exception):
     """How a command ends early: its exit code and its one message."""
 
@@ -143,8 +153,9 @@ class Given:
             self.params = _check_plan(self.plan, options["plan"])
         elif options["model"] is None and options["weights"] is None:
             raise ConfigError("nothing to run, allowed: a plan file, --model NAME or --weights DIR")
-        if options["embeddings"] is not None and options["prompt"] is not None:
-            raise ConfigError("--embeddings and --prompt: give one of them")
+        content = [f"--{n}" for n in ("embeddings", "prompt", "image") if options[n] is not None]
+        if len(content) > 1:
+            raise ConfigError(f"{' and '.join(content)}: give one of them")
         if options["random_weights"] and options["weights"] is not None:
             raise ConfigError("--random-weights and --weights: give one of them")
         (self.spec,) = parsed_specs(
@@ -219,6 +230,7 @@ class Given:
             embeddings=options["embeddings"],
             prompt=options["prompt"],
             negative_prompt=options["negative_prompt"],
+            image=options["image"],
             planned=(self.plan.fingerprint, self.params) if self.plan and is_planned else None,
         )
 
@@ -267,6 +279,7 @@ def needs_torch() -> None:
     warnings.simplefilter("ignore")
     for name in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{name}_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a stack trace for a port that is closed
 
     for name in ("torch", "diffusers", "greenlet"):
         if find_spec(name) is None:
@@ -326,8 +339,8 @@ def as_rank(place: Place, work: Callable[[dict[str, str]], None]) -> None:
     """This process is one rank and does ``work``, which keeps a dict at the op that each stream has in
     hand. Report to the launcher if there is one, and leave at once on failure, since a thread may still
     wait in a transfer that nobody will answer."""
+    from paradiff.executor.heartbeat import Heartbeat
     from paradiff.executor.launch import STATUS, die_with_parent, status_path
-    from paradiff.executor.session import Heartbeat
 
     doing: dict[str, str] = {}
     beat = None
@@ -380,7 +393,7 @@ def _leaving(leave: Callable[..., NoReturn], rank: int) -> Iterator[None]:
 
 def _run_rank(given: Given, place: Place, doing: dict[str, str]) -> None:
     from paradiff.executor import distributed
-    from paradiff.executor.session import Session
+    from paradiff.executor.session import Session, meet
 
     options = given.options
     check_output_dir(options["output_dir"] if place.rank == 0 else None)
@@ -390,9 +403,11 @@ def _run_rank(given: Given, place: Place, doing: dict[str, str]) -> None:
         trace = distributed.run_timed(graph, seconds, session, doing)
         _finish_rank(given, session, graph, trace)
         return
+    timeout_s = options["timeout"]
+    hub = meet(place, timeout_s)
     prepared = prepared_of(given, place.local_rank)
     fingerprint = prepared.graph.fingerprint()
-    session = Session.join(place, options["timeout"], prepared.device, fingerprint)
+    session = Session.join(place, timeout_s, prepared.device, fingerprint, hub)
     result = distributed.run_rank(
         prepared.graph, prepared.pipeline.network, prepared.request, session, doing
     )
@@ -532,6 +547,7 @@ def _report(
         "clock_residual_s": float(meta.get("clock_residual_s", 0.0)),
         "ranks": [asdict(each) for each in by_rank(trace)],
         "machines": machines,
+        "notes": [] if "offload=" not in given.spec else [RESIDENT],
         "files": [],
     }
     target = given.options["output_dir"]
@@ -568,6 +584,8 @@ def _print_summary(given: Given, summary: Mapping[str, Any]) -> None:
     typer.echo("\n".join(plain(header, rows)) + "\n")
     loop = seconds(summary["stages"]["denoise_s"])
     typer.echo(f"Took {seconds(summary['latency_s'])}, of that the denoising loop {loop}.")
+    for note in summary["notes"]:
+        typer.echo(f"Note: {note}.")
     if summary["files"]:
         typer.echo(f"Written to {given.options['output_dir']}: {', '.join(summary['files'])}.")
 

@@ -46,7 +46,7 @@ TIMEOUT_S = 120.0
 WORKLOAD = ("height", "width", "frames", "steps", "batch")
 ELSEWHERE = {
     "compile_": False, "kernels": None, "guidance_scale": None, "embeddings": None, "prompt": None,
-    "negative_prompt": "",
+    "image": None, "negative_prompt": "",
 }  # fmt: skip
 """Options of ``paradiff run`` that this command does not have."""
 
@@ -132,12 +132,14 @@ def _check_device(device: str, gpu: str | None) -> None:
 def _rank(given: Given, place: Place, doing: dict[str, str]) -> None:
     """One of several processes: all measure and run, the first compares."""
     from paradiff.cli.measure_here import measure_here
-    from paradiff.executor.session import Session
+    from paradiff.executor.session import Session, meet
 
-    options = given.options
+    options, timeout_s = given.options, given.options["timeout"]
     _pin(given, place.local_rank)
+    hub = meet(place, timeout_s)
     prepared = prepared_of(given, place.local_rank)
-    session = Session.join(place, options["timeout"], prepared.device, prepared.graph.fingerprint())
+    fingerprint = prepared.graph.fingerprint()
+    session = Session.join(place, timeout_s, prepared.device, fingerprint, hub)
     again = options["measure_again"]
     measured = measure_here(given.job(place.local_rank), prepared, session, again=again)
     runs = runs_of(prepared, session, options["warmup_runs"], options["repeats"], doing)

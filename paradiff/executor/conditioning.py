@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -66,8 +67,11 @@ def encode_prompt(
     call = inspect.signature(pipe.__call__).parameters
     height, width, frames = size
     batch = shape["b"]
+    takes = "image" if "image" in call and "prompt" not in call else "prompt"
+    if (takes == "image") is not isinstance(prompt, Image.Image):
+        raise ValueError(f"{network.profile.name} takes a{'n' * (takes == 'image')} {takes}")
     wanted = {
-        "image" if "image" in call and "prompt" not in call else "prompt": prompt,
+        takes: prompt,
         "negative_prompt": negative_prompt,
         "height": height,
         "width": width,
@@ -79,7 +83,8 @@ def encode_prompt(
         **dict.fromkeys((name for name in call if name.endswith("_per_prompt")), batch),
     }
     if network.profile.geometry.guidance == "embedded":
-        wanted["guidance_scale"] = guidance_scale or pipeline.guidance_scale
+        own = pipeline.guidance_scale
+        wanted["guidance_scale"] = own if guidance_scale is None else guidance_scale
     with quiet():
         inputs = {name: wanted[name] for name in wanted if name in call}
         calls = _first_calls(network, lambda: pipe(**inputs))

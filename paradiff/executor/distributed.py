@@ -53,10 +53,12 @@ def run_rank(
 
     def walk(steps: list[Step]) -> list[Span]:
         if session.device.type == "cuda":
+            dist.barrier()
             return on_cuda(steps, run.perform, session.device, session.rank, run.tensors)
         return _threads(steps, run.perform, session, doing)
 
     result = run.run(walk)
+    session.arrive("ran")  # a rank may still decode
     return Result(
         _collected(session, result.latents),
         merged_trace(session, graph, result.trace.spans),
@@ -74,11 +76,9 @@ def run_timed(
     graph.validate()
     _sleep_exactly()
     timed = _Timed(session, channels(session, graph), seconds)
-    return merged_trace(
-        session,
-        graph,
-        tuple(_threads(program(graph, session.rank), timed.perform, session, doing)),
-    )
+    spans = _threads(program(graph, session.rank), timed.perform, session, doing)
+    session.arrive("ran")
+    return merged_trace(session, graph, tuple(spans))
 
 
 def _sleep_exactly() -> None:

@@ -32,7 +32,7 @@ from paradiff.executor.payload import (
     parse_spans,
     take_rows,
 )
-from paradiff.executor.schedulers import WITHOUT_MEMORY, Schedule, has_memory
+from paradiff.executor.schedulers import WITHOUT_MEMORY, GuidanceScale, Schedule, has_memory
 from paradiff.executor.streams import Progress, Step, on_cuda, program, take_turns
 from paradiff.executor.transfers import transfer
 from paradiff.graph import Instance, Op, Ref, ScheduleGraph
@@ -81,7 +81,7 @@ class Request:
     conditioning: Sequence[Conditioning]
     scheduler: Any
     seed: int = 0
-    guidance_scale: float = 5.0
+    guidance_scale: GuidanceScale = 5.0
     dtype: torch.dtype = torch.float64
     decode: Callable[[Tensor], Tensor] | None = None
     strips: Decoder | None = None

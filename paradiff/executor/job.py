@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch.utils._pytree import tree_map
 
 from paradiff.executor.conditioning import encode_prompt, read_conditioning
@@ -18,7 +19,7 @@ from paradiff.executor.interpreter import Request, Result, check_executable, run
 from paradiff.executor.loading import Pipeline, load
 from paradiff.executor.network import Conditioning, random_conditioning
 from paradiff.executor.outputs import decoder, write_outputs
-from paradiff.executor.schedulers import check_scheduler, scheduler_named
+from paradiff.executor.schedulers import GuidanceScale, check_scheduler, scheduler_named
 from paradiff.executor.streams import Progress
 from paradiff.graph import ScheduleGraph
 from paradiff.models.interception import compile_between_points
@@ -60,6 +61,7 @@ class Job:
     embeddings: Path | None = None
     prompt: str | None = None
     negative_prompt: str = ""
+    image: Path | None = None
     planned: tuple[str, int] | None = None
 
 
@@ -111,9 +113,7 @@ def prepare(
         ],
         scheduler=scheduler,
         seed=job.seed,
-        guidance_scale=(
-            pipeline.guidance_scale if job.guidance_scale is None else job.guidance_scale
-        ),
+        guidance_scale=_guidance(job, pipeline),
         dtype=DTYPES[job.dtype],
         decode=decoder(pipeline, tile=_tile(spec)),
         strips=strip_decoder(pipeline) if spec.options.get("vae") == "split" else None,
@@ -122,6 +122,14 @@ def prepare(
     if job.is_compiled:
         compile_between_points(network.model, network.point_of)
     return Prepared(pipeline, graph, request, job.device)
+
+
+def _guidance(job: Job, pipeline: Pipeline) -> GuidanceScale:
+    """As asked for: where the pipeline's grows over the frames, that of the last frame."""
+    own, asked = pipeline.guidance_scale, job.guidance_scale
+    if asked is None:
+        return own
+    return (min(own[0], asked), asked) if isinstance(own, tuple) else asked
 
 
 def _tile(spec: Spec) -> int | None:
@@ -152,19 +160,30 @@ def _conditioning(job: Job, pipeline: Pipeline, workload: Workload, seed: int) -
     if pipeline.encode is not None:
         given = pipeline.encode(job.prompt, workload.batch, seed, dtype)
         return tree_map(lambda t: t.to(job.device), given)
-    if job.prompt is not None:
+    if job.prompt is not None or job.image is not None:
         return encode_prompt(
             pipeline,
             shape,
             size,
-            job.prompt,
+            job.prompt if job.image is None else _read_image(job.image),
             negative_prompt=job.negative_prompt,
             guidance_scale=job.guidance_scale,
             seed=seed,
         )
     branches = 2 if network.profile.geometry.guidance == "cfg" else 1
-    given = random_conditioning(network, {**shape, "b": branches * shape["b"]}, seed, dtype)
+    shape = {**shape, "b": branches * shape["b"]}
+    scale = {} if job.guidance_scale is None else {"guidance_scale": job.guidance_scale}
+    given = random_conditioning(network, shape, seed, dtype, **scale)
     return tree_map(lambda t: t.to(job.device) if isinstance(t, torch.Tensor) else t, dict(given))
+
+
+def _read_image(file: Path) -> Image.Image:
+    """Raises ValueError for what is no picture."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file}: not readable as an image: {error}") from None
 
 
 def workload_of(job: Job, profile: Profile) -> Workload:

@@ -1,6 +1,6 @@
 """Starts a run's ranks through torchrun, watches them, and says in one message how they failed.
 
-Each rank keeps a status file (``session.Heartbeat``). This process reads them, and nothing here needs
+Each rank keeps a status file (``heartbeat.Heartbeat``). This process reads them, and nothing here needs
 torch. Whatever happens, no rank outlives the launch.
 """
 
@@ -25,8 +25,8 @@ STATUS = "PARADIFF_STATUS"
 """Environment variable: the folder that ranks keep their status files in."""
 POLL_S = 0.1
 GRACE_S = 2.0
-START_S = 120.0
-"""How long ranks may take to import everything and say their first word."""
+START_S = 30.0
+"""How long torchrun and the ranks may take to start, until a rank says its first word."""
 
 Status = Mapping[str, Any]
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from paradiff.config import find
 from paradiff.executor.network import Conditioning, Network
+from paradiff.executor.schedulers import GuidanceScale
 from paradiff.models.catalogue import CATALOGUE
 from paradiff.models.encoders import SCHEDULERS, TRANSFORMERS, VAES
 from paradiff.models.plans import Plan, plan_for
@@ -75,7 +76,7 @@ class Pipeline:
 
     network: Network
     scheduler: Any
-    guidance_scale: float
+    guidance_scale: GuidanceScale
     vae: nn.Module | None = None
     vocoder: nn.Module | None = None
     folder: Path | None = None
@@ -163,11 +164,13 @@ def pipeline_class(model: nn.Module) -> Any:
     return getattr(diffusers, name)
 
 
-def _guidance_scale(model: nn.Module) -> float:
-    """The default of the pipeline's call. (SVD's grows over the frames: its largest.)"""
+def _guidance_scale(model: nn.Module) -> GuidanceScale:
+    """The default of the pipeline's call (SVD's grows over the frames)."""
     parameters = inspect.signature(pipeline_class(model).__call__).parameters
-    name = "guidance_scale" if "guidance_scale" in parameters else "max_guidance_scale"
-    return float(parameters[name].default)
+    if "guidance_scale" in parameters:
+        return float(parameters["guidance_scale"].default)
+    first, last = (float(parameters[f"{m}_guidance_scale"].default) for m in ("min", "max"))
+    return first, last
 
 
 # ------------------------------------------------------------------------------------------ names

@@ -228,13 +228,17 @@ def for_branch(given: Conditioning, branch: str) -> Conditioning:
 
 
 def random_conditioning(
-    network: Network, shape: Mapping[str, int], seed: int, dtype: torch.dtype
+    network: Network,
+    shape: Mapping[str, int],
+    seed: int,
+    dtype: torch.dtype,
+    guidance_scale: float = 3.5,
 ) -> Conditioning:
     """Random embeddings of the sizes that the class takes at ``shape``; masks leave out the last tokens,
     of every sample another number.
 
     ``shape["b"]`` counts both guidance branches. For models with random weights, where no text
-    encoder is meant.
+    encoder is meant. ``guidance_scale`` is for those that are told it.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -253,7 +257,7 @@ def random_conditioning(
             kind = dtype if given[name].is_floating_point() else given[name].dtype
             filled[name] = _padded(*given[name].shape).to(kind)
         elif name == "guidance":
-            filled[name] = torch.full_like(filled[name], 3.5)
+            filled[name] = torch.full_like(filled[name], guidance_scale)
     if network.class_name == "UNetSpatioTemporalConditionModel":
         b, f, channels, r, w = latent.shape
         extra = channels - network.profile.geometry.channels

@@ -33,7 +33,7 @@ class Place:
 
         None where there are neither. A batch script is no step, nor is a step of one task: in both
         ``paradiff run`` is a process of its own, although ``SLURM_PROCID`` is set. Raises ValueError for
-        half of the names.
+        half of the names, and for ranks that are none.
         """
         if "RANK" not in environment:
             if environment.get("SLURM_STEP_NUM_TASKS", "1") == "1":
@@ -50,6 +50,10 @@ class Place:
             local, port = int(environment.get("LOCAL_RANK", rank)), int(environment["MASTER_PORT"])
         except ValueError as error:
             raise ValueError(f"RANK, WORLD_SIZE, LOCAL_RANK, MASTER_PORT: {error}") from None
+        if not 0 <= rank < world or not 0 <= local < world:
+            raise ValueError(
+                f"RANK {rank}, LOCAL_RANK {local} of WORLD_SIZE {world}: allowed are 0 to {world - 1}"
+            )
         hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return cls(rank, world, local, environment["MASTER_ADDR"], port, hosted)
 

@@ -25,6 +25,8 @@ from torch import Tensor
 from paradiff.executor.payload import Span
 from paradiff.models.interception import TorchWith
 
+GuidanceScale = float | tuple[float, float]
+"""One for all, or that of the first and that of the last frame, between which it grows evenly."""
 NAMES: Mapping[str, str] = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -178,7 +180,7 @@ class Schedule:
         tokens: int,
         sizes: Sequence[int],
         seed: int,
-        guidance_scale: float,
+        guidance_scale: GuidanceScale,
     ) -> None:
         check_scheduler(scheduler, steps)
         self._template = deepcopy(scheduler)
@@ -191,7 +193,7 @@ class Schedule:
         self._scaler = deepcopy(self._template)
         self._running: dict[tuple[int, int | None], _Running] = {}
         self._sizes, self._seed = sizes, seed
-        self._guidance_scale = guidance_scale
+        self._guidance_scale = _by_frame(guidance_scale, sizes)
 
     def initial(self, replica: int) -> Tensor:
         """The latent that a replica begins with, in float64."""
@@ -212,7 +214,10 @@ class Schedule:
     def guided(self, branches: list[Tensor]) -> Tensor:
         """Classifier-free guidance of (uncond, cond), or of both along the batch."""
         uncond, cond = branches if len(branches) == 2 else branches[0].chunk(2)
-        return uncond + self._guidance_scale * (cond - uncond)
+        scale = self._guidance_scale
+        if isinstance(scale, Tensor):
+            scale = scale.to(uncond)
+        return uncond + scale * (cond - uncond)
 
     def step(
         self,
@@ -245,6 +250,13 @@ class Schedule:
                 prediction, self.timestep(step), x, return_dict=False
             )[0]
         return after
+
+
+def _by_frame(scale: GuidanceScale, sizes: Sequence[int]) -> float | Tensor:
+    """What to multiply with: of a latent (batch, frames, channels, rows, width), frame by frame."""
+    if not isinstance(scale, tuple):
+        return scale
+    return torch.linspace(*scale, sizes[1]).view(1, -1, 1, 1, 1)
 
 
 def _set_timesteps(scheduler: Any, steps: int) -> None:

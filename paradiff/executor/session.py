@@ -11,10 +11,11 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from threading import Event, Thread
+from threading import Thread
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from paradiff.executor.faults import OtherGraph, RanksMissing, ranks_text
 from paradiff.executor.machine import facts
 from paradiff.executor.place import Place
 
-HEARTBEAT_S = 0.25
 CLOCK_ROUNDS = 12
+ALIVE_S = 1.0
+"""How often a rank says that it lives."""
 Group = Any
 
 
@@ -57,31 +59,18 @@ class Session:
         return "nccl" if self.device.type == "cuda" else "gloo"
 
     @classmethod
-    def join(cls, place: Place, timeout_s: float, device: str, hello: str) -> Session:
-        """Meet the others. ``hello`` must be the same on all ranks (the graph's fingerprint).
+    def join(
+        cls, place: Place, timeout_s: float, device: str, hello: str, hub: Any = None
+    ) -> Session:
+        """Meet the others (at ``hub``, where this rank has met them before it had loaded anything).
 
-        Raises RanksMissing, naming them, after ``timeout_s``; OtherGraph where a rank says another
-        ``hello``. Host messages go over gloo whatever the device.
+        ``hello`` must be the same on all ranks (the graph's fingerprint). Raises RanksMissing, naming
+        them; OtherGraph where a rank says another ``hello``. Host messages go over gloo whatever the
+        device.
         """
-        timeout = timedelta(seconds=timeout_s)
-        try:
-            hub = dist.TCPStore(
-                place.address,
-                place.port,
-                place.world_size,
-                is_master=place.rank == 0 and not place.is_store_hosted,
-                timeout=timeout,
-                wait_for_workers=False,
-            )
-        except (RuntimeError, dist.DistError) as error:
-            raise RanksMissing(
-                f"rank 0 does not answer at {place.address}:{place.port} within {timeout_s:g} s"
-                f" ({' '.join(str(error).split())[:80]})"
-            ) from None
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        own = torch.device(device)
-        session = cls(place, timeout_s, own, dist.PrefixStore(f"paradiff/{attempt}", hub))
-        said = session.agree("hello", hello)
+        store = meet(place, timeout_s) if hub is None else hub
+        session = cls(place, timeout_s, torch.device(device), store)
+        said = session.agree("hello", hello, patient=True)
         others = [rank for rank, text in said.items() if text != said[0]]
         if others:
             raise OtherGraph(
@@ -94,35 +83,49 @@ class Session:
             store=dist.PrefixStore("groups", session.store),
             rank=place.rank,
             world_size=place.world_size,
-            timeout=timeout,
+            timeout=timedelta(seconds=timeout_s),
         )
         session._compare_clocks()
         return session
 
     def leave(self) -> None:
-        """The ordinary end: all ranks come here."""
+        """The ordinary end: all ranks come here, whatever they still had to do."""
+        self.arrive("leave")
         dist.barrier()
         dist.destroy_process_group()
 
     # ------------------------------------------------------------------------------ small facts
 
-    def agree(self, key: str, value: str, ranks: Iterable[int] | None = None) -> dict[int, str]:
+    def arrive(self, where: str) -> None:
+        """Wait until all ranks are here, as long as those that are not live. Raises RanksMissing."""
+        self.agree(f"{where}/{self.next_round()}", "", patient=True)
+
+    def agree(
+        self, key: str, value: str, ranks: Iterable[int] | None = None, *, patient: bool = False
+    ) -> dict[int, str]:
         """Say ``value`` under ``key`` and hear what each of ``ranks`` (default: all) says.
 
-        Polls, so that other threads can use the store meanwhile. Raises RanksMissing.
+        Waits ``timeout_s`` for a rank; ``patient``: since it last said that it lives. Polls, so that
+        other threads can use the store meanwhile. Raises RanksMissing.
         """
         members = range(self.world_size) if ranks is None else ranks
         names = {rank: f"{key}/{rank}" for rank in members}
         self.store.set(f"{key}/{self.rank}", value)
-        deadline, pause = time.monotonic() + self.timeout_s, 0.0002
+        begin, pause = time.monotonic(), 0.0002
+        looked, lives = begin, dict.fromkeys(members, 0)
+        since = dict.fromkeys(members, begin)
         absent = dict(names)
-        while absent:
-            absent = {rank: n for rank, n in absent.items() if not self.store.check([n])}
-            if absent and time.monotonic() > deadline:
-                raise RanksMissing(f"{ranks_text(absent)} did not come within {self.timeout_s:g} s")
-            if absent:
-                time.sleep(pause)
-                pause = min(2 * pause, 0.01)
+        while absent := {rank: n for rank, n in absent.items() if not self.store.check([n])}:
+            now = time.monotonic()
+            if patient and now - looked > ALIVE_S:
+                looked, found = now, {rank: self.store.add(alive(rank), 0) for rank in absent}
+                since |= {rank: now for rank, count in found.items() if count != lives[rank]}
+                lives |= found
+            late = [rank for rank in absent if now - since[rank] > self.timeout_s]
+            if late:
+                raise RanksMissing(f"{ranks_text(late)} did not come within {self.timeout_s:g} s")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.01)
         return {rank: self.store.get(name).decode() for rank, name in names.items()}
 
     def gather(self, own: Tensor) -> list[Tensor]:
@@ -161,12 +164,25 @@ class Session:
 
     # ------------------------------------------------------------------------------ groups
 
-    def group(self, stream: str, ranks: Sequence[int]) -> Group:
-        """The process group of ``ranks`` for one stream; all ranks ask for all groups, in one order."""
+    def group(self, stream: str, ranks: Sequence[int], *, is_message: bool = False) -> Group:
+        """The process group of ``ranks`` for one stream; all ranks ask for all groups, in one order.
+
+        Its first call is made here: NCCL then makes its communicator, for which it waits for all of
+        them, and which must not happen in the middle of an exchange. ``is_message``: from the first
+        rank to the second.
+        """
         key = (stream, tuple(ranks))
         if key not in self._groups:
             timeout = timedelta(seconds=self.timeout_s)
-            self._groups[key] = dist.new_group(sorted(ranks), timeout=timeout, backend=self.backend)
+            made = dist.new_group(sorted(ranks), timeout=timeout, backend=self.backend)
+            self._groups[key] = made
+            byte = torch.zeros(1, dtype=torch.uint8, device=self.device)
+            if not is_message and self.rank in ranks:
+                dist.all_reduce(byte, group=made)
+            elif self.rank == ranks[0]:
+                dist.send(byte, ranks[1], group=made)
+            elif self.rank == ranks[1]:
+                dist.recv(byte, ranks[0], group=made)
         return self._groups[key]
 
     # ------------------------------------------------------------------------------ clocks
@@ -200,48 +216,41 @@ class Session:
         return self._rounds
 
 
-@dataclass
-class Heartbeat:
-    """Tells the launcher, and whoever reads the file, what this rank is doing and how it ended.
+def meet(place: Place, timeout_s: float) -> Any:
+    """The store of all ranks, where this one says from now on that it lives.
 
-    ``doing`` gives the ops in hand. The file is replaced whole, so a reader never sees half of it.
+    Raises RanksMissing where rank 0 does not answer within ``timeout_s``.
     """
+    try:
+        hub = dist.TCPStore(
+            place.address,
+            place.port,
+            place.world_size,
+            is_master=place.rank == 0 and not place.is_store_hosted,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )
+    except (RuntimeError, dist.DistError) as error:
+        raise RanksMissing(
+            f"rank 0 does not answer at {place.address}:{place.port} within {timeout_s:g} s"
+            f" ({' '.join(str(error).split())[:80]})"
+        ) from None
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"paradiff/{attempt}", hub)
+    Thread(target=_say_alive, args=(store, place.rank), daemon=True).start()
+    return store
 
-    path: str
-    rank: int
-    doing: Callable[[], Mapping[str, str]]
-    _stop: Event = field(default_factory=Event)
-    _thread: Thread | None = None
 
-    def start(self) -> None:
-        self._write({"state": "running"})
-        self._thread = Thread(target=self._beat, daemon=True)
-        self._thread.start()
+def alive(rank: int) -> str:
+    """The name that a rank counts up while it lives."""
+    return f"alive/{rank}"
 
-    def finish(self, state: str, message: str = "", **more: Any) -> None:
-        """The last word of this rank."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        self._write({"state": state, "message": message, **more})
 
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_S):
-            self._write({"state": "running"})
-
-    def _write(self, facts: Mapping[str, Any]) -> None:
-        whole = {
-            "rank": self.rank,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "time_s": time.time(),
-            "doing": dict(self.doing()),
-            **facts,
-        }
-        temporary = f"{self.path}.{os.getpid()}"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(whole, file)
-        os.replace(temporary, self.path)
+def _say_alive(store: Any, rank: int) -> None:
+    with suppress(RuntimeError):  # the store has gone, and with it who would ask
+        while True:
+            store.add(alive(rank), 1)
+            time.sleep(ALIVE_S)
 
 
 def on_device(buffer: Tensor, device: torch.device) -> Tensor:

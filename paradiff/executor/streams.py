@@ -190,7 +190,8 @@ def on_cuda(
     in_turn: bool = False,
 ) -> list[Span]:
     """Issue in canonical order, one CUDA stream for each stream of each rank (``in_turn``: one for all,
-    so that one op has the device at a time); times are the device's.
+    so that one op has the device at a time). Times are the device's: of one ``rank``, readings of this
+    process's clock (as of ``Threads``), of all ranks, from the start on.
 
     ``tensors`` gives what an op reads: memory of one stream that another uses must not be reused early.
     """
@@ -200,6 +201,8 @@ def on_cuda(
     torch.cuda.synchronize(device)
     origin = torch.cuda.Event(enable_timing=True)
     origin.record(torch.cuda.current_stream(device))
+    origin.synchronize()
+    zero_s = 0.0 if rank is None else perf_counter()
     for step in steps:
         op = step.instance.op
         at = op.ranks[0] if rank is None else rank
@@ -219,19 +222,21 @@ def on_cuda(
         ends[step.number] = end
         marks.append((step, begin, end))
     torch.cuda.synchronize(device)
-    return list(_cuda_spans(marks, origin, rank))
+    return list(_cuda_spans(marks, origin, zero_s, rank))
 
 
 def _cuda_spans(
     marks: Sequence[tuple[Step, torch.cuda.Event, torch.cuda.Event]],
     origin: torch.cuda.Event,
+    zero_s: float,
     rank: int | None,
 ) -> Iterator[Span]:
-    ends: Mapping[int, float] = {
-        step.number: origin.elapsed_time(end) / 1e3 for step, _, end in marks
-    }
+    def reading_s(event: torch.cuda.Event) -> float:
+        return zero_s + origin.elapsed_time(event) / 1e3
+
+    ends: Mapping[int, float] = {step.number: reading_s(end) for step, _, end in marks}
     for step, begin, _ in marks:
-        start_s = origin.elapsed_time(begin) / 1e3
+        start_s = reading_s(begin)
         end_s = max(ends[step.number], start_s)
         ready_s = max((ends[n] for n in step.before), default=start_s)
         ranks = step.instance.op.ranks if rank is None else (rank,)

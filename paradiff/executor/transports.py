@@ -58,13 +58,14 @@ class Channel:
         if op.kind == "permute":
             after = (*op.ranks[1:], op.ranks[0])
             for source, destination in zip(op.ranks, after, strict=True):
-                edge = session.group(f"{op.stream}.{source}-{destination}", (source, destination))
+                name = f"{op.stream}.{source}-{destination}"
+                edge = session.group(name, (source, destination), is_message=True)
                 if session.rank == source:
                     channel.onward = edge
                 if session.rank == destination:
                     channel.backward = edge
         else:
-            channel.group = session.group(op.stream, op.ranks)
+            channel.group = session.group(op.stream, op.ranks, is_message=op.kind == "p2p")
         return channel
 
     @property

@@ -19,6 +19,7 @@ from paradiff.executor import loading
 from paradiff.executor.conditioning import _flat, encode_prompt, read_conditioning
 from paradiff.executor.interpreter import Request, run_graph
 from paradiff.executor.loading import Pipeline, load
+from paradiff.executor.schedulers import GuidanceScale
 from paradiff.strategies import Workload, build, parse_spec
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
@@ -88,9 +89,11 @@ def test_a_run_equals_the_pipeline(loaded: Any, name: str) -> None:
     inputs: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": 4.0}
     if name == "flux1-dev":
         del inputs["negative_prompt"]
-    if name == "svd":  # guidance grows over the frames in its pipeline, here it is one number
+    scale: GuidanceScale = 4.0
+    if name == "svd":  # guidance grows over the frames
         prompt = Image.radial_gradient("L").resize((SIZE, SIZE)).convert("RGB")
-        scales = {"min_guidance_scale": 4.0, "max_guidance_scale": 4.0}
+        scale = 1.5, 4.0
+        scales = {"min_guidance_scale": 1.5, "max_guidance_scale": 4.0}
         generator = torch.Generator().manual_seed(7)
         inputs = {"image": prompt, "num_frames": 3, "generator": generator, **scales}
     if name == "wan2.1-1.3b":
@@ -100,7 +103,7 @@ def test_a_run_equals_the_pipeline(loaded: Any, name: str) -> None:
         seed=7,
     )  # fmt: skip
     request = Request(
-        conditioning=[given], scheduler=ours.scheduler, seed=3, guidance_scale=4.0,
+        conditioning=[given], scheduler=ours.scheduler, seed=3, guidance_scale=scale,
         dtype=torch.float32,
     )  # fmt: skip
     graph = build(parse_spec("serial"), profile, workload)

@@ -211,3 +211,41 @@ def test_status_files_are_whole(tmp_path: Path) -> None:
             for path in (tmp_path / "status").glob("rank-*.json"):
                 json.loads(path.read_text())
         assert process.returncode == 0
+
+
+MEETING = """
+import sys, time
+from paradiff.executor.faults import RanksMissing
+from paradiff.executor.place import Place
+from paradiff.executor.session import Session, meet
+place, late_s, goes = Place.of_environment(), float(sys.argv[1]), sys.argv[2] == "goes"
+hub = meet(place, 2.0)
+time.sleep(late_s * place.rank)
+session = Session.join(place, 2.0, "cpu", "hello", hub)
+if goes and place.rank == 1:
+    import os
+    os._exit(0)
+begin = time.monotonic()
+time.sleep(late_s * (1 - place.rank))
+try:
+    session.leave()
+except RanksMissing as error:
+    print(error, time.monotonic() - begin < 15)
+"""
+
+
+@pytest.mark.parametrize(("late_s", "goes"), [(5, False), (0, True)])
+def test_who_lives_is_waited_for(late_s: float, goes: bool, tmp_path: Path) -> None:
+    """Loading, or decoding, longer than the timeout is no fault; to have gone is."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    arguments = [sys.executable, "-c", MEETING, str(late_s), "goes" if goes else "stays"]
+    ranks = [
+        subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(tmp_path, RANK=str(rank), **place),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert said[0][0] == ("rank 1 did not come within 2 s True\n" if goes else ""), said

@@ -139,6 +139,8 @@ def test_compiled_regions_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_
         (["--model", "sd21", "--device", "cuda"], 2, "torch sees no GPU"),
         (["--model", "sd21", "--embeddings", "x", "--prompt", "y"], 2, "give one of them"),
         (["--model", "sd21", "--prompt", "y"], 2, "needs text encoders"),
+        (["--model", "svd", "--image", "no.png"], 2, "no.png: not readable as an image"),
+        (["--model", "svd", "--image", "x", "--prompt", "y"], 2, "--prompt and --image: give one"),
         (["--model", "sd21", "--scheduler", "flow-match-euler"], 2, "flow-match"),
         (["--model", "sd21", "--steps", "2000"], 2, "allowed: 1 to 1000"),
         (["--model", "sd21", "--strategy", "ulysses=2"], 3, "nearest: patch=2"),
