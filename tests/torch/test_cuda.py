@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map
 from typer.testing import CliRunner
 
 from paradiff.cli import app
-from paradiff.executor.interpreter import run_graph
+from paradiff.executor.interpreter import Result, run_graph
+from paradiff.executor.job import Job, prepare
 from paradiff.executor.network import Network
 from paradiff.executor.sequence import attend
 from paradiff.trace import check_trace, read_chrome_trace
@@ -35,17 +36,24 @@ CASES = [
     ("sd21", "serial"),
     ("sd21", "cfg=2"),
     ("sd21", "patch=4"),
+    ("sd21", "patch=2,mode=naive"),
     ("sd21", "distrifusion=4,warmup=1"),
     ("sd21", "pcpp=4,warmup=1"),
     ("sd21", "asyncdiff=3,warmup=1,stride=2"),
     ("sd21", "parastep=4,warmup=1"),
+    ("sd21", "batchstep=2,warmup=1"),
+    ("sd21", "cfg=2,streambatch=2"),
     ("svd", "distrifusion=2,warmup=1"),
     ("pixart-alpha", "pipefusion=4,patches=4"),
+    ("pixart-alpha", "cfg=2,pipefusion=2,patches=4,ulysses=2"),
     ("sd3-medium", "ulysses=2,ring=2"),
+    ("sd3-medium", "tensor=2"),
+    ("sd3-medium", "cfg=2,cache=2"),
     ("flux1-dev", "pipefusion=2,patches=4,text=per_patch"),
     ("cogvideox-2b", "cfg=2,ulysses=2"),
     ("hunyuandit", "pipefusion=2,patches=2"),
     ("wan2.1-1.3b", "ring=2"),
+    ("wan2.1-1.3b", "tensor=2"),
 ]
 
 
@@ -67,6 +75,16 @@ def test_streams_compute_what_the_cpu_computes(name: str, spec: str) -> None:
     check_trace(graph, result.trace)
     expected = execute(name, graph).latents[0]
     assert plain.relative(result.latents[0].cpu(), expected) < 1e-10
+
+
+def test_strips_of_a_picture_are_those_of_the_cpu() -> None:
+    def ran(device: str) -> Result:
+        job = Job("tiny-sd21", "patch=2,vae=split", steps=2, dtype="fp64", device=device)
+        return prepare(job).in_process()
+
+    ours, expected = ran("cuda"), ran("cpu")
+    assert plain.relative(ours.latents[0].cpu(), expected.latents[0]) < 1e-10
+    assert plain.relative(ours.decoded[0].cpu(), expected.decoded[0]) < 1e-10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
