@@ -277,11 +277,14 @@ class _Run:
             self.values[key] = payload
 
     def _transfer(self, instance: Instance) -> None:
-        op = instance.op
+        op, tags = instance.op, dict(instance.op.tags)
         reads = [
             (self.buffers[ref.buffer].rank, self.values[_key(ref, instance.base)])
             for ref in self._here(op.reads)
         ]
+        if "cached" in tags:  # a block of a ring: what a stage has cached for the one layer
+            mine = (None, int(tags["cached"]))
+            reads = [(rank, tuple(x for x in own if x.point in mine)) for rank, own in reads]
         writes = list(self._here(op.writes))
         targets = [self.buffers[ref.buffer].rank for ref in writes]
         for ref, payload in zip(writes, self.transfer(instance, reads, targets), strict=True):

@@ -313,6 +313,7 @@ class Builder:
         *,
         step: int = 0,
         channel: str = "comm",
+        tags: Tags = (),
     ) -> None:
         """A collective of ``ranks`` on the stream of their group."""
         group = "-".join(map(str, ranks))
@@ -326,6 +327,7 @@ class Builder:
             writes=writes,
             step=step,
             nbytes=nbytes,
+            tags=tags,
         )
 
     def send(

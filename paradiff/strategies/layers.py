@@ -325,6 +325,10 @@ class _Exchange:
         """What a rank gives to the ring: its fresh K and V and, in a pipeline, what it has cached."""
         return [*self.own(rank), *(cache or {}).get(rank, ())]
 
+    def cached(self, cache: Cache | None) -> Tags:
+        """Of a cache that holds all layers of a stage, the ring takes what belongs to this one."""
+        return () if cache is None else (("cached", str(self.at)),)
+
     def gather_ring(self, keys: int, cache: Cache | None) -> None:
         """diffusers' ring: one all-gather of K and V, then a local loop over the blocks."""
         size = self.block_bytes(keys)
@@ -339,6 +343,7 @@ class _Exchange:
                 [self.ref("kvall", r, size=(self.sp.ring - 1) * size) for r in group],
                 step=self.forward.step,
                 channel="ring",
+                tags=self.cached(cache),
             )
         for rank in self.forward.ranks:
             self.forward.need(rank, self.ref("kvall", rank, size=(self.sp.ring - 1) * size))
@@ -371,6 +376,7 @@ class _Exchange:
                     writes=[ref for r in group for ref in block(j + 1, r)],
                     step=self.forward.step,
                     nbytes=size,
+                    tags=self.cached(cache),
                 )
             share = self.build.shape(
                 rows // sp.ring,

@@ -7,7 +7,7 @@ squares are priced in float32, and have the type of the run where that is wider.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from paradiff.executor import interpreter
 from paradiff.executor.packing import packed
 from paradiff.executor.payload import Payload
+from paradiff.executor.transports import Reads
 from paradiff.graph import Instance, Op
 
 FLOAT32_BYTES = 4
@@ -29,15 +30,21 @@ def weighed() -> Iterator[Counter[str]]:
     class Weighed(interpreter._Run):
         def _transfer(self, instance: Instance) -> None:
             op, sent = instance.op, defaultdict[int, list[Payload]](list)
-            for ref in op.reads:
-                key = interpreter._key(ref, instance.base)
-                sent[self.buffers[ref.buffer].rank].append(self.values[key])
+            transfer = self.transfer
+
+            def noting(instance: Instance, reads: Reads, targets: Sequence[int]) -> list[Payload]:
+                for rank, payload in reads:
+                    sent[rank].append(payload)
+                return transfer(instance, reads, targets)
+
+            self.transfer = noting
+            super()._transfer(instance)
+            self.transfer = transfer
             speaks_alone = op.kind == "p2p" or op.call == "broadcast"
             senders = op.ranks[:1] if speaks_alone else op.ranks
             weights = {rank: weight(op, sent[rank]) for rank in senders}
             assert weights == dict.fromkeys(senders, op.nbytes), (op.name, op.nbytes, weights)
             found[op.call or op.kind] += 1
-            super()._transfer(instance)
 
     with mock.patch.object(interpreter, "_Run", Weighed):
         yield found
