@@ -9,13 +9,11 @@ step.
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import diffusers
 import numpy as np
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor
 
 from paradiff.executor.payload import Span
-from paradiff.models.interception import TorchWith
+from paradiff.models.interception import at_step, drawing, precise
 
 GuidanceScale = float | tuple[float, float]
 """One for all, or that of the first and that of the last frame, between which it grows evenly."""
@@ -130,17 +128,6 @@ def _misfit(name: str, own: Any) -> str | None:
     return None
 
 
-@contextmanager
-def _precise(scheduler: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Let a float64 latent keep its precision: several schedulers "upcast" what they get to float32."""
-    module = sys.modules[type(scheduler).__module__]
-    if dtype != torch.float64:
-        yield
-        return
-    with mock.patch.object(module, "torch", TorchWith(float32=torch.float64)):
-        yield
-
-
 class Noise:
     """Noise of a replica's whole latent, one draw after another, of which rows are taken: what a rank
     draws for some rows is what a pipeline with this seed draws there."""
@@ -207,8 +194,8 @@ class Schedule:
         """The latent as the network takes it at ``step``."""
         if not hasattr(self._scaler, "scale_model_input"):
             return x
-        self._scaler._step_index = step
-        with _precise(self._scaler, x.dtype):
+        at_step(self._scaler, step)
+        with precise(self._scaler, x.dtype):
             return self._scaler.scale_model_input(x, self.timestep(step))
 
     def guided(self, branches: list[Tensor]) -> Tensor:
@@ -245,7 +232,7 @@ class Schedule:
             f"rank {rank}, part {part}: scheduler at step {running.done}, graph at {step}"
         )
         running.done += 1
-        with _precise(running.scheduler, x.dtype), _drawing(running, rows):
+        with precise(running.scheduler, x.dtype), _drawing(running, rows):
             after: Tensor = running.scheduler.step(
                 prediction, self.timestep(step), x, return_dict=False
             )[0]
@@ -271,21 +258,15 @@ def _set_timesteps(scheduler: Any, steps: int) -> None:
     )
 
 
-@contextmanager
-def _drawing(running: _Running, rows: Span) -> Iterator[None]:
+def _drawing(running: _Running, rows: Span) -> AbstractContextManager[None]:
     """A stochastic scheduler (DDPM) adds its rows of what is drawn for the whole latent."""
-    module = sys.modules[type(running.scheduler).__module__]
-    if not hasattr(module, "randn_tensor"):
-        yield
-        return
 
     def draw(
         shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
     ) -> Tensor:
         return running.noise.draw()[..., rows[0] : rows[1], :].to(device, dtype)
 
-    with mock.patch.object(module, "randn_tensor", draw):
-        yield
+    return drawing(running.scheduler, draw)
 
 
 def _shift(config: Any, tokens: int) -> float:

@@ -1,4 +1,5 @@
-"""Running diffusers' own forward under a handler: the one file that leans on its private structure.
+"""Running diffusers' own forward under a handler: the one file that leans on its private structure (at
+the end, that of schedulers and decoders).
 
 ``intercept`` wraps ``module.forward`` per instance and patches one function,
 ``F.scaled_dot_product_attention``. The forward stays diffusers'; at every **exchange point** the
@@ -22,6 +23,7 @@ It does not know devices, ranks or costs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -638,3 +640,38 @@ def _tables(handler: Handler) -> Iterator[None]:
         routed(embeddings.CogVideoXPatchEmbed, "_get_positional_embeddings", Tensor.detach),
     ):
         yield
+
+
+# ------------------------------------------------------------------------- schedulers and decoders
+
+
+@contextmanager
+def precise(scheduler: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Let a float64 latent keep its precision: several schedulers "upcast" what they get to float32."""
+    if dtype != torch.float64:
+        yield
+        return
+    module = sys.modules[type(scheduler).__module__]
+    with mock.patch.object(module, "torch", TorchWith(float32=torch.float64)):
+        yield
+
+
+@contextmanager
+def drawing(scheduler: Any, draw: Callable[..., Tensor]) -> Iterator[None]:
+    """A scheduler that draws noise gets it from ``draw``, called as diffusers' ``randn_tensor``."""
+    module = sys.modules[type(scheduler).__module__]
+    if not hasattr(module, "randn_tensor"):
+        yield
+        return
+    with mock.patch.object(module, "randn_tensor", draw):
+        yield
+
+
+def at_step(scheduler: Any, step: int) -> None:
+    """Tell a scheduler which step it is asked about."""
+    scheduler._step_index = step
+
+
+def cached_convolutions(vae: Any) -> int:
+    """Convolutions of Wan's decoder that keep frames for the next chunk."""
+    return int(vae._cached_conv_counts["decoder"])

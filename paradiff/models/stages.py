@@ -14,6 +14,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from paradiff.models.interception import cached_convolutions
+
 DTYPE = torch.bfloat16
 """Models are built in it, since it is what they are run in: casts launch kernels, too."""
 
@@ -437,7 +439,7 @@ def call_wan_chunk(index: int) -> Callable[[tuple[Any, ...], Shape], Call]:
     def call(modules: tuple[Any, ...], s: Shape) -> Call:
         vae = modules[0]
         b, f, r, w = s["b"], s["f"], s["r"], s["w"]
-        cache = [None] * vae._cached_conv_counts["decoder"]
+        cache = [None] * cached_convolutions(vae)
         frame = empty(b, vae.config.z_dim, 1, r, w)
 
         def decode(x: Tensor, first: bool) -> Tensor:
