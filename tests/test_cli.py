@@ -322,7 +322,7 @@ def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
 def test_interrupt_is_130_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("analysis.close_up.close_up", interrupted)

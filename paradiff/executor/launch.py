@@ -25,6 +25,8 @@ STATUS = "PARADIFF_STATUS"
 """Environment variable: the folder that ranks keep their status files in."""
 POLL_S = 0.1
 GRACE_S = 2.0
+NOTICE_S = 6.0
+"""How long torchrun may take to notice, and say, how a rank ended."""
 START_S = 30.0
 """How long torchrun and the ranks may take to start, until a rank says its first word."""
 
@@ -115,7 +117,7 @@ def _watch(
         absent = len(found) < ranks and now - begin > max(START_S, timeout_s)
         if (over or silent or absent) and failed_at is None:
             failed_at = now
-        if failed_at is not None and now - failed_at > GRACE_S:
+        if failed_at is not None and now - failed_at > NOTICE_S:
             return
         time.sleep(POLL_S)
 

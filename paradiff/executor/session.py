@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Session:
     place: Place
     timeout_s: float
     device: torch.device
-    store: Any
+    hub: Hub
     offset_s: float = 0.0
     residual_s: float = 0.0
     _groups: dict[tuple[str, tuple[int, ...]], Group] = field(default_factory=dict)
@@ -54,13 +54,18 @@ class Session:
         return self.place.world_size
 
     @property
+    def store(self) -> Any:
+        """Where small facts are."""
+        return self.hub.store
+
+    @property
     def backend(self) -> str:
         """The library that moves bytes."""
         return "nccl" if self.device.type == "cuda" else "gloo"
 
     @classmethod
     def join(
-        cls, place: Place, timeout_s: float, device: str, hello: str, hub: Any = None
+        cls, place: Place, timeout_s: float, device: str, hello: str, hub: Hub | None = None
     ) -> Session:
         """Meet the others (at ``hub``, where this rank has met them before it had loaded anything).
 
@@ -68,8 +73,7 @@ class Session:
         them; OtherGraph where a rank says another ``hello``. Host messages go over gloo whatever the
         device.
         """
-        store = meet(place, timeout_s) if hub is None else hub
-        session = cls(place, timeout_s, torch.device(device), store)
+        session = cls(place, timeout_s, torch.device(device), hub or meet(place, timeout_s))
         said = session.agree("hello", hello, patient=True)
         others = [rank for rank, text in said.items() if text != said[0]]
         if others:
@@ -92,6 +96,7 @@ class Session:
         """The ordinary end: all ranks come here, whatever they still had to do."""
         self.arrive("leave")
         dist.barrier()
+        self.hub.close()
         dist.destroy_process_group()
 
     # ------------------------------------------------------------------------------ small facts
@@ -216,8 +221,36 @@ class Session:
         return self._rounds
 
 
-def meet(place: Place, timeout_s: float) -> Any:
-    """The store of all ranks, where this one says from now on that it lives.
+@dataclass
+class Hub:
+    """The store that the ranks meet at, where this one says that it lives until it closes it."""
+
+    store: Any
+    rank: int
+    _over: Event = field(default_factory=Event)
+    _thread: Thread | None = None
+
+    def open(self) -> Hub:
+        """Begin to say so."""
+        self._thread = Thread(target=self._say_alive, daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Before the store goes, or the process: the thread is in the library's code."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _say_alive(self) -> None:
+        with suppress(RuntimeError):  # the store has gone, and with it who would ask
+            while not self._over.is_set():
+                self.store.add(alive(self.rank), 1)
+                self._over.wait(ALIVE_S)
+
+
+def meet(place: Place, timeout_s: float) -> Hub:
+    """The hub of all ranks.
 
     Raises RanksMissing where rank 0 does not answer within ``timeout_s``.
     """
@@ -236,21 +269,12 @@ def meet(place: Place, timeout_s: float) -> Any:
             f" ({' '.join(str(error).split())[:80]})"
         ) from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"paradiff/{attempt}", hub)
-    Thread(target=_say_alive, args=(store, place.rank), daemon=True).start()
-    return store
+    return Hub(dist.PrefixStore(f"paradiff/{attempt}", hub), place.rank).open()
 
 
 def alive(rank: int) -> str:
     """The name that a rank counts up while it lives."""
     return f"alive/{rank}"
-
-
-def _say_alive(store: Any, rank: int) -> None:
-    with suppress(RuntimeError):  # the store has gone, and with it who would ask
-        while True:
-            store.add(alive(rank), 1)
-            time.sleep(ALIVE_S)
 
 
 def on_device(buffer: Tensor, device: torch.device) -> Tensor:

@@ -91,7 +91,7 @@ FEW = [
     "distrifusion=2,warmup=4",
     "pcpp=2,warmup=4",
 ]
-ALONE = ["patch=1", "patch=1,mode=naive", "distrifusion=1,warmup=0", "pcpp=1,warmup=0"]
+ALONE = ["patch=1", "patch=1,mode=naive"]
 CASES = [
     *itertools.product(plain.NAMES, EXACT),
     *itertools.product(plain.OTHERS, FEW),
