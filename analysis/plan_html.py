@@ -357,7 +357,15 @@ def _figures_of(value: Any, label: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _links(box: Topology) -> Iterator[tuple[str, str, str, str, str]]:
-    """(kind, how many, GB/s, latency, source), links that are alike together."""
+    """(kind, how many, GB/s, latency, source): the box, host memories, links; alike ones together."""
+    yield "box", "", "", "", " ".join(box.source.split())
+    memories = Counter(
+        (n.host_memory_bytes_per_s / 1e9, " ".join(n.source.split()))
+        for n in box.nodes
+        if math.isfinite(n.host_memory_bytes_per_s)
+    )
+    for (rate_gb, source), count in sorted(memories.items()):
+        yield "host memory", str(count), f"{rate_gb:.4g}", "", source
     alike = Counter(
         (k.kind, k.bandwidth_bytes_per_s, k.latency_s, " ".join(k.source.split()), k.rate_text)
         for k in box.links

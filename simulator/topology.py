@@ -80,6 +80,8 @@ class Node:
     memory_at: tuple[str, ...] = ()
     """Switches that host memory hangs on (root complexes, sockets): staged transfers pass one of
     them. Empty: not known, they go the direct way."""
+    source: str = ""
+    """Of the memory's bandwidth."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,6 +286,7 @@ class NodeFile(Strict):
                 gpus=_run(gpus, i, count),
                 host_memory_bytes_per_s=self.host_memory or math.inf,
                 memory_at=_run(at, i, count),
+                source=self.source,
             )
 
 

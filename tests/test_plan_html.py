@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,26 @@ def _sorts_and_filters(browser: Any, ranked: Sequence[Mapping[str, Any]]) -> Non
 
 
 def test_on_paper_no_table_is_cut_off_and_sources_are_open(report: Path) -> None:
-    """718 pixels: A4 less its margins."""
-    with opened(report, 718, "light") as browser:
-        browser.emulate_media(media="print")
+    """718 pixels: A4 less its margins. Paper is white, whatever the screen is."""
+    with opened(report, 718, "dark") as browser:
+        browser.emulate_media(media="print", color_scheme="dark")
         browser.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+        ink = "getComputedStyle(document.querySelector('{}')).{}"
+        assert browser.evaluate(ink.format("body", "color")) == "rgb(26, 26, 26)"
+        assert browser.evaluate(ink.format("#time .xtick text", "fill")) == "rgb(26, 26, 26)"
         ends = "[...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right)"
         rights = browser.evaluate(ends)
         assert len(rights) >= 4
         assert max(rights) <= 718
         assert browser.locator("details:not(.data):not([open])").count() == 0
+
+
+def test_sources_of_the_box_are_said(report: Path) -> None:
+    """Host memory decides on PCIe; its bandwidth is an assumption, and that is on the page."""
+    text, box = " ".join(unescape(report.read_text()).split()), load_topology("pcie8")
+    for source in (box.source, box.nodes[0].source):
+        assert source
+        assert " ".join(source.split()) in text
 
 
 def test_links_are_used_as_long_as_their_bytes_take() -> None:
