@@ -89,6 +89,7 @@ def test_csv_has_a_row_a_box() -> None:
 def test_a_number_of_nodes_can_be_looked_at_and_saturation_is_no_number() -> None:
     done = capacity(*QUICK, "--request-rate", "500", "--nodes", "1")
     assert done.exit_code == 3
+    assert "--nodes 1 does not keep the service level; without --nodes" in done.stderr
     assert "saturated" in done.stderr
     assert re.search(r"^Latency: +saturated$", done.stdout, re.M)
     assert "p99" not in done.stdout.split("Capacity Result")[1]

@@ -326,7 +326,10 @@ def _explain(found: Answer) -> None:
     """On stderr: why no box keeps the level, and what would be near."""
     from analysis import capacity as words
 
-    typer.echo("paradiff: no number of nodes keeps the service level", err=True)
+    asked = found.question.nodes
+    many = "no number of nodes keeps" if asked is None else f"--nodes {asked} does not keep"
+    hint = "" if asked is None else "; without --nodes the number that does is looked for"
+    typer.echo(f"paradiff: {many} the service level{hint}", err=True)
     for line in words.unable(found):
         typer.echo(f"  {line}", err=True)
 
