@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -125,6 +126,10 @@ def run(
 
 
 RESIDENT = "offload: weights stay on the device here, so loading them takes no time"
+
+
+SYMPTOM_S = 1.0
+"""How long a rank that suffers from another's end stays, so that torchrun sees that end first."""
 
 
 class Ended(Exception):
@@ -353,6 +358,7 @@ def as_rank(place: Place, work: Callable[[dict[str, str]], None]) -> None:
     def leave(code: int, state: str, message: str, *, symptom: bool = False) -> NoReturn:
         if beat is not None:
             beat.finish(state, message, code=code, symptom=symptom)
+            time.sleep(SYMPTOM_S if symptom else 0.0)
         elif message:
             typer.echo(f"paradiff: {message}", err=True)
         sys.stdout.flush()
