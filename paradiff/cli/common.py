@@ -90,8 +90,14 @@ def one_message() -> Iterator[None]:
 
 
 def fail(message: str) -> NoReturn:
-    typer.echo("paradiff: " + " ".join(message.split()), err=True)
-    raise typer.Exit(MALFORMED)
+    leave_with(MALFORMED, " ".join(message.split()))
+
+
+def leave_with(code: int, message: str) -> NoReturn:
+    """End the command with its one message, if it has one."""
+    if message:
+        typer.echo(f"paradiff: {message}", err=True)
+    raise typer.Exit(code)
 
 
 def load_model(name: str) -> Profile:

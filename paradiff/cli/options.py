@@ -34,6 +34,15 @@ Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where ranks run.")
 Seed = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="Of the noise and of random weights.")
 ]
+GuidanceScale = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1000.0, metavar="X", help="Default: the pipeline's."),
+]
+Embeddings = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Safetensors with the network's arguments by name."),
+]
+NegativePrompt = Annotated[str, typer.Option(metavar="TEXT", help="For guidance.")]
 Scheduler = Annotated[
     Literal["ddim", "euler", "dpmsolver++", "flow-match-euler"] | None,
     typer.Option(help="In place of the model's own."),

@@ -27,6 +27,7 @@ from paradiff.cli.common import (
     TableOrJson,
     check_output_dir,
     json_text,
+    leave_with,
     load_model,
     one_message,
     parsed_specs,
@@ -76,19 +77,13 @@ def run(
         typer.Option(help="Box whose kernel times timed kernels take; default: the plan's."),
     ] = None,
     seed: opt.Seed = 0,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1000.0, metavar="X", help="Default: the pipeline's."),
-    ] = None,
+    guidance_scale: opt.GuidanceScale = None,
     scheduler: opt.Scheduler = None,
-    embeddings: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Safetensors with the network's arguments by name."),
-    ] = None,
+    embeddings: opt.Embeddings = None,
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Encoded by the text encoders of --weights.")
     ] = None,
-    negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="For guidance.")] = "",
+    negative_prompt: opt.NegativePrompt = "",
     image: Annotated[
         Path | None,
         typer.Option(
@@ -105,24 +100,36 @@ def run(
     """Run one strategy on real processes and show where each rank's time went (needs [run])."""
     arguments = dict(locals())
     with one_message():
-        from paradiff.config import ConfigError
-
         given = Given(arguments)
-        if in_process and launch is not None:
-            raise ConfigError("--in-process and --launch: give one of them")
-        if launch is not None:
-            given.check_world(launch, "--launch")
-            check_output_dir(output_dir)
-            launch_ranks(given, ["run"], launch)
-            return
-        place = None if in_process else place_here()
-        if place is not None:
-            given.check_world(place.world_size, "WORLD_SIZE")
-            as_rank(place, partial(_run_rank, given, place))
-        elif kernels == "timed":
-            raise ConfigError("--kernels timed: needs transfers between processes, add --launch N")
-        else:
-            _in_process(given)
+        carry_out(given, ["run"], _run_rank, _in_process)
+
+
+def carry_out(
+    given: Given,
+    command: Sequence[str],
+    rank: Callable[[Given, Place, dict[str, str]], None],
+    alone: Callable[[Given], None],
+) -> None:
+    """Start the ranks of ``paradiff COMMAND``, be one of them, or do it ``alone``, as asked and started.
+
+    Raises ConfigError where the number of ranks is not the strategy's.
+    """
+    from paradiff.config import ConfigError
+
+    in_process, launch = given.options["in_process"], given.options["launch"]
+    if in_process and launch is not None:
+        raise ConfigError("--in-process and --launch: give one of them")
+    if launch is not None:
+        given.check_world(launch, "--launch")
+        check_output_dir(given.options["output_dir"])
+        launch_ranks(given, command, launch)
+        return
+    place = None if in_process else place_here()
+    if place is not None:
+        given.check_world(place.world_size, "WORLD_SIZE")
+        as_rank(place, partial(rank, given, place))
+    else:
+        alone(given)
 
 
 RESIDENT = "offload: weights stay on the device here, so loading them takes no time"
@@ -298,6 +305,10 @@ def needs_torch() -> None:
 
 def _in_process(given: Given) -> None:
     """All ranks here."""
+    from paradiff.config import ConfigError
+
+    if given.options["kernels"] == "timed":
+        raise ConfigError("--kernels timed: needs transfers between processes, add --launch N")
     needs_torch()
     check_output_dir(given.options["output_dir"])
     from paradiff.executor.faults import RunFailed
@@ -315,12 +326,6 @@ def _in_process(given: Given) -> None:
     graph = prepared.graph
     machines = [facts() | {"ranks": [*range(graph.world_size)]}]
     _report(given, graph, result.trace, "all ranks in one process", machines, prepared, result)
-
-
-def leave_with(code: int, message: str) -> NoReturn:
-    if message:
-        typer.echo(f"paradiff: {message}", err=True)
-    raise typer.Exit(code)
 
 
 def prepared_of(given: Given, local_rank: int | None) -> Prepared:
@@ -356,6 +361,7 @@ def as_rank(place: Place, work: Callable[[dict[str, str]], None]) -> None:
         beat.start()
 
     def leave(code: int, state: str, message: str, *, symptom: bool = False) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the last word is being said
         if beat is not None:
             beat.finish(state, message, code=code, symptom=symptom)
             time.sleep(SYMPTOM_S if symptom else 0.0)

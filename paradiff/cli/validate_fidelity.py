@@ -9,14 +9,19 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from paradiff.cli import options as opt
 from paradiff.cli.common import (
     INFEASIBLE,
+    Frames,
+    Pixels,
+    TableOrJson,
     check_output_dir,
     json_text,
+    leave_with,
     one_message,
     parsed_specs,
     progress,
@@ -43,12 +48,7 @@ def fidelity(
             help="small-dit or small-unet (trained), a twin, or with --random-weights any."
         ),
     ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Local directory of the model, as from_pretrained reads it."
-        ),
-    ] = None,
+    weights: opt.Weights = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="The real size with random weights.")
     ] = False,
@@ -76,28 +76,23 @@ def fidelity(
     batch: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Seeds at a time; default: all.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise of the first batch.")] = 0,
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
+    seed: opt.Seed = 0,
+    height: Pixels = None,
+    width: Pixels = None,
+    frames: Frames = None,
     dtype: Annotated[Literal["fp16", "bf16", "fp32", "fp64"], typer.Option(help="Precision.")] = (
         "fp32"
     ),
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where all ranks run.")] = "cpu",
-    guidance_scale: Annotated[
-        float | None, typer.Option(min=0.0, metavar="X", help="Default: the pipeline's.")
-    ] = None,
-    embeddings: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Safetensors with the network's arguments by name."),
-    ] = None,
+    guidance_scale: opt.GuidanceScale = None,
+    embeddings: opt.Embeddings = None,
     prompt: Annotated[
         str | None,
         typer.Option(
             metavar="TEXT", help="For the text encoders of --weights; a digit for small-*."
         ),
     ] = None,
-    negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="For guidance.")] = "",
+    negative_prompt: opt.NegativePrompt = "",
     lpips: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="AlexNet's and LPIPS' weights: adds LPIPS."),
@@ -111,9 +106,7 @@ def fidelity(
             help="Box that latencies are simulated on.", autocompletion=shipped("topologies")
         ),
     ] = "pcie8",
-    format_: Annotated[
-        Literal["table", "json"], typer.Option("--format", help="Output on stdout.")
-    ] = "table",
+    format_: TableOrJson = "table",
     output_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write fidelity.json, report.html and pictures.png."),
@@ -174,16 +167,11 @@ def _measured(given: Mapping[str, Any]) -> Report:
             found = words.measure(cases, batches, measuring.run, measuring.scores(), advance)
         return measuring.report(found)
     except Infeasible as error:
-        _exit(INFEASIBLE, str(error))
+        leave_with(INFEASIBLE, str(error))
     except RunFailed as error:
-        _exit(FAILED, str(error))
+        leave_with(FAILED, str(error))
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
-
-
-def _exit(code: int, message: str) -> NoReturn:
-    typer.echo(f"paradiff: {message}", err=True)
-    raise typer.Exit(code)
 
 
 class _Measuring:

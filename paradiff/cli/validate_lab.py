@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from paradiff.cli.common import (
     INTERRUPTED,
     check_output_dir,
     json_text,
+    leave_with,
     load_model,
     one_message,
     parsed_specs,
@@ -148,12 +149,7 @@ def _check_machine() -> None:
             raise ConfigError(f"the laboratory needs {name}: pip install 'paradiff[run]'")
     reason = why_not()
     if reason is not None:
-        _exit(INFEASIBLE, reason)
-
-
-def _exit(code: int, message: str) -> NoReturn:
-    typer.echo(f"paradiff: {message}", err=True)
-    raise typer.Exit(code)
+        leave_with(INFEASIBLE, reason)
 
 
 def _ran(
@@ -184,11 +180,11 @@ def _ran(
                 shown = partial(_advance, advance, number, len(boxes))
                 results += measure(box, own, running, repeats, shown)
     except Infeasible as error:
-        _exit(INFEASIBLE, str(error))
+        leave_with(INFEASIBLE, str(error))
     except LaboratoryFailed as error:
-        _exit(GATE_FAILED, str(error))
+        leave_with(GATE_FAILED, str(error))
     except KeyboardInterrupt:
-        _exit(INTERRUPTED, "interrupted")
+        leave_with(INTERRUPTED, "interrupted")
     return Verdict(tuple(results), max_error), calibration
 
 

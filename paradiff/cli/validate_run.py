@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +18,7 @@ from paradiff.cli.common import (
     TableOrJson,
     check_output_dir,
     json_text,
+    leave_with,
     one_message,
     progress,
     staged,
@@ -26,11 +26,8 @@ from paradiff.cli.common import (
 from paradiff.cli.run import (
     Ended,
     Given,
-    as_rank,
-    launch_ranks,
-    leave_with,
+    carry_out,
     needs_torch,
-    place_here,
     prepared_of,
 )
 
@@ -98,23 +95,10 @@ def run(
     """Predict a run from what this machine is measured to do, run it, compare op by op (needs [run])."""
     arguments = ELSEWHERE | locals()
     with one_message():
-        from paradiff.config import ConfigError
-
         given = Given(arguments)
-        if in_process and launch is not None:
-            raise ConfigError("--in-process and --launch: give one of them")
         check_output_dir(output_dir)
         _check_device(device, gpu)
-        if launch is not None:
-            given.check_world(launch, "--launch")
-            launch_ranks(given, ["validate", "run"], launch)
-            return
-        place = None if in_process else place_here()
-        if place is not None:
-            given.check_world(place.world_size, "WORLD_SIZE")
-            as_rank(place, partial(_rank, given, place))
-        else:
-            _in_process(given)
+        carry_out(given, ["validate", "run"], _rank, _in_process)
 
 
 def _check_device(device: str, gpu: str | None) -> None:
