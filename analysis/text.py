@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from simulator.planner import CURRENCY, Candidate, Plan
+from simulator.price import price_of
 from simulator.topology import Link, Topology
 
 if TYPE_CHECKING:
@@ -281,7 +282,8 @@ def _gain(cost: Cost, model: str) -> str:
 
 def topology_tree(box: Topology) -> Iterator[str]:
     """The box as a tree: each switch with its GPUs, then what joins the switches."""
-    price = "" if box.price_per_hour is None else f", {box.price_per_hour:g} USD per hour"
+    per_hour = price_of(box).per_hour
+    price = "" if per_hour is None else f", {per_hour:g} USD per hour"
     peers = "" if box.peer_to_peer else ", no peer-to-peer (transfers cross host memory)"
     yield f"{box.name}: {len(box.gpus)} GPUs{peers}{price}"
     profile = dict(zip(box.gpus, box.profiles, strict=True))

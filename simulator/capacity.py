@@ -52,21 +52,6 @@ class Box:
     price_source: str
 
 
-def price_of(topology: Topology) -> tuple[float | None, str]:
-    """USD per hour of a node, and where from: the topology's own, else the sum of its GPUs' prices."""
-    if topology.price_per_hour is not None:
-        return topology.price_per_hour, "topology file"
-    prices = {name: load_gpu(name).price_per_hour for name in topology.profiles}
-    missing = sorted(name for name, price in prices.items() if price is None)
-    if missing:
-        return (
-            None,
-            f"neither the topology nor {', '.join(missing)} has a price_per_hour; give --price",
-        )
-    known = {name: price.value for name, price in prices.items() if price is not None}
-    return sum(known[name] for name in topology.profiles), "sum of the prices of its GPUs"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """Everything an answer depends on; class k has ``profiles[k]`` and ``workloads[k]``.

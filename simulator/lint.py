@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ TEXT = {"dtype", "causal", "kernel", "source"}
 LOW_SHARE = 0.55
 """Power-limited cards reach half of their dense peak (A10 0.45, L4 0.58); what reaches less than this
 needs a source that says its peak is dense, as a sparse peak is twice the dense one."""
+WHEN = re.compile(r"\b20\d\d\b|\bcommit [0-9a-f]{7}")
+"""What a price's source must say: a year, a day, or the commit of the list it was read in."""
 PORT_SLACK = 1.1
 """How far a collective may exceed its links, which are measurements too."""
 
@@ -86,13 +89,18 @@ def _work(table: str, sizes: Mapping[str, float], row: Mapping[str, str]) -> tup
 
 
 def gpu_problems(gpu: Gpu) -> Iterator[str]:
-    """What of a GPU profile looks like a sparse peak."""
+    """What of a GPU profile looks like a sparse peak, or is a price of no date."""
     share = gpu.matmul.half / gpu.peak.half
     kinds = {figure.kind for figure in (gpu.matmul.fp16, gpu.matmul.bf16)}
     if kinds == {"measured"} and share < LOW_SHARE and "dense" not in gpu.peak.fp16.source:
         yield (
             f"{gpu.name}: peak.fp16 is {1 / share:.1f} times the best product measured;"
             " is it the sparse number? Its source should say dense"
+        )
+    if gpu.price_per_hour is not None and not WHEN.search(gpu.price_per_hour.source):
+        yield (
+            f"{gpu.name}: price_per_hour.source: {gpu.price_per_hour.source!r} does not say when,"
+            " allowed: a text with a day, a year or a commit"
         )
 
 
@@ -126,6 +134,9 @@ def shipped_problems() -> list[str]:
     found += [f"{a} and {b} hold the same numbers" for a, b in twins(measured)]
     for name in available("gpus"):
         found += gpu_problems(load_gpu(name))
+    for name in available("topologies"):
+        if load_topology(name).price_per_hour is not None:
+            found.append(f"{name}: a price_per_hour without source; give it to the GPUs")
     return found + list(_collective_problems())
 
 

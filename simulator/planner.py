@@ -42,6 +42,7 @@ from simulator.bounds import Incumbents, Merit, better, least_latency_s
 from simulator.costs import Runtime, Scope
 from simulator.memory import RankMemory, misfit
 from simulator.placement import MAX_GPUS, Placement, placements, promising
+from simulator.price import Price, price_of
 from simulator.quality import METRICS, NOTHING_KNOWN, Quality
 from simulator.remedies import remedied
 from simulator.runs import Run, Runs
@@ -305,6 +306,7 @@ class _Planner:
         """Bytes that the fullest rank needs, and the spec, of all that do not fit."""
         self.choices: dict[str, list[Placement]] = {}
         self.incumbents = Incumbents(request.top)
+        self.price = price_of(request.topology)
         self.baseline = self._baseline()
 
     def _baseline(self) -> Baseline:
@@ -490,7 +492,7 @@ class _Planner:
             stages=stages,
             throughput_per_s=rate,
             cost=self._cost(spec.n_gpus, rate),
-            cost_reason=no_price(self.request.topology),
+            cost_reason=no_price(self.price),
             provenance=provenance(self.runs.costs, graph, rank, run.placement[rank]),
         )
 
@@ -537,10 +539,9 @@ class _Planner:
 
     def _cost(self, n_gpus: int, rate: float) -> float | None:
         """USD per request: the GPUs it takes at their share of the box, busy all the time."""
-        price = self.request.topology.price_per_hour
-        if price is None:
+        if self.price.per_hour is None:
             return None
-        return price * n_gpus / len(self.request.topology.gpus) / 3600 / rate
+        return self.price.per_hour * n_gpus / len(self.request.topology.gpus) / 3600 / rate
 
     def _unwanted(self, c: Candidate) -> str | None:
         """Why the goal leaves ``c`` out; None where it does not."""
@@ -624,11 +625,11 @@ class _Planner:
         )
 
 
-def no_price(box: Topology) -> str | None:
-    """Why requests on ``box`` have no cost; None where they have."""
-    if box.price_per_hour is not None:
+def no_price(price: Price) -> str | None:
+    """Why requests on a box of this price have no cost; None where they have."""
+    if price.per_hour is not None:
         return None
-    return f"{box.name} has no price_per_hour; --set 'price_per_hour=20 USD' gives it one"
+    return f"{price.source}; --set 'price_per_hour=20 USD' gives it one"
 
 
 def _notes(request: Request) -> Iterator[str]:
@@ -639,5 +640,9 @@ def _notes(request: Request) -> Iterator[str]:
             f"quality loss is the {METRICS[goal.quality_metric]}, as somebody has measured it on"
             f" {request.profile.name}; what nobody has measured was left out"
         )
-    if goal.objective == "cost" and request.topology.price_per_hour is None:
-        yield f"ranked by GPU seconds per request: {no_price(request.topology)}"
+    if goal.objective == "cost":
+        price = price_of(request.topology)
+        if price.per_hour is None:
+            yield f"ranked by GPU seconds per request: {no_price(price)}"
+        else:
+            yield f"{request.topology.name} is taken at {price.per_hour:g} USD an hour ({price.source})"

@@ -16,7 +16,7 @@ from shipped import profile
 from paradiff.config import ConfigError
 from paradiff.strategies import Workload, build, parse_spec
 from simulator import planner
-from simulator.capacity import Box, Option, price_of
+from simulator.capacity import Box, Option
 from simulator.cuts import dynamic_cuts, static_cuts
 from simulator.outcome import (
     Budget,
@@ -293,10 +293,6 @@ def test_money() -> None:
     assert option.cost_per_month == pytest.approx(13315.20)
     assert option.cost_per_1000_images(2.0) == pytest.approx(18.24 / 7.2)
     assert option.energy_wh_per_image(2.0) == pytest.approx(0.5)
-    assert price_of(box) == (9.12, "topology file")
-    price, why = price_of(load_topology("nvlink8-h200"))
-    assert price is None
-    assert "h200" in why
 
 
 def test_mix_on_the_command_line_and_in_a_file(tmp_path: Path) -> None:

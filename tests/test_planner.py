@@ -119,7 +119,7 @@ def test_without_a_price_the_cost_is_unknown_and_says_why() -> None:
     for c in result.ranked:
         assert c.cost is None
         assert c.cost_reason == (
-            "pcie8-l20 has no price_per_hour; --set 'price_per_hour=20 USD' gives it one"
+            "neither pcie8-l20 nor l20 has a price_per_hour; --set 'price_per_hour=20 USD' gives it one"
         )
     assert result.notes[0] == f"ranked by GPU seconds per request: {c.cost_reason}"
     header, rows = text.table(result, 3)

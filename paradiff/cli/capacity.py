@@ -210,7 +210,8 @@ def _boxes(
 ) -> tuple[Box, ...]:
     from paradiff.config import ConfigError, nearest
     from paradiff.units import parse_quantity
-    from simulator.capacity import Box, price_of
+    from simulator.capacity import Box
+    from simulator.price import Price, price_of
 
     names = [box.name for box in topologies]
     given: dict[str, float] = {}
@@ -229,9 +230,15 @@ def _boxes(
             raise ConfigError(f"--topology: two boxes are called {box.name!r}")
         if gpus is not None and gpus > len(box.gpus):
             raise ConfigError(f"--gpus {gpus}: {box.name} has {len(box.gpus)}")
-        price, source = (given[box.name], "--price") if box.name in given else price_of(box)
+        price = Price(given[box.name], "--price") if box.name in given else price_of(box)
+        hint = "; give --price" if price.per_hour is None else ""
         boxes.append(
-            Box(topology=box, gpus=gpus or len(box.gpus), price_per_hour=price, price_source=source)
+            Box(
+                topology=box,
+                gpus=gpus or len(box.gpus),
+                price_per_hour=price.per_hour,
+                price_source=price.source + hint,
+            )
         )
     return tuple(boxes)
 
