@@ -8,9 +8,9 @@ from the graph and the profile.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Literal, ParamSpec, get_args
 
 from paradiff.graph import BufferKind, Op, ScheduleGraph, Work
 from paradiff.profiles import Profile
@@ -21,6 +21,7 @@ from simulator.symmetry import Quotient, whole
 
 Phase = Literal["encode", "denoise", "decode"]
 PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
+_Asked = ParamSpec("_Asked")
 
 CONTEXT_BYTES = 600e6
 """CUDA context with loaded modules, cuBLAS and cuDNN handles and workspaces. An assumption: it varies
@@ -79,24 +80,6 @@ class RankMemory:
         return {name: float(getattr(self, name)) for name in names}
 
 
-def peak_memory(
-    schedule: ScheduleGraph | Quotient,
-    profile: Profile,
-    dtype: str,
-    *,
-    offload_text_encoders: bool = False,
-    phases: Sequence[Phase] = PHASES,
-    channels: int = 4,
-    ideal: bool = False,
-) -> tuple[RankMemory, ...]:
-    """Peak memory of every rank of ``schedule``: ``phase_memory`` in the phase where it is largest."""
-    found = phase_memory(
-        schedule, profile, dtype, offload_text_encoders=offload_text_encoders, phases=phases,
-        channels=channels, ideal=ideal,
-    )  # fmt: skip
-    return tuple(peak(each) for each in found)
-
-
 def peak(phases: Iterable[RankMemory]) -> RankMemory:
     """Of the phases of a rank the one with the largest total."""
     return max(phases, key=lambda m: m.total)
@@ -151,6 +134,19 @@ def phase_memory(
         for rank in schedule.ranks
     }
     return tuple(of_rank[rank] for rank in schedule.representative)
+
+
+def _at_their_peak(
+    memory: Callable[_Asked, tuple[tuple[RankMemory, ...], ...]],
+) -> Callable[_Asked, tuple[RankMemory, ...]]:
+    def peaks(*args: _Asked.args, **options: _Asked.kwargs) -> tuple[RankMemory, ...]:
+        return tuple(peak(phases) for phases in memory(*args, **options))
+
+    return peaks
+
+
+peak_memory = _at_their_peak(phase_memory)
+"""Asked as ``phase_memory`` is: of every rank the phase where it holds most."""
 
 
 def misfit(memory: Sequence[RankMemory], gpus: Sequence[Gpu]) -> str | None:

@@ -261,7 +261,7 @@ def plan(
         rejected=tuple(c for c in results if not c.feasible),
         decided_by=planner.decided_by(ranked),
         notes=(
-            *_notes(request),
+            *_notes(request, planner.price),
             *planner.what_fitting_costs(ranked),
             *planner.what_splitting_saves(ranked),
         ),
@@ -632,7 +632,7 @@ def no_price(price: Price) -> str | None:
     return f"{price.source}; --set 'price_per_hour=20 USD' gives it one"
 
 
-def _notes(request: Request) -> Iterator[str]:
+def _notes(request: Request, price: Price) -> Iterator[str]:
     """What the reader should know about how the question was understood."""
     goal = request.goal
     if goal.max_quality_loss is not None:
@@ -640,9 +640,7 @@ def _notes(request: Request) -> Iterator[str]:
             f"quality loss is the {METRICS[goal.quality_metric]}, as somebody has measured it on"
             f" {request.profile.name}; what nobody has measured was left out"
         )
-    if goal.objective == "cost":
-        price = price_of(request.topology)
-        if price.per_hour is None:
-            yield f"ranked by GPU seconds per request: {no_price(price)}"
-        else:
-            yield f"{request.topology.name} is taken at {price.per_hour:g} USD an hour ({price.source})"
+    if goal.objective == "cost" and price.per_hour is None:
+        yield f"ranked by GPU seconds per request: {no_price(price)}"
+    elif goal.objective == "cost":
+        yield f"{request.topology.name} is taken at {price.per_hour:g} USD an hour ({price.source})"

@@ -69,5 +69,15 @@ def test_a_sparse_peak_is_suspected() -> None:
     assert "l40s: peak.fp16 is 2.7 times the best product measured" in found[0]
 
 
+def test_a_price_of_no_date_is_said() -> None:
+    """``dear`` prints a price, and not when it did."""
+    price = Figure[float](value=1.0, kind="measured", source="dear")
+    found = list(gpu_problems(L40S.model_copy(update={"price_per_hour": price})))
+    assert found == [
+        "l40s: price_per_hour.source: 'dear' does not say when, allowed: a text with a day, a year or"
+        " a commit"
+    ]
+
+
 def test_one_table_under_two_names() -> None:
     assert list(twins({"a": [(1, 2)], "b": [(1, 2)], "c": [(1, 3)], "d": []})) == [("a", "b")]
