@@ -348,7 +348,7 @@ class TopologyFile(Strict):
     links: tuple[LinkFile, ...] = ()
     collectives: tuple[CollectiveFile, ...] = ()
     price_per_hour: Dollars | None = None
-    """Of all of it."""
+    """Of all of it; left out, the sum of its GPUs' prices."""
     source: str = Field(min_length=1)
 
     @model_validator(mode="after")
