@@ -188,25 +188,31 @@ def test_what_an_engine_has_not_is_said(
 # ---------------------------------------------------------------------------------- engines installed
 
 
-def xfuser(*parts: str) -> ast.Module:
-    """A source file of the installed xfuser, which need not be importable here."""
-    found = importlib.util.find_spec("xfuser")
+def source(package: str, *parts: str) -> ast.Module:
+    """A source file of an installed engine, which need not be importable here."""
+    found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
-        pytest.skip("xfuser is not installed")
+        pytest.skip(f"{package} is not installed")
     return ast.parse(Path(found.origin).parent.joinpath(*parts).read_text())
+
+
+def added(tree: ast.AST) -> set[str]:
+    """The options that a parser is given in ``tree``."""
+    return {
+        str(word.value)
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call)
+        and "add_argument" in (getattr(call.func, "attr", ""), getattr(call.func, "id", ""))
+        for word in call.args
+        if isinstance(word, ast.Constant)
+    }
 
 
 def test_xdit_parses_every_option() -> None:
     """Options that its two parsers add: the runner's, and that of its example scripts."""
     parsers = {
-        node.name: {
-            word.value
-            for call in ast.walk(node)
-            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument"
-            for word in call.args
-            if isinstance(word, ast.Constant)
-        }
-        for node in ast.walk(xfuser("config", "args.py"))
+        node.name: added(node)
+        for node in ast.walk(source("xfuser", "config", "args.py"))
         if isinstance(node, ast.FunctionDef) and node.name.startswith("add_")
     }
     assert parsers["add_runner_args"] >= DOCUMENTED["xdit"]
@@ -225,7 +231,7 @@ def test_xdit_parses_every_option() -> None:
 def test_xdit_declares_what_its_models_split(name: str, file: str) -> None:
     """ModelCapabilities of the class that is registered under the printed name."""
     (support,) = [s for s in ENGINES["xdit"].models.values() if s.run == name]
-    tree = xfuser("model_executor", "models", "runner_models", f"{file}.py")
+    tree = source("xfuser", "model_executor", "models", "runner_models", f"{file}.py")
     (model,) = [
         node
         for node in ast.walk(tree)
@@ -240,6 +246,25 @@ def test_xdit_declares_what_its_models_split(name: str, file: str) -> None:
     for axis, option in ENGINES["xdit"].degrees.items():
         if axis != "data":
             assert (axis in support.axes) == (option.removeprefix("--") in declared), axis
+
+
+def test_sglang_parses_every_option() -> None:
+    """Those of the server, and a sampling option for each field of its SamplingParams."""
+    parts = ("multimodal_gen", "configs", "sample", "sampling_params.py")
+    (params,) = [
+        node
+        for node in ast.walk(source("sglang", *parts))
+        if isinstance(node, ast.ClassDef) and node.name == "SamplingParams"
+    ]
+    fields = [node.target for node in params.body if isinstance(node, ast.AnnAssign)]
+    sampling = {f"--{name.id.replace('_', '-')}" for name in fields if isinstance(name, ast.Name)}
+    server = source("sglang", "multimodal_gen", "runtime", "server_args", "server_args.py")
+    assert added(server) | sampling >= DOCUMENTED["sglang"]
+
+
+def test_vllm_omni_parses_every_option_of_its_own() -> None:
+    tree = source("vllm_omni", "entrypoints", "cli", "serve.py")
+    assert added(tree) >= DOCUMENTED["vllm-omni"] - {"--tensor-parallel-size"}
 
 
 def test_cache_dit_has_the_fields() -> None:
