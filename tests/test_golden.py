@@ -226,10 +226,16 @@ def test_distrifusion_pixart_4096_buffers() -> None:
 
 
 def test_pcpp_sdxl_saves_about_70_percent_of_a_pair() -> None:
-    """Each neighbour gets 30 % of the K/V with sender slicing: 70 % less than the released code."""
+    """Each neighbour gets 30 % of the K/V with sender slicing: 70 % less than the released code.
+
+    In whole tokens of a strip: 10 attentions of 640 channels on 16 x 64 tokens, of which 307 travel, and
+    60 of 1280 on 8 x 32, of which 77 do.
+    """
 
     def sent(slicing: str) -> float:
         graph = graph_of("sdxl", f"cfg=2,pcpp=4,warmup=0,portion=0.3,slice={slicing}")
         return graph.bytes_by_call()[1]["exchange"][0]
 
-    assert sent("sender") / sent("receiver") == pytest.approx(0.3, rel=1e-4)
+    part, whole = 10 * 640 * 307 + 60 * 1280 * 77, 10 * 640 * 1024 + 60 * 1280 * 256
+    assert sent("sender") * whole == sent("receiver") * part
+    assert part / whole == pytest.approx(0.3, rel=0.003)

@@ -142,11 +142,14 @@ def test_distrifusion_bytes_and_buffers() -> None:
 
 
 def test_pcpp_saves_70_percent() -> None:
-    """Interior strip: 2 portion / (n-1) of DistriFusion's K/V with sender slicing (section 11.3)."""
-    size = 2 * 16 * 4 * 4 * ELEMENT  # K,V of one strip: 16 b r w with b = 2, r = 4, w = 4
+    """Interior strip: 2 portion / (n-1) of DistriFusion's K/V with sender slicing (section 11.3).
+
+    In whole tokens: of the 16 of a strip (r = 4, w = 4) round(0.3 x 16) = 5 travel.
+    """
+    token = 2 * 16 * ELEMENT  # K and V: 16 b r w with b = 2
     graph = graph_of(DIT, "pcpp=4,warmup=0,slice=sender,portion=0.3")
     inside = graph.bytes_by_call()[1]["exchange"][1]
-    assert inside == 8 * BLOCKS * 2 * round(size * 0.3)
+    assert inside == 8 * BLOCKS * 2 * 5 * token
 
 
 @pytest.mark.parametrize("patches", [2, 4])

@@ -309,7 +309,7 @@ class Forward(Handler):
         if own is None or not others:
             return key, value
         if "portion" in self.task.tags:
-            return near_keys(own, others, float(self.task.tags["portion"]))
+            return near_keys(own, others, float(self.task.tags["portion"]), self.frames)
         return all_keys(own, others)
 
     def _spread(

@@ -28,6 +28,7 @@ from paradiff.executor.payload import (
     Payload,
     Piece,
     branches_of,
+    near_edge,
     one_side,
     parse_spans,
     take_rows,
@@ -285,6 +286,12 @@ class _Run:
         if "cached" in tags:  # a block of a ring: what a stage has cached for the one layer
             mine = (None, int(tags["cached"]))
             reads = [(rank, tuple(x for x in own if x.point in mine)) for rank, own in reads]
+        if "portion" in tags:  # the edge that the neighbour sees: the lower strip's is its last
+            share, frames = float(tags["portion"]), self.network.frames_together(self.shape)
+            reads = [
+                (rank, tuple(near_edge(x, int(rank == op.ranks[0]), share, frames) for x in own))
+                for rank, own in reads
+            ]
         writes = list(self._here(op.writes))
         targets = [self.buffers[ref.buffer].rank for ref in writes]
         for ref, payload in zip(writes, self.transfer(instance, reads, targets), strict=True):

@@ -81,21 +81,42 @@ def all_keys(own: Piece, others: Iterable[Piece]) -> tuple[Tensor, Tensor]:
     return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
 
-def near_keys(own: Piece, others: Iterable[Piece], portion: float) -> tuple[Tensor, Tensor]:
+def near_keys(
+    own: Piece, others: Iterable[Piece], portion: float, frames: int
+) -> tuple[Tensor, Tensor]:
     """K and V of the own strip and of the nearest ``portion`` of each adjacent one (PCPP, section 11).
 
-    The share is counted in tokens of the layer at hand: round(portion x tokens of a strip).
+    ``others`` are whole, or what ``near_edge`` has left of them.
     """
-    share = round(portion * own.value[0].shape[2])
+    share = _share(own, portion, frames)
     pairs = {own.span: own.value}
     for piece in others:
-        tokens = piece.value[0].shape[2]
         if piece.span[1] == own.span[0]:
-            pairs[piece.span] = [t[:, :, tokens - share :] for t in piece.value]
+            pairs[piece.span] = _edge_tokens(piece.value, 1, share, frames)
         elif piece.span[0] == own.span[1]:
-            pairs[piece.span] = [t[:, :, :share] for t in piece.value]
+            pairs[piece.span] = _edge_tokens(piece.value, 0, share, frames)
     keys, values = zip(*(pairs[span] for span in sorted(pairs)), strict=True)
     return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+
+def near_edge(piece: Piece, side: int, portion: float, frames: int) -> Piece:
+    """What a neighbour sees of a strip's K and V: of each frame the first (0) or the last (1) tokens."""
+    share = _share(piece, portion, frames)
+    return replace(piece, value=_edge_tokens(piece.value, side, share, frames))
+
+
+def _share(piece: Piece, portion: float, frames: int) -> int:
+    """Counted in tokens of the layer at hand, frame by frame: round(portion x tokens of a strip)."""
+    return round(portion * (piece.value[0].shape[2] // frames))
+
+
+def _edge_tokens(
+    pair: tuple[Tensor, Tensor], side: int, share: int, frames: int
+) -> tuple[Tensor, ...]:
+    """The first or the last ``share`` tokens of each of ``frames``, one after another in n."""
+    by_frame = [z.unflatten(2, (frames, -1)) for z in pair]
+    first = side * (by_frame[0].shape[3] - share)
+    return tuple(z.narrow(3, first, share).flatten(2, 3) for z in by_frame)
 
 
 def one_side(piece: Piece, side: int) -> Piece:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from paradiff.graph import Ref, Shape
+from paradiff.profiles import Segment
 from paradiff.strategies.builder import Builder, Forward, Infeasible, Options
 from paradiff.strategies.copies import strip_copies
 from paradiff.strategies.passes import (
@@ -151,7 +152,10 @@ class Neighbours:
 
     def message(self, at: int) -> int:
         """Bytes of one message to one neighbour."""
-        return round(self.nbytes(at) * (self.portion if self.slice_at_sender else 1))
+        if not self.slice_at_sender:
+            return self.nbytes(at)
+        tokens = frame_tokens(self.build.denoiser.segments[at], self.shapes[0])
+        return self.nbytes(at) // tokens * round(self.portion * tokens)
 
     def own(self, at: int) -> list[Ref]:
         size = self.nbytes(at)
@@ -187,6 +191,7 @@ class Neighbours:
                 reads=own[i : i + 2],
                 writes=[self.received(at, i, 0)[-1], self.received(at, i + 1, 0)[0]],
                 nbytes=self.message(at),
+                tags=(("portion", str(self.portion)),) if self.slice_at_sender else (),
             )
 
     def layer(self, forward: Forward, at: int, phase: str, previous: int | None) -> None:
@@ -330,6 +335,12 @@ def _keeper(strips: Strips, buckets: Buckets, near: Neighbours | None, *, keep: 
         return buckets.place(strips.ranks, at)
 
     return place
+
+
+def frame_tokens(segment: Segment, shape: Shape) -> int:
+    """Image tokens of one frame of a strip of ``shape`` in the attention ``segment`` begins with."""
+    queries, frame = segment.kernels[0].dims[2], {**shape._asdict(), "f": 1}
+    return queries(frame) - queries({**frame, "r": 0})
 
 
 def visible_rows(build: Builder, portion: float) -> list[int]:

@@ -262,10 +262,11 @@ class Displaced(Handler):
 
     def __init__(
         self, i: int, n: int, before: Published, new: Published, mode: str, portion: float | None,
-        fresh: Published, latent: Tensor, rows: int,
+        fresh: Published, latent: Tensor, rows: int, frames: int,
     ) -> None:  # fmt: skip
         self.i, self.n, self.before, self.new, self.mode = i, n, before, new, mode
         self.portion, self.fresh, self.latent, self.rows = portion, fresh, latent, rows
+        self.frames = frames
 
     def span(self) -> tuple[int, int]:
         return self.i * self.rows // self.n, self.rows
@@ -279,14 +280,20 @@ class Displaced(Handler):
     def kv(self, site: Site, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         strips = self.put(site, (key, value))
         if self.portion is not None:
-            share = round(key.shape[2] * self.portion)
             near = [strips[self.i]]
             if self.i > 0:
-                near.insert(0, [z[:, :, z.shape[2] - share :] for z in strips[self.i - 1]])
+                near.insert(0, [self.edge(z, last=True) for z in strips[self.i - 1]])
             if self.i < self.n - 1:
-                near.append([z[:, :, :share] for z in strips[self.i + 1]])
+                near.append([self.edge(z, last=False) for z in strips[self.i + 1]])
             strips = near
         return tuple(torch.cat(z, dim=2) for z in zip(*strips, strict=True))
+
+    def edge(self, z: Tensor, last: bool) -> Tensor:
+        """The portion of a strip's tokens next to the own strip, of each frame."""
+        tokens = z.shape[2] // self.frames
+        share = round(tokens * self.portion)
+        seen = range(tokens - share, tokens) if last else range(share)
+        return z[:, :, [f * tokens + token for f in range(self.frames) for token in seen]]
 
     def halo(self, site: Site, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if site.is_input:
@@ -355,7 +362,9 @@ def _stale_step(
     while True:
         new, parts = Published(), []
         for i in range(n):
-            strip = Displaced(i, n, before, new, mode, portion, fresh, latent, run.rows)
+            strip = Displaced(
+                i, n, before, new, mode, portion, fresh, latent, run.rows, token_frames(run)
+            )
             with intercept(run.model, strip, kv=points):
                 parts.append(run.network(z, t, i * run.rows // n, (i + 1) * run.rows // n))
         if mode != "sync_gn" or _same(new, fresh):

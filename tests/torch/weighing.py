@@ -47,8 +47,6 @@ def weighed() -> Iterator[Counter[str]]:
             self.transfer = noting
             super()._transfer(instance)
             self.transfer = transfer
-            if "slice=sender" in dict(self.graph.meta)["spec"]:
-                return  # priced as sliced there, but sent whole: a receiver slices here
             speaks_alone = op.kind == "p2p" or op.call == "broadcast"
             senders = op.ranks[:1] if speaks_alone else op.ranks
             weights = {rank: weight(op, sent[rank]) for rank in senders}
