@@ -77,6 +77,10 @@ class Session:
         said = session.agree("hello", hello, patient=True)
         others = [rank for rank, text in said.items() if text != said[0]]
         if others:
+            with suppress(
+                RanksMissing
+            ):  # rank 0 takes the store along: not before all have read it
+                session.arrive("other")
             raise OtherGraph(
                 f"{ranks_text(others)} would run another graph than rank 0 (fingerprint"
                 f" {said[others[0]][:12]}, rank 0 has {said[0][:12]}): the same model, size, strategy"
@@ -111,8 +115,19 @@ class Session:
         """Say ``value`` under ``key`` and hear what each of ``ranks`` (default: all) says.
 
         Waits ``timeout_s`` for a rank; ``patient``: since it last said that it lives. Polls, so that
-        other threads can use the store meanwhile. Raises RanksMissing.
+        other threads can use the store meanwhile. Raises RanksMissing, also where the store has gone.
         """
+        try:
+            return self._agree(key, value, ranks, patient)
+        except dist.DistError as error:
+            raise RanksMissing(
+                f"where the ranks meet ({self.place.address}:{self.place.port}) nobody answers any more"
+                f" ({' '.join(str(error).split())[:80]})"
+            ) from None
+
+    def _agree(
+        self, key: str, value: str, ranks: Iterable[int] | None, patient: bool
+    ) -> dict[int, str]:
         members = range(self.world_size) if ranks is None else ranks
         names = {rank: f"{key}/{rank}" for rank in members}
         self.store.set(f"{key}/{self.rank}", value)
