@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,10 @@ def launch(
 ) -> Outcome:
     """Run ``python -m paradiff ARGUMENTS`` as ``ranks`` processes of this machine.
 
-    What rank 0 prints goes to this process's stdout. Ctrl-C ends all ranks and is raised again.
+    What rank 0 prints goes to this process's stdout. Ctrl-C ends all ranks and is raised again; SIGTERM
+    does as much and is a SystemExit.
     """
-    with tempfile.TemporaryDirectory(prefix="paradiff-") as scratch:
+    with _exit_at_sigterm(), tempfile.TemporaryDirectory(prefix="paradiff-") as scratch:
         folder = Path(os.environ.get(STATUS) or scratch)
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "0",
@@ -74,6 +75,16 @@ def launch(
             finally:
                 _end(runner, statuses(folder))
         return Outcome(0) if runner.returncode == 0 else judged(statuses(folder), ranks, said)
+
+
+@contextlib.contextmanager
+def _exit_at_sigterm() -> Iterator[None]:
+    """So that what was made here is unmade, as after Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def die_with_parent() -> None:

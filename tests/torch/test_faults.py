@@ -45,6 +45,7 @@ def launched(folder: Path, *arguments: str, **more: str) -> Iterator[subprocess.
         [sys.executable, "-m", "paradiff", "run", *arguments, "--launch", "2", "--timeout", "15"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
         env=environment(folder / "status", **more),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & ignores it
     )  # fmt: skip
     try:
         yield process
@@ -113,15 +114,23 @@ def test_memory_that_ends_is_named(tmp_path: Path) -> None:
     assert re.search(r"step \d+, op t\d+/\S+, rank 1: out of memory", message), message
 
 
-def test_ctrl_c_ends_all(tmp_path: Path) -> None:
-    with launched(tmp_path, *LONG, "--output-dir", "out") as process:
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [(signal.SIGINT, 130, "paradiff: interrupted\n"), (signal.SIGTERM, 143, "")],
+)
+def test_ctrl_c_ends_all(number: int, code: int, words: str, tmp_path: Path) -> None:
+    """So does what a scheduler sends."""
+    (tmp_path / "scratch").mkdir()
+    scratch = str(tmp_path / "scratch")
+    with launched(tmp_path, *LONG, "--output-dir", "out", TMPDIR=scratch) as process:
         found = in_the_loop(tmp_path)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=ENDS_WITHIN_S)
-    assert process.returncode == 130
-    assert errors == "paradiff: interrupted\n"
+    assert process.returncode == code
+    assert errors == words
     assert not any(alive(status["pid"]) for status in found.values())
-    assert [p.name for p in tmp_path.iterdir()] == ["status"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scratch", "status"]
+    assert not [p for p in (tmp_path / "scratch").iterdir() if p.name.startswith("paradiff")]
 
 
 def test_killed_launcher_leaves_no_rank(tmp_path: Path) -> None:
