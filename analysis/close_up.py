@@ -66,7 +66,7 @@ def close_up(
     if flows is not None:
         dtype, drawn = request.workload.dtype, {placement[rank] for rank in trace.ranks()}
         memory = memory_over_time(schedule.graph, trace, request.profile, dtype, phases)
-        tracks = simulated(flows, network, memory, drawn if wide else None)
+        tracks = simulated(flows, network, schedule, memory, drawn if wide else None)
     return CloseUp(
         schedule.graph,
         trace,

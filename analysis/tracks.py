@@ -1,9 +1,10 @@
-"""What a run did to links and memory over time, for a trace file.
+"""What a run did to links and memory over time, and who sent to whom, for a trace file.
 
-Decides what is counted. Of a simulated run, links as the engine shared them out; of a measured one,
-whose links nobody watched, what every rank sent and received while its transfers ran. Memory is the
-model's (``simulator.memory``), at the times of the run: what is resident in a phase, and the
-activations of the computation that runs.
+Decides what is counted and drawn. Of a simulated run, links as the engine shared them out; of a measured
+one, whose links nobody watched, what every rank sent and received while its transfers ran; of one whose
+ranks share a process, no links, as payloads change hands there. Memory is the model's
+(``simulator.memory``), at the times of the run: what is resident in a phase, and the activations of the
+computation that runs.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 
-from paradiff.graph import ScheduleGraph, traffic
+from paradiff.graph import ScheduleGraph, sends, traffic
 from paradiff.profiles import Profile
 from paradiff.strategies.builder import DTYPE_BYTES
-from paradiff.trace import TRANSFERS, Counter, LinkUse, Span, Trace, Tracks
+from paradiff.trace import TRANSFERS, Arrow, Counter, LinkUse, Span, Trace, Tracks
 from simulator.engine import Flows
 from simulator.memory import PHASES, RankMemory, live_elements, phase_memory, phase_of, shared
 from simulator.network import Network
+from simulator.symmetry import Quotient, whole
 
+UNWATCHED = "links were not watched: what each rank sends and receives, evenly over its transfers"
+NO_LINKS = "no links: all ranks in one process, payloads change hands"
 _ENDS = re.compile(r"->|--|\.host$")
 """Between the names of a resource of the network."""
 Piece = tuple[float, float, float]
@@ -29,10 +33,12 @@ Piece = tuple[float, float, float]
 def simulated(
     flows: Iterable[Flows],
     network: Network,
+    schedule: Quotient,
     memory: Iterable[Counter],
     devices: Collection[int] | None = None,
 ) -> Tracks:
-    """The ``flows`` that the engine logged, link by link; utilisation in percent of the capacity.
+    """The ``flows`` that the engine logged of ``schedule``, link by link; utilisation in percent of the
+    capacity.
 
     ``devices``: links to GPUs other than these are left out.
     """
@@ -51,18 +57,52 @@ def simulated(
             share = 100 * rate / network.capacities[resource]
             pieces.setdefault(resource, []).append((begin_s, end_s, share))
     links = [Counter(network.resources[r].name, None, "%", levels(pieces[r])) for r in pieces]
-    return Tracks(joined(uses), (*sorted(links), *memory))
+    return Tracks(arrows(schedule), joined(uses), (*sorted(links), *memory))
 
 
-def measured(graph: ScheduleGraph, trace: Trace, profile: Profile, dtype: str) -> Tracks:
+def measured(graph: ScheduleGraph, trace: Trace, profile: Profile) -> Tracks:
     """What each rank sent and received, evenly while its transfers ran, in GB/s."""
-    memory = memory_over_time(graph, trace, profile, dtype, phase_memory(graph, profile, dtype))
     sent = _sent(graph, trace)
     pieces: dict[str, list[Piece]] = {}
     for use in sent:
         pieces.setdefault(use.link, []).append((use.begin_s, use.end_s, use.bytes_per_s / 1e9))
     links = [Counter(link, None, "GB/s", levels(pieces[link])) for link in sorted(pieces)]
-    return Tracks(sent, (*links, *memory))
+    memory = modelled_memory(graph, trace, profile)
+    return Tracks(arrows(whole(graph)), sent, (*links, *memory), UNWATCHED)
+
+
+def in_one_process(graph: ScheduleGraph, trace: Trace, profile: Profile) -> Tracks:
+    """Of a run, simulated or measured, whose ranks share a process."""
+    memory = tuple(modelled_memory(graph, trace, profile))
+    return Tracks(arrows(whole(graph)), (), memory, NO_LINKS)
+
+
+def modelled_memory(graph: ScheduleGraph, trace: Trace, profile: Profile) -> Iterator[Counter]:
+    """``memory_over_time`` of a graph that is run as it is, in the precision it was made for."""
+    dtype = dict(graph.meta)["dtype"]
+    return memory_over_time(graph, trace, profile, dtype, phase_memory(graph, profile, dtype))
+
+
+def arrows(schedule: Quotient) -> tuple[Arrow, ...]:
+    """Who sends to whom in every transfer (``paradiff.graph.sends``), between ranks that are drawn: of
+    alike ones the representative sends to the representative of whom it sends to."""
+    alike, found = schedule.representative, list[Arrow]()
+    for section, members in zip(schedule.graph.sections, schedule.members, strict=True):
+        pairs = [
+            dict.fromkeys(
+                (alike[a], alike[b]) for ranks in each for a, b in sends(op.kind, op.call, ranks)
+            )
+            for op, each in zip(section.ops, members, strict=True)
+        ]
+        for i in range(section.count):
+            base = section.first + i * section.stride
+            found += [
+                Arrow(op.id_at(base), a, b)
+                for op, each in zip(section.ops, pairs, strict=True)
+                for a, b in each
+                if a != b and a in op.ranks and b in op.ranks
+            ]
+    return tuple(found)
 
 
 def _sent(graph: ScheduleGraph, trace: Trace) -> list[LinkUse]:

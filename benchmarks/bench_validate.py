@@ -85,7 +85,7 @@ def _compared(job: Job, serial: Prepared, session: Session) -> float | None:
     usual = [_piece_s(session)]
     found = measure_here(job, prepared, session, again=True)
     usual.append(_piece_s(session))
-    predicted_s = loop_s(predict(prepared, found.machine, session.backend))
+    predicted_s = loop_s(predict(prepared, found.machine, session.backend)[0])
     transport = Distributed(session, prepared.graph)
     runs_of(prepared, session, 1, 1, transport=transport)
     ratios, other = list[float](), list[float]()
@@ -136,7 +136,7 @@ def _predicted_alone(job: Job, serial: Prepared, session: Session) -> float:
     dist.barrier()
     seconds = 0.0
     if session.rank == 0:
-        seconds = loop_s(predict(serial, measure_here(job, serial, again=True).machine, None))
+        seconds = loop_s(predict(serial, measure_here(job, serial, again=True).machine, None)[0])
     dist.barrier()
     return seconds
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paradiff.graph import Dependencies, OpKind, ScheduleGraph
+from paradiff.dependencies import Dependencies
+from paradiff.graph import OpKind, ScheduleGraph
 
 TRANSFERS = ("collective", "permute", "p2p")
 """Op kinds that move bytes between ranks."""
@@ -95,12 +96,25 @@ class Counter(NamedTuple):
     points: Sequence[tuple[float, float]]
 
 
+class Arrow(NamedTuple):
+    """Rank ``source`` sends to rank ``destination`` in ``op`` (its id in the graph)."""
+
+    op: str
+    source: int
+    destination: int
+
+
 @dataclass(frozen=True, slots=True)
 class Tracks:
-    """What is seen of a run beside its spans (``analysis.tracks``). No link is used twice by one op."""
+    """What is seen of a run beside its spans (``analysis.tracks``). No link is used twice by one op.
 
+    ``note``: what a reader of the links must know, or why there are none.
+    """
+
+    arrows: Sequence[Arrow] = ()
     links: Sequence[LinkUse] = ()
     counters: Sequence[Counter] = ()
+    note: str = ""
 
 
 NO_TRACKS = Tracks()
@@ -249,9 +263,10 @@ LINKS, LINK = "links", "link"
 def write_chrome_trace(trace: Trace, path: Path, tracks: Tracks = NO_TRACKS) -> None:
     """Write ``trace`` (expanded) for Perfetto and chrome://tracing; gzip if ``path`` ends in ``.gz``.
 
-    A process per rank, a thread per stream, an arrow from each transfer's first rank to its others,
-    categories by op kind. Of ``tracks``: a process of the links, a thread for each (more where ops
-    share it), and counters. Equal traces give equal bytes; a reader never sees half a file.
+    A process per rank, a thread per stream, categories by op kind. Of ``tracks``: arrows from the begin
+    of a transfer on one rank to its end on another; a process of the links, a thread for each (more
+    where ops share it), a mark with the note at its begin; counters. Equal traces give equal bytes; a
+    reader never sees half a file.
     """
     text = "\n".join(_chrome_lines(trace.expanded(), tracks)) + "\n"
     data = text.encode()
@@ -283,8 +298,8 @@ def _chrome_lines(trace: Trace, tracks: Tracks) -> Iterator[str]:
         yield _event(ph="M", name="thread_name", pid=rank, tid=tid, args={"name": stream}) + ","
     box = ranks[-1] + 1 if ranks else 0
     yield from _link_lines(tracks, box, len(threads))
-    roots: dict[str, Span] = {}
-    for number, span in enumerate(trace.spans):
+    out, into = _arrow_ends(tracks.arrows)
+    for span in trace.spans:
         tid = threads[span.rank, span.stream]
         args = {
             "step": span.step,
@@ -299,17 +314,27 @@ def _chrome_lines(trace: Trace, tracks: Tracks) -> Iterator[str]:
             ph="X", name=span.name, cat=span.kind, pid=span.rank, tid=tid,
             ts=span.start_s * 1e6, dur=(span.end_s - span.start_s) * 1e6, args=args,
         ) + ","  # fmt: skip
-        if span.kind in TRANSFERS:
-            root = roots.setdefault(span.id, span)
-            if root is not span:
-                start = threads[root.rank, root.stream]
-                arrow = {"name": span.call, "cat": "transfer", "id": number}
-                at, end = root.start_s * 1e6, span.end_s * 1e6
-                yield _event(ph="s", pid=root.rank, tid=start, ts=at, **arrow) + ","
-                yield _event(ph="f", bp="e", pid=span.rank, tid=tid, ts=end, **arrow) + ","
+        # an end belongs to the slice that is open there: the one written last, if another begins then
+        arrow = {"name": span.call, "cat": "transfer", "pid": span.rank, "tid": tid}
+        for number in out.get((span.id, span.rank), ()):
+            yield _event(ph="s", id=number, ts=span.start_s * 1e6, **arrow) + ","
+        for number in into.get((span.id, span.rank), ()):
+            yield _event(ph="f", bp="e", id=number, ts=span.end_s * 1e6, **arrow) + ","
     other = {"makespan_s": trace.makespan_s, "meta": dict(trace.meta)}
     yield _event(ph="M", name="paradiff", pid=ranks[0] if ranks else 0, args=other)
     yield "]}"
+
+
+def _arrow_ends(
+    arrows: Iterable[Arrow],
+) -> tuple[dict[tuple[str, int], list[int]], dict[tuple[str, int], list[int]]]:
+    """Numbers of the arrows that leave, and of those that reach, an op (its id) on a rank."""
+    out: dict[tuple[str, int], list[int]] = {}
+    into: dict[tuple[str, int], list[int]] = {}
+    for number, arrow in enumerate(arrows):
+        out.setdefault((arrow.op, arrow.source), []).append(number)
+        into.setdefault((arrow.op, arrow.destination), []).append(number)
+    return out, into
 
 
 def _link_lines(tracks: Tracks, box: int, tid: int) -> Iterator[str]:
@@ -317,8 +342,12 @@ def _link_lines(tracks: Tracks, box: int, tid: int) -> Iterator[str]:
 
     Microseconds with three digits: a file of some ten thousand ops has some hundred thousand of these.
     """
-    if tracks.links or any(counter.rank is None for counter in tracks.counters):
+    if tracks.note or tracks.links or any(counter.rank is None for counter in tracks.counters):
         yield _event(ph="M", name="process_name", pid=box, args={"name": LINKS}) + ","
+    if tracks.note:
+        yield _event(ph="M", name="thread_name", pid=box, tid=tid, args={"name": "note"}) + ","
+        yield _event(ph="i", s="t", name=tracks.note, pid=box, tid=tid, ts=0) + ","
+        tid += 1
     for link, lanes in _lanes(tracks.links).items():
         for lane in lanes:
             yield _event(ph="M", name="thread_name", pid=box, tid=tid, args={"name": link}) + ","

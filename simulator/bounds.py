@@ -21,7 +21,8 @@ from dataclasses import replace
 from math import inf
 from typing import NamedTuple
 
-from paradiff.graph import Dependencies, Instance, Op, Section
+from paradiff.dependencies import Dependencies
+from paradiff.graph import Instance, Op, Section
 from paradiff.trace import TRANSFERS
 from simulator.engine import Costs
 from simulator.fluid import on_grid

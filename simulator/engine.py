@@ -40,7 +40,8 @@ from typing import NamedTuple, Protocol
 from simpy import Environment
 from simpy.events import Event, EventPriority
 
-from paradiff.graph import Dependencies, Instance, Op, ScheduleGraph, Section, Work
+from paradiff.dependencies import Dependencies
+from paradiff.graph import Instance, Op, ScheduleGraph, Section, Work
 from paradiff.trace import TRANSFERS, Repeat, Span, Trace
 from simulator.collectives import BACKENDS, Backend, Lowering
 from simulator.fluid import Alarm, Bundle, Drain, Fluid, Stretch, on_grid

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit_hardware import Graph, UnitCosts, run
+from unit_hardware import Graph, UnitCosts, exchange, run
 
 from analysis.attribution import CLASSES, Breakdown, attribute, critical_rank
 from paradiff.trace import Trace
@@ -19,13 +19,7 @@ def classes(breakdown: Breakdown) -> tuple[float, ...]:
 
 def request(steps: int) -> Graph:
     """Encode 2 s; a step: 5 s on rank 0, 3 s on rank 1, swap 4 bytes, 1 s; decode 7 s on rank 0."""
-    g = Graph(2)
-    for r in range(2):
-        g.compute("encode", r, 2, writes=["x#-1"], step=None)
-    g.section("encode", 0)
-    for r in range(2):
-        g.compute("step", r, 5 if r == 0 else 3, reads=["x#-1"], writes=["y"])
-    g.collective("permute", "swap", (0, 1), 4, "y", "z")
+    g = exchange((5, 3), 4, begin=2, into="z")
     for r in range(2):
         g.compute("update", r, 1, reads=["z"], writes=["x"])
     g.section("loop", 0, steps)

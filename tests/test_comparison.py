@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pages import HOSTILE, Scripts, opened
-from unit_hardware import Graph, UnitCosts, run
+from unit_hardware import UnitCosts, exchange, run
 
 from analysis import comparison_report
 from analysis.comparison import SCHEMA, Comparison, compare, to_json
@@ -23,13 +23,7 @@ STEPS = 6
 @pytest.fixture
 def graph() -> ScheduleGraph:
     """A step: 5 s on rank 0, 3 s on rank 1; both swap 4 bytes; meanwhile rank 0 computes 2 s more."""
-    g = Graph(2)
-    for r in range(2):
-        g.compute("encode", r, 1, writes=["x#-1"], step=None)
-    g.section("encode", 0)
-    for r in range(2):
-        g.compute("net", r, 5 if r == 0 else 3, reads=["x#-1"], writes=["y"])
-    g.collective("permute", "swap", (0, 1), 4, "y", "x")
+    g = exchange((5, 3), 4)
     g.compute("beside", 0, 2, reads=["y"])
     g.section("loop", 0, STEPS)
     return g.build()

@@ -9,6 +9,7 @@ import pytest
 from shipped import profile as shipped
 from test_planner import request
 
+from paradiff.dependencies import validate
 from paradiff.graph import Op, ScheduleGraph, parse_graph
 from paradiff.strategies import Infeasible, SpecError, Workload, build, facts, parse_spec
 from simulator.memory import peak_memory
@@ -73,7 +74,7 @@ def test_bytes_of_each_transfer(spec: str, n: int) -> None:
 )
 def test_graph_is_valid_and_nothing_else_changes(name: str, spec: str) -> None:
     alone, split = graph_of(name, spec), graph_of(name, f"{spec},vae=split")
-    split.validate()
+    validate(split)
     assert parse_graph(split.text()) == split
     assert split.fingerprint() == split.unroll().fingerprint()
     assert split.world_size == alone.world_size

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit_hardware import Graph, UnitCosts, run
 
-from paradiff.graph import Dependencies, ScheduleGraph
+from paradiff.dependencies import Dependencies
+from paradiff.graph import ScheduleGraph
 from paradiff.trace import Span, Trace
 from simulator.engine import simulate
 from simulator.topology import Topology

@@ -6,14 +6,15 @@ from collections import defaultdict
 from dataclasses import replace
 
 import pytest
+from cases import CASES, graph_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit_hardware import Graph
 
+from paradiff.dependencies import Dependencies, validate
 from paradiff.graph import (
     COLLECTIVES,
     Buffer,
-    Dependencies,
     Instance,
     InvalidGraph,
     Op,
@@ -23,6 +24,7 @@ from paradiff.graph import (
     Shape,
     Work,
     parse_graph,
+    sends,
     traffic,
 )
 
@@ -201,7 +203,7 @@ def test_malformed_text_is_refused_with_its_line(text: str, message: str) -> Non
 def test_a_read_of_a_version_that_is_gone_shows_the_place() -> None:
     bad = edited(stale_ring(), 1, 1, reads=(Ref("all@r1", -2),))
     with pytest.raises(InvalidGraph) as error:
-        bad.validate()
+        validate(bad)
     text = str(error.value)
     assert "t000/net@r1 reads all@r1#-2, which is not there" in text
     assert "version -1.0" in text
@@ -247,16 +249,16 @@ def test_a_cycle_is_drawn() -> None:
 )
 def test_every_rule_has_its_sentence(change: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidGraph, match=message):
-        edited(stale_ring(), 1, 2, **change).validate()
+        validate(edited(stale_ring(), 1, 2, **change))
 
 
 def test_a_version_is_written_once_and_a_buffer_declared_once() -> None:
     graph = stale_ring()
     again = edited(graph, 1, 2, writes=(Ref("own@r0", 0),))
     with pytest.raises(InvalidGraph, match="writes own@r0#0 a second time"):
-        again.validate()
+        validate(again)
     with pytest.raises(InvalidGraph, match="declared twice"):
-        replace(graph, buffers=(*graph.buffers, graph.buffers[0])).validate()
+        validate(replace(graph, buffers=(*graph.buffers, graph.buffers[0])))
 
 
 # ---------------------------------------------------------------------------------- edges
@@ -314,7 +316,7 @@ def test_parts_are_apart_but_not_from_the_whole() -> None:
     assert found["t000/p1'"] == ["t000/whole"]
     late = (*ops_, op("gone", "g", (part("x", 2, None),), ()))
     with pytest.raises(InvalidGraph, match="which is not there"):
-        ScheduleGraph(1, buffers, (Section("s", 0, 1, 1, late),)).validate()
+        validate(ScheduleGraph(1, buffers, (Section("s", 0, 1, 1, late),)))
 
 
 def test_versions_within_a_step_keep_apart() -> None:
@@ -370,6 +372,25 @@ def test_bytes_follow_the_cost_algebra() -> None:
     assert ring == dict.fromkeys(range(3), (10, 10))
     assert traffic(Op("c", "p2p", "send", (1, 0), "s", nbytes=10)) == {1: (10, 0), 0: (0, 10)}
     assert traffic(Op("c", "compute", "f", (0,), "s")) == {}
+
+
+def test_who_sends_is_who_has_bytes_to_send() -> None:
+    """A message has its direction; around a ring everyone sends and receives; a chain has two ends. Of
+    every transfer of every strategy: ``traffic`` gives bytes to the same ranks."""
+    assert sends("p2p", "send", (1, 0)) == [(1, 0)]
+    assert sends("permute", "permute", (2, 0, 1)) == [(2, 0), (0, 1), (1, 2)]
+    assert sends("collective", "all_reduce", (0, 1)) == [(0, 1), (1, 0)]
+    assert sends("collective", "broadcast", (2, 0, 1)) == [(2, 0), (0, 1)]
+    assert sends("collective", "all_gather", (3,)) == sends("compute", "f", (0,)) == []
+    seen = set()
+    for profile, spec in CASES:
+        for section in graph_of(profile, spec).sections:
+            for op in (op for op in section.ops if len(op.ranks) > 1 and op.nbytes > 0):
+                pairs, moved = sends(op.kind, op.call, op.ranks), traffic(op)
+                assert {a for a, _ in pairs} == {r for r, (out, _) in moved.items() if out}
+                assert {b for _, b in pairs} == {r for r, (_, back) in moved.items() if back}
+                seen.add(op.call)
+    assert {"send", "all_gather", "all_reduce", "all_to_all"} <= seen
 
 
 def test_totals_count_iterations() -> None:
@@ -439,7 +460,7 @@ def test_peak_bytes_against_a_second_derivation(data: st.DataObject) -> None:
 def test_shortened_keeps_the_schedule() -> None:
     graph = stale_ring(2, 30)
     short = graph.shortened(3)
-    short.validate()
+    validate(short)
     assert short.op_count() == 2 + 3 * 3
     assert short.sections[1].first == 0
     assert graph.shortened(99) == graph

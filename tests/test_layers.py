@@ -14,7 +14,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("paradiff", "simulator", "analysis", "hardware_profiles")
 TORCH_SIDE = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "greenlet"}
 L0_LIBRARIES = {"pydantic", "pydantic_core", "ruamel"}
-L0 = ("paradiff.graph", "paradiff.trace", "paradiff.profiles", "paradiff.units", "paradiff.config")
+L0 = (
+    "paradiff.graph", "paradiff.dependencies", "paradiff.trace", "paradiff.profiles",
+    "paradiff.units", "paradiff.config",
+)  # fmt: skip
 L1 = ("paradiff.strategies", "paradiff.planfile")
 MODELS = ("paradiff.models", "paradiff.executor")
 L3 = (

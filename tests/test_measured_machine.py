@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from unit_hardware import Graph
+from unit_hardware import Graph, exchange
 
 from analysis.comparison import compare
 from paradiff.config import ConfigError
@@ -37,13 +37,7 @@ def calls(ring: float = 1.0) -> tuple[CallTime, ...]:
 @pytest.fixture
 def graph() -> ScheduleGraph:
     """A step: 3 on rank 0, 5 on rank 1; a gather; rank 1 computes 4 beside it; then a message."""
-    g = Graph(2)
-    for r in range(2):
-        g.compute("begin", r, 1, writes=["x#-1"], step=None)
-    g.section("begin", 0)
-    for r in range(2):
-        g.compute("net", r, 3 + 2 * r, reads=["x#-1"], writes=["y"])
-    g.collective("all_gather", "gather", PAIR, 4096, "y", "x")
+    g = exchange((3, 5), 4096, call="all_gather")
     g.compute("beside", 1, 4, reads=["y"], writes=["z"])
     g.send("back", 1, 0, 4096, "x", "w")
     g.section("loop", 0, 3)
@@ -82,7 +76,7 @@ def test_ops_take_what_was_measured(graph: ScheduleGraph) -> None:
     assert busy(trace, "net@r1", 1) == pytest.approx(10e-3)  # 5 of work, rank 1 is half as fast
     # Packing is 0.1 ms + 1 ns a byte from 1 KiB on; the gather's table is in gathered bytes.
     packing_s = 1e-4 + (4096 - 1024) * 1e-9
-    assert busy(trace, "gather", 0) == pytest.approx(5e-3 + 2e-6 * 4096 + packing_s)
+    assert busy(trace, "swap", 0) == pytest.approx(5e-3 + 2e-6 * 4096 + packing_s)
     assert busy(trace, "back", 1) == pytest.approx(message_s(4096) + packing_s, rel=1e-6)
 
 
@@ -90,8 +84,8 @@ def test_compute_beside_a_transfer_loses_what_it_was_seen_to_lose(graph: Schedul
     """``beside`` has 8 ms to do alone. Losing 3/4 it does a quarter of the gather's and of the message's
     13.3 and 6.2 ms meanwhile, and the rest after them."""
     free, slow = run(graph, machine_of(graph)), run(graph, machine_of(graph, lost=0.75))
-    moving_s = busy(free, "gather", 1) + busy(free, "back", 1)
-    assert busy(slow, "gather", 1) + busy(slow, "back", 1) == pytest.approx(moving_s)
+    moving_s = busy(free, "swap", 1) + busy(free, "back", 1)
+    assert busy(slow, "swap", 1) + busy(slow, "back", 1) == pytest.approx(moving_s)
     assert busy(free, "beside@r1", 1) == pytest.approx(8e-3)
     assert busy(slow, "beside@r1", 1) == pytest.approx(moving_s + 8e-3 - moving_s / 4)
 

@@ -7,6 +7,7 @@ import toys
 from shipped import profile as model
 from test_closed_forms import BLOCKS, ELEMENT, PLAIN, ROWS, SHAPE, WIDTH, X, denoise_s, exactly
 
+from paradiff.dependencies import validate
 from paradiff.strategies import Infeasible, Workload, build, facts, parse_spec
 from simulator.costs import CostModel
 from simulator.engine import simulate
@@ -35,7 +36,7 @@ def box(gpus: int, memory: float, link: float) -> Topology:
 
 def run_s(spec: str, topology: Topology) -> float:
     graph = build(parse_spec(spec), DIT, TOY)
-    graph.validate()
+    validate(graph)
     costs = CostModel(DIT, [load_gpu("unit")] * graph.world_size, "fp16")
     return simulate(graph, topology, costs).makespan_s
 
@@ -75,7 +76,7 @@ def test_a_sharded_denoiser_loads_its_shards() -> None:
 
     def loads(spec: str) -> dict[str, int]:
         graph = build(parse_spec(spec), DIT, TOY)
-        graph.validate()
+        validate(graph)
         return {op.name: op.nbytes for s in graph.sections for op in s.ops if op.call == "load"}
 
     rest = sum(DIT.stages[name].params for name in ("scheduler", "guidance"))

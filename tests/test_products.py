@@ -14,6 +14,7 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paradiff.dependencies import validate
 from paradiff.graph import ScheduleGraph
 from paradiff.strategies import Workload, build, parse_spec
 from paradiff.strategies.builder import Mesh
@@ -62,7 +63,7 @@ def test_a_pipeline_in_any_product(degrees: tuple[int, ...]) -> None:
     """Versions read as by two stages alone with the same M and w; memory and bytes of section 15."""
     tp, u, r, n, cfg, dp, m, w = degrees
     graph = graph_of(spec_of(*degrees))
-    graph.validate()
+    validate(graph)
     assert graph.world_size == tp * u * r * n * cfg * dp
     assert cache_reads(graph) == cache_reads(graph_of(f"pipefusion=2,patches={m},warmup={w}"))
     assert graph.staleness() == int(m > 1 and w < STEPS)
@@ -124,7 +125,7 @@ def test_axes_multiply_and_exact_parts_make_exact_products(
     axes = {"tensor": tp, "ulysses": u, "ring": r, "cfg": cfg, "data": dp, "parastep": step}
     chosen = [f"{name}={degree}" for name, degree in axes.items() if degree > 1]
     graph = graph_of(",".join(chosen) or "serial")
-    graph.validate()
+    validate(graph)
     assert graph.world_size == tp * u * r * cfg * step * dp
     assert (graph.staleness() > 0) == (step > 1)
     size = graph.world_size // dp

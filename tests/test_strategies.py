@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 from cases import CASES, DIT, DIVIDED, IDS, JOINT, SKIPS, UNET, WORKLOAD, graph_of
 
+from paradiff.dependencies import validate
 from paradiff.graph import parse_graph
 from paradiff.profiles import Profile
 from paradiff.strategies import facts, parse_spec
@@ -17,7 +18,7 @@ from paradiff.strategies import facts, parse_spec
 def test_graph_is_valid_round_trips_and_unrolls(profile: Profile, spec: str) -> None:
     graph = graph_of(profile, spec)
 
-    graph.validate()
+    validate(graph)
 
     assert graph.world_size == facts(parse_spec(spec), WORKLOAD).n_gpus
     assert parse_graph(graph.text()) == graph

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from shipped import profile as shipped
 
+from paradiff.dependencies import validate
 from paradiff.graph import ScheduleGraph, parse_graph
 from paradiff.strategies import Infeasible, SpecError, Workload, build, facts, parse_spec
 from simulator.memory import peak_memory
@@ -25,7 +26,7 @@ def test_tiles_overlap_by_a_quarter() -> None:
     """AutoencoderKL.tiled_decode: corners every 3/4 of a tile, cut at the border; 128 latent rows make
     tiles at 0, 48 and 96, the last 32 rows high."""
     graph = graph_of("vae=tiled")
-    graph.validate()
+    validate(graph)
     assert parse_graph(graph.text()) == graph
     assert shapes(graph) == [(r, w) for r in (64, 64, 32) for w in (64, 64, 32)]
     assert shapes(graph_of("vae=tiled,tile=128")) == shapes(graph_of("serial")) == [(128, 128)]
@@ -50,7 +51,7 @@ def test_activations_are_those_of_one_tile(side: int, tile: int) -> None:
 
 def test_it_goes_with_offload_and_replicas() -> None:
     graph = graph_of("data=2,vae=tiled,offload=vae")
-    graph.validate()
+    validate(graph)
     assert len(shapes(graph)) == 2 * 9
     assert not facts(parse_spec("cfg=2,vae=tiled"), Workload(1024, 1024, 1, 2)).exact
 

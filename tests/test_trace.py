@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from unit_hardware import Graph, run
+from unit_hardware import Graph, exchange, run
 
 from paradiff.graph import ScheduleGraph
 from paradiff.trace import (
+    Arrow,
     Repeat,
     Span,
     Trace,
     TraceMismatch,
+    Tracks,
     check_trace,
     read_chrome_trace,
     write_chrome_trace,
@@ -24,13 +26,7 @@ from paradiff.trace import (
 
 @pytest.fixture
 def graph() -> ScheduleGraph:
-    g = Graph(2)
-    for r in range(2):
-        g.compute("encode", r, 1, writes=["x#-1"], step=None)
-    g.section("encode", 0)
-    for r in range(2):
-        g.compute("net", r, 2 + r, reads=["x#-1"], writes=["y"])
-    g.collective("permute", "swap", (0, 1), 3, "y", "x")
+    g = exchange((2, 3), 3)
     g.section("loop", 0, 9)
     return g.build()
 
@@ -51,8 +47,12 @@ def test_equal_traces_give_equal_bytes_and_no_debris(graph: ScheduleGraph, tmp_p
 
 
 def test_perfetto_sees_ranks_streams_and_arrows(graph: ScheduleGraph, tmp_path: Path) -> None:
+    """Both ranks send in a swap: an arrow each way, from its begin on one to its end on the other. An
+    end follows its slice in the file, before a slice that begins then, so that it belongs to it."""
     path = tmp_path / "trace.json.gz"
-    write_chrome_trace(run(graph), path)
+    swaps = [f"t{step:03d}/swap" for step in range(9)]
+    arrows = [Arrow(op, *pair) for op in swaps for pair in ((0, 1), (1, 0))]
+    write_chrome_trace(run(graph), path, Tracks(arrows))
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     names = {e["args"]["name"] for e in events if e["ph"] == "M" and "name" in e["args"]}
     assert names == {"rank 0", "rank 1", "compute", "comm"}
@@ -61,9 +61,15 @@ def test_perfetto_sees_ranks_streams_and_arrows(graph: ScheduleGraph, tmp_path: 
     assert {e["cat"] for e in drawn} == {"compute", "permute"}
     begins = {e["id"]: e for e in events if e["ph"] == "s"}
     ends = {e["id"]: e for e in events if e["ph"] == "f"}
-    assert len(begins) == 9
     assert begins.keys() == ends.keys()
-    assert all(begins[i]["pid"] == 0 and ends[i]["pid"] == 1 for i in begins)
+    found = [(begins[i]["pid"], ends[i]["pid"]) for i in sorted(begins)]
+    assert found == 9 * [(0, 1), (1, 0)]
+    for at, event in enumerate(events):
+        if event["ph"] in "sf":
+            slice_ = next(e for e in reversed(events[:at]) if e["ph"] == "X")
+            end = slice_["ts"] + slice_["dur"] * (event["ph"] == "f")
+            assert (slice_["name"], slice_["tid"]) == ("swap", event["tid"])
+            assert event["ts"] == pytest.approx(end, abs=1e-3)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"traceEvents": []}', b"\x1f\x8bxx"])

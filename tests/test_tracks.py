@@ -8,18 +8,37 @@ from collections.abc import Collection
 from pathlib import Path
 
 import pytest
+from cases import DIT, graph_of
 from shipped import profile
 from unit_hardware import Graph, UnitCosts
 
 from analysis.close_up import close_up
-from analysis.tracks import joined, levels, measured, simulated
+from analysis.tracks import (
+    NO_LINKS,
+    UNWATCHED,
+    arrows,
+    in_one_process,
+    joined,
+    levels,
+    measured,
+    simulated,
+)
 from paradiff.graph import ScheduleGraph
 from paradiff.strategies import Workload, build, parse_spec
-from paradiff.trace import LinkUse, Span, Trace, Tracks, read_chrome_trace, write_chrome_trace
+from paradiff.trace import (
+    Arrow,
+    LinkUse,
+    Span,
+    Trace,
+    Tracks,
+    read_chrome_trace,
+    write_chrome_trace,
+)
 from simulator.engine import Flows, simulate
 from simulator.memory import peak_memory
 from simulator.network import Network
 from simulator.planner import Request
+from simulator.symmetry import quotient, whole
 from simulator.topology import Topology, load_topology
 
 
@@ -36,7 +55,7 @@ def graph() -> ScheduleGraph:
 def run(graph: ScheduleGraph, devices: Collection[int] | None = None) -> tuple[Trace, Tracks]:
     network, flows = Network(Topology.uniform(3)), list[Flows]()
     trace = simulate(graph, network, UnitCosts(), periodic=False, flows=flows)
-    return trace, simulated(flows, network, (), devices)
+    return trace, simulated(flows, network, whole(graph), (), devices)
 
 
 def test_two_sends_share_a_link_until_the_shorter_is_done(graph: ScheduleGraph) -> None:
@@ -67,7 +86,11 @@ def test_a_measured_run_shows_what_ranks_send_while_their_transfers_run() -> Non
         for at, (op, base) in enumerate(graph.instances())
         for rank in op.ranks
     )  # fmt: skip
-    tracks = measured(graph, Trace(spans, float(graph.op_count())), p, "bf16")
+    tracks = measured(graph, Trace(spans, float(graph.op_count())), p)
+    assert tracks.note == UNWATCHED
+    swaps = {span.id for span in spans if len(graph_ranks(graph)[span.id]) == 2}
+    assert set(tracks.arrows) == {Arrow(op, *pair) for op in swaps for pair in ((0, 1), (1, 0))}
+    assert len(swaps) == workload.steps
     latent = 4 * 64 * 64 * 2
     (sends, receives) = (
         next(c for c in tracks.counters if c.name == f"rank 0 {way}")
@@ -80,6 +103,35 @@ def test_a_measured_run_shows_what_ranks_send_while_their_transfers_run() -> Non
     assert moved == pytest.approx(2 * 2 * workload.steps * latent)
     peaks = [max(v for _, v in c.points) for c in tracks.counters if c.rank is not None]
     assert peaks == pytest.approx([m.total / 1e9 for m in peak_memory(graph, p, "bf16")])
+    together = in_one_process(graph, Trace(spans, float(graph.op_count())), p)
+    assert (together.arrows, together.links, together.note) == (tracks.arrows, (), NO_LINKS)
+    assert together.counters == tuple(c for c in tracks.counters if c.rank is not None)
+
+
+def graph_ranks(graph: ScheduleGraph) -> dict[str, tuple[int, ...]]:
+    return {each.id: each.op.ranks for each in graph.instances()}
+
+
+@pytest.mark.parametrize(
+    ("spec", "drawn"),
+    [
+        ("patch=4", 2),
+        ("pipefusion=2,ulysses=2,patches=2", 2),
+        ("pipefusion=4,ulysses=2,patches=4", 4),
+    ],
+)
+def test_alike_ranks_send_where_those_that_they_stand_for_send(spec: str, drawn: int) -> None:
+    """One rank of each kind is drawn, and an arrow between two where the whole graph has one between
+    ranks that they stand for."""
+    graph = graph_of(DIT, spec)
+    schedule = quotient(graph)
+    alike = schedule.representative
+    assert len(set(alike)) == drawn
+    every = {(alike[a.source], alike[a.destination]) for a in arrows(whole(graph))}
+    found = arrows(schedule)
+    assert {(a.source, a.destination) for a in found} == {(a, b) for a, b in every if a != b}
+    ranks = graph_ranks(schedule.graph)
+    assert all({a.source, a.destination} <= set(ranks[a.op]) for a in found)
 
 
 def test_levels_add_up_and_return_to_nothing() -> None:

@@ -13,6 +13,7 @@ from itertools import combinations
 
 import pytest
 
+from paradiff.dependencies import validate
 from paradiff.graph import Buffer, Op, OpKind, Ref, ScheduleGraph, Section, Shape, Work
 from paradiff.trace import Span, Trace, check_trace
 from simulator.engine import simulate
@@ -124,8 +125,23 @@ class Graph:
         if self.ops:
             self.section("main", 0)
         graph = ScheduleGraph(self.world, tuple(self.buffers.values()), tuple(self.sections))
-        graph.validate()
+        validate(graph)
         return graph
+
+
+def exchange(
+    net: Sequence[int], nbytes: int, *, call: str = "permute", begin: int = 1, into: str = "x"
+) -> Graph:
+    """Two ranks: each computes ``begin`` before the loop; in a step rank r computes ``net[r]``, then
+    both exchange. The section of the loop is open: ``g.section("loop", 0, steps)`` ends it."""
+    g = Graph(2)
+    for r in range(2):
+        g.compute("begin", r, begin, writes=["x#-1"], step=None)
+    g.section("begin", 0)
+    for r in range(2):
+        g.compute("net", r, net[r], reads=["x#-1"], writes=["y"])
+    g.collective(call, "swap", (0, 1), nbytes, "y", into)
+    return g
 
 
 def _on(text: str, rank: int) -> str:

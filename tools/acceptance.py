@@ -29,6 +29,7 @@ import torch
 
 import paradiff
 from analysis.attribution import by_rank
+from analysis.tracks import measured
 from paradiff.executor.distributed import run_rank
 from paradiff.executor.interpreter import Result
 from paradiff.executor.job import Job, Prepared, prepare
@@ -170,7 +171,9 @@ def one(name: str, spec: str, device: str, session: Session, trace: Path) -> dic
         line["trace"] = str(error)
     line["ranks"] = [asdict(each) for each in by_rank(result.trace)]
     if session.rank == 0:
-        write_chrome_trace(result.trace, trace)
+        profile = prepared.pipeline.network.profile
+        tracks = measured(prepared.graph, result.trace, profile)
+        write_chrome_trace(result.trace, trace, tracks)
         line["replicas"] = sorted(result.latents)
         line["error"] = difference(result, prepared.in_process())
     return line

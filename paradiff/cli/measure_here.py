@@ -22,19 +22,22 @@ from typing import TYPE_CHECKING
 from platformdirs import user_cache_path
 
 import paradiff
+from analysis.tracks import in_one_process, modelled_memory, simulated
 from paradiff.cli.common import json_text, write_file
 from paradiff.config import ConfigError
 from simulator.costs import ITEMSIZE, CostModel
-from simulator.engine import Costs, simulate
+from simulator.engine import Costs, Flows, simulate
 from simulator.gpu import load_gpu
 from simulator.measured import Key, Row, kernels_of, tables
 from simulator.measured_machine import CallTime, MeasuredMachine, in_turn
+from simulator.network import Network
+from simulator.symmetry import whole
 
 if TYPE_CHECKING:
     from paradiff.executor.job import Job, Prepared
     from paradiff.executor.measure_calls import Call
     from paradiff.executor.session import Session
-    from paradiff.trace import Trace
+    from paradiff.trace import Trace, Tracks
 
 BESIDE_BYTES = 2**22
 """Of the gather that compute runs beside."""
@@ -85,16 +88,20 @@ def measure_here(
 
 def predict(
     prepared: Prepared, machine: MeasuredMachine, backend: str | None, gpu: str | None = None
-) -> Trace:
+) -> tuple[Trace, Tracks]:
     """The simulated run: processes over ``backend``, or (None) all ranks in one process, in turn.
     ``gpu``: the profile of the device where that is a GPU."""
+    graph, profile = prepared.graph, prepared.pipeline.network.profile
     costs: Costs = machine.costs()
     if prepared.device.startswith("cuda"):
         costs = _kernel_costs(prepared, machine, gpu)
     if backend is None:
-        return in_turn(prepared.graph, costs)
-    library = machine.backend(backend)
-    return simulate(prepared.graph, machine.topology(), costs, backend=library)
+        trace = in_turn(graph, costs)
+        return trace, in_one_process(graph, trace, profile)
+    library, network, flows = machine.backend(backend), Network(machine.topology()), list[Flows]()
+    trace = simulate(graph, network, costs, backend=library, periodic=False, flows=flows)
+    memory = modelled_memory(graph, trace, profile)
+    return trace, simulated(flows, network, whole(graph), memory)
 
 
 def _kernel_costs(prepared: Prepared, machine: MeasuredMachine, gpu: str | None) -> CostModel:

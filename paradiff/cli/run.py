@@ -325,7 +325,7 @@ def _in_process(given: Given) -> None:
 
     graph = prepared.graph
     machines = [facts() | {"ranks": [*range(graph.world_size)]}]
-    _report(given, graph, result.trace, "all ranks in one process", machines, prepared, result)
+    _report(given, graph, result.trace, None, machines, prepared, result)
 
 
 def prepared_of(given: Given, local_rank: int | None) -> Prepared:
@@ -429,10 +429,9 @@ def _run_rank(given: Given, place: Place, doing: dict[str, str]) -> None:
 def _finish_rank(
     given: Given, session: Session, graph: ScheduleGraph, trace: Trace, *more: Any
 ) -> None:
-    how = f"{session.world_size} processes over {session.backend}"
     machines = [] if given.options["output_dir"] is None else session.machines()
     if session.rank == 0:
-        _report(given, graph, trace, how, machines, *more)
+        _report(given, graph, trace, session.backend, machines, *more)
     session.leave()
 
 
@@ -532,14 +531,14 @@ def _report(
     given: Given,
     graph: ScheduleGraph,
     trace: Trace,
-    how: str,
+    backend: str | None,
     machines: list[dict[str, Any]],
     prepared: Prepared | None = None,
     result: Result | None = None,
 ) -> None:
-    """What is printed and written of a run that has ended well."""
+    """What is printed and written of a run that has ended well. ``backend``: None in one process."""
     from analysis.attribution import attribute, by_rank
-    from analysis.tracks import measured
+    from analysis.tracks import in_one_process, measured
     from paradiff.trace import write_chrome_trace
 
     broken = attribute(trace)
@@ -548,7 +547,9 @@ def _report(
         "schema": "paradiff.run/1",
         "model": meta["model"],
         "spec": given.spec,
-        "how": how,
+        "how": "all ranks in one process"
+        if backend is None
+        else f"{graph.world_size} processes over {backend}",
         "kernels": given.options["kernels"],
         "device": given.options["device"],
         "workload": {key: _number(meta[key]) for key in WORKLOAD},
@@ -567,7 +568,8 @@ def _report(
         with staged(target) as folder:
             network = None if prepared is None else prepared.pipeline.network
             profile = network.profile if network else load_model(str(given.model))
-            tracks = measured(graph, trace, profile, meta["dtype"])
+            seen = in_one_process if backend is None else measured
+            tracks = seen(graph, trace, profile)
             write_chrome_trace(trace, folder / "trace.json.gz", tracks)
             if prepared is not None and result is not None:
                 prepared.save(result, folder)

@@ -81,7 +81,7 @@ def lab(
         verdict, calibration = _ran(boxes, cells, repeats, max_error, format_ == "table")
         answer = json_text(report.to_json(verdict, calibration, repeats))
         if output_dir is not None:
-            _write(output_dir, verdict, answer)
+            _write(output_dir, boxes, verdict, calibration, answer)
     typer.echo(answer if format_ == "json" else report.text(verdict), nl=format_ == "table")
     if verdict.failures:
         raise typer.Exit(GATE_FAILED)
@@ -196,16 +196,27 @@ def _advance(
         advance(number * total + done, boxes * total)
 
 
-def _write(target: Path, verdict: Verdict, answer: str) -> None:
+def _write(
+    target: Path,
+    boxes: Sequence[Topology],
+    verdict: Verdict,
+    calibration: Calibration,
+    answer: str,
+) -> None:
+    from analysis.tracks import measured
     from paradiff.lab import report
+    from paradiff.lab.laboratory import Oracle
     from paradiff.trace import write_chrome_trace
 
+    oracles = {box.name: Oracle(box, calibration) for box in boxes}
     with staged(target) as folder:
         (folder / "lab.json").write_text(answer, encoding="utf-8")
         (folder / "cells.md").write_text(report.markdown(verdict.results), encoding="utf-8")
         for number, result in enumerate(verdict.results, 1):
-            for name, trace in (
-                ("predicted", result.comparison.predicted),
-                ("measured", result.comparison.typical),
+            profile, own = load_model(result.cell.model), result.prediction
+            predicted, typical = result.comparison.predicted, result.comparison.typical
+            for name, trace, tracks in (
+                ("predicted", predicted, oracles[result.box].tracks(profile, own)),
+                ("measured", typical, measured(own.graph, typical, profile)),
             ):
-                write_chrome_trace(trace, folder / f"{number:03d}-{name}.trace.json.gz")
+                write_chrome_trace(trace, folder / f"{number:03d}-{name}.trace.json.gz", tracks)

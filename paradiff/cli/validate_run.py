@@ -203,12 +203,13 @@ def _conclude(
 ) -> None:
     """Predict, compare, print, write. Raises Ended where the gate fails."""
     from analysis import comparison_report as words
+    from analysis import tracks
     from analysis.comparison import compare, to_json
     from paradiff.cli.measure_here import predict
     from paradiff.trace import check_trace, write_chrome_trace
 
     options = given.options
-    predicted = predict(prepared, measured.machine, backend, options["gpu"])
+    predicted, watched = predict(prepared, measured.machine, backend, options["gpu"])
     for trace in (predicted, *runs):
         check_trace(prepared.graph, trace)
     found = compare(predicted, runs)
@@ -220,10 +221,13 @@ def _conclude(
     }
     target = options["output_dir"]
     if target is not None:
+        graph, profile = prepared.graph, prepared.pipeline.network.profile
+        seen = tracks.in_one_process if backend is None else tracks.measured
         with staged(target) as folder:
-            write_chrome_trace(found.predicted, folder / "predicted.json.gz")
+            write_chrome_trace(found.predicted, folder / "predicted.json.gz", watched)
             for number, trace in enumerate(runs, 1):
-                write_chrome_trace(trace, folder / f"measured-{number}.json.gz")
+                file = folder / f"measured-{number}.json.gz"
+                write_chrome_trace(trace, file, seen(graph, trace, profile))
             machine = json_text(measured.machine.to_json())
             (folder / "machine.json").write_text(machine, encoding="utf-8")
             (folder / "report.html").write_text(

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from paradiff.dependencies import validate
 from paradiff.executor.interpreter import Request, Result, _Run, check_executable
 from paradiff.executor.network import Network
 from paradiff.executor.packing import header_of, packed, unpacked
@@ -47,7 +48,7 @@ def run_rank(
     and InvalidGraph before anything runs, RunFailed.
     """
     check_executable(graph, network, request)
-    graph.validate()
+    validate(graph)
     transport = transport or Distributed(session, graph)
     run = _Run(graph, network, request, session.rank, transport)
 
@@ -73,7 +74,7 @@ def run_timed(
     doing: Doing | None = None,
 ) -> Trace:
     """Run ``graph`` with timed kernels: a compute op takes ``seconds`` of it. Raises RunFailed."""
-    graph.validate()
+    validate(graph)
     _sleep_exactly()
     timed = _Timed(session, channels(session, graph), seconds)
     spans = _threads(program(graph, session.rank), timed.perform, session, doing)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from paradiff.dependencies import validate
 from paradiff.executor.faults import NotFinite
 from paradiff.executor.forward import Forward, Router, Task, task_of
 from paradiff.executor.network import Conditioning, Network
@@ -114,7 +115,7 @@ def run_graph(
     before anything runs, InvalidGraph for a graph that breaks the rules, ScheduleMismatch where network
     and graph part."""
     check_executable(graph, network, request)
-    graph.validate()
+    validate(graph)
     run = _Run(graph, network, request)
     device = run.blank.device
     if device.type == "cuda":

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import torch
 
+from paradiff.dependencies import Dependencies
 from paradiff.executor.faults import OpFailed, ScheduleMismatch
-from paradiff.graph import Dependencies, Instance, ScheduleGraph
+from paradiff.graph import Instance, ScheduleGraph
 from paradiff.trace import Span
 
 COMPUTE = "compute"

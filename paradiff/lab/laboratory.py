@@ -17,6 +17,7 @@ from itertools import combinations
 from typing import Literal, NamedTuple
 
 from analysis.comparison import Comparison, compare
+from analysis.tracks import modelled_memory, simulated
 from paradiff.config import ConfigError
 from paradiff.graph import Op, ScheduleGraph, Work, traffic
 from paradiff.lab import namespaces
@@ -24,10 +25,11 @@ from paradiff.lab.calibration import FREE, Calibration
 from paradiff.lab.ranks import Progress, Ranks, Run
 from paradiff.profiles import Profile
 from paradiff.strategies import Workload, build, parse_spec
-from paradiff.trace import TRANSFERS, Trace
+from paradiff.trace import TRANSFERS, Trace, Tracks
 from simulator.costs import CostModel
-from simulator.engine import simulate
+from simulator.engine import Flows, simulate
 from simulator.gpu import load_gpu
+from simulator.symmetry import whole
 from simulator.tcp import TcpNetwork
 from simulator.topology import Topology
 
@@ -199,8 +201,29 @@ class Oracle:
         trace = self._run(graph, costs, placement)
         return Prediction(cell, graph, placement, costs, trace, 1 - bytes_s / alone_s)
 
-    def _run(self, graph: ScheduleGraph, costs: TimedCosts, placement: tuple[int, ...]) -> Trace:
-        return simulate(graph, self.network, costs, placement=placement, backend="gloo")
+    def _run(
+        self,
+        graph: ScheduleGraph,
+        costs: TimedCosts,
+        placement: tuple[int, ...],
+        flows: list[Flows] | None = None,
+    ) -> Trace:
+        return simulate(
+            graph,
+            self.network,
+            costs,
+            placement=placement,
+            periodic=flows is None,
+            backend="gloo",
+            flows=flows,
+        )
+
+    def tracks(self, profile: Profile, of: Prediction) -> Tracks:
+        """Links and memory of a prediction, for its trace file."""
+        flows = list[Flows]()
+        trace = self._run(of.graph, of.costs, of.placement, flows)
+        memory = modelled_memory(of.graph, trace, profile)
+        return simulated(flows, self.network, whole(of.graph), memory)
 
 
 def busiest_s(graph: ScheduleGraph, costs: TimedCosts, placement: Sequence[int]) -> float:

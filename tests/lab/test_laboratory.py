@@ -17,6 +17,7 @@ from analysis.comparison import compare
 from paradiff.cli import app
 from paradiff.cli.common import load_model
 from paradiff.config import ConfigError
+from paradiff.dependencies import validate
 from paradiff.graph import Op
 from paradiff.lab import laboratory, namespaces
 from paradiff.lab.calibration import CALLS, FREE, Calibration, calibrate, chain
@@ -45,7 +46,7 @@ def test_chains_are_graphs_whose_rounds_wait_for_what_came(call: str, n: int) ->
     if call == "p2p" and n > 2:
         pytest.skip("a message has two ends")
     graph = chain(call, n, 64, n)
-    graph.validate()
+    validate(graph)
     rounds = graph.sections[1].ops
     calls = [each for each in rounds if each.kind in TRANSFERS]
     assert [each.ranks[0] for each in calls] == list(range(len(calls)))
@@ -99,6 +100,23 @@ def test_kernels_are_stretched_to_the_balance(regime: laboratory.Regime, balance
     busy_s = laboratory.busiest_s(found.graph, found.costs, found.placement)
     assert busy_s == pytest.approx(balance * alone.trace.makespan_s, rel=0.02)
     assert found.trace.makespan_s == pytest.approx(busy_s + alone.trace.makespan_s, rel=0.02)
+
+
+def test_a_prediction_shows_links_that_are_never_more_than_full() -> None:
+    """patch=4 gathers: each of four hosts sends to the next in each of its gathers, and the wire is at
+    its rate at most, headers and acknowledgements included; at some time a host's link is full."""
+    oracle, profile = Oracle(load_topology("lab-star"), CALIBRATION), load_model(PATCH.model)
+    found = oracle.predict(profile, PATCH)
+    tracks = oracle.tracks(profile, found)
+    gathers = [i.id for i in found.graph.instances() if i.op.kind in TRANSFERS]
+    ring = [(0, 1), (1, 2), (2, 3), (3, 0)]
+    assert [(a.op, (a.source, a.destination)) for a in tracks.arrows] == [
+        (op, pair) for op in gathers for pair in ring
+    ]
+    most = {c.name: max(v for _, v in c.points) for c in tracks.counters if c.rank is None}
+    hosts = [oracle.box.gpus[device] for device in found.placement]
+    assert most.keys() >= {f"{host}->switch" for host in hosts}
+    assert max(most.values()) == pytest.approx(100)
 
 
 def test_default_cells_cover_every_strategy_that_moves_something() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,10 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from analysis.tracks import UNWATCHED
 from paradiff.cli import app
 from paradiff.cli.measure_here import measure_here
+from paradiff.dependencies import validate
 from paradiff.executor.job import Job, prepare
 from paradiff.executor.measure_calls import Call, chain, grid
 from paradiff.executor.measure_works import shortest, works_of
@@ -93,6 +97,16 @@ def _check_traces(folder: Path, answer: dict[str, Any]) -> None:
     for trace in traces:
         check_trace(prepared.graph, trace)
     assert [t.makespan_s for t in traces] == [answer["predicted_s"], *answer["repeats_s"]]
+    for name, note in zip(names, (None, UNWATCHED, UNWATCHED), strict=True):
+        events = json.loads(gzip.decompress((folder / name).read_bytes()))["traceEvents"]
+        assert {e["name"] for e in events if e["ph"] == "i"} == ({note} if note else set())
+        counted = {e["name"] for e in events if e["ph"] == "C"}
+        assert "modelled memory" in counted
+        links = {frozenset(re.split("->|--", each)) for each in counted}
+        own = ("rank 0 sends", "rank 1 receives") if note else ("rank0 switch0", "rank1 switch0")
+        assert {frozenset([each] if note else each.split()) for each in own} <= links, name
+        both = [{e["pid"] for e in events if e["ph"] == end} for end in "sf"]
+        assert both == [{0, 1}, {0, 1}], "each rank sends its heads to the other"
     assert answer["files"] == sorted(path.name for path in folder.iterdir())
 
 
@@ -150,7 +164,7 @@ def test_the_shortest_schedule_has_every_work() -> None:
 def test_chains_are_legal_schedules(call: Call) -> None:
     """Each call waits for the one before: with a second for a call, n of them take n seconds."""
     graph = chain(call, 3, 5)
-    graph.validate()
+    validate(graph)
     transfers = [i for i in graph.instances() if i.op.kind == call.kind]
     assert len(transfers) == (10 if call.kind == "p2p" else 5)
     assert {i.op.nbytes for i in transfers} == {64}
