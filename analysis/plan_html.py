@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel
-
+from analysis import sources
 from analysis import text as words
 from analysis import what_if_charts as what_if
 from analysis.close_up import CloseUp
@@ -33,8 +32,6 @@ from analysis.page import (
 from analysis.timeline import lanes, timeline, windows, within
 from analysis.topology_picture import path_of, positions
 from analysis.what_if import Outlook
-from simulator.gpu import Figure as GpuFigure
-from simulator.gpu import load_gpu
 from simulator.network import Network
 from simulator.planner import Candidate, Plan, Request
 from simulator.topology import Link, Topology
@@ -63,26 +60,34 @@ def page(
     request: Request,
     plan: Plan,
     seen: Sequence[CloseUp],
-    outlook: Outlook,
+    outlook: Outlook | None,
     arguments: Sequence[str],
 ) -> str:
-    """The report. ``seen``: the first of the plan, and its runner-up where there is one.
-    ``arguments``: of the command that made it."""
-    first, *more = words.recommendation(plan).splitlines()
-    more.append(what_if.advice(outlook.effects, plan.objective))
+    """The report. ``seen``: the first of the plan, and its runner-up where there is one; neither it nor
+    an outlook where nothing can run. ``arguments``: of the command that made it."""
     options = arguments[1:] if arguments[:1] == ["plan"] else arguments
+    model = request.runs().costs
+    sentences, charts, shares = [_nothing(plan)], list[Chart](), dict[str, float]()
+    if outlook is not None:
+        sentences = words.recommendation(plan).splitlines()
+        sentences.append(what_if.advice(outlook.effects, plan.objective))
+        charts += _charts(request, plan, seen, outlook)
+        shares = sources.shares(model, seen[0], plan.ranked[0].placement or ())
     return render(
         "plan.html.j2",
-        _charts(request, plan, seen, outlook),
+        charts,
         title=words.title(plan),
         baseline=words.baseline_line(plan),
-        sentences=[first, *more],
+        sentences=sentences,
         ranked=words.table(plan, len(plan.ranked)),
         left=words.LEFT,
         unable=[(c.spec, c.reason or "", c.nearest or "") for c in plan.rejected],
         bounded=[(c.spec, words.seconds(c.bound_s)) for c in plan.bounded],
-        figures=list(_gpu_figures(request.topology)),
-        links=list(_links(request.topology)),
+        shares=[f"{share:.0%} {basis}" for basis, share in shares.items()],
+        kernels=list(sources.kernel_tables(model)),
+        constants=list(sources.constants()),
+        figures=list(sources.gpu_figures(request.topology)),
+        links=list(sources.links(request.topology)),
         tables=[(t.kind, str(t.ranks), t.source) for t in request.topology.collectives],
         model=", ".join(
             f"{key} {value}"
@@ -91,6 +96,13 @@ def page(
         ),
         command=shlex.join(["paradiff-plan", *options]),
     )
+
+
+def _nothing(plan: Plan) -> str:
+    """Of a plan without any candidate that can run: so much, and what would."""
+    near = "; ".join(dict.fromkeys(c.nearest for c in plan.rejected if c.nearest))
+    found = f" Nearest that can: {near}." if near else ""
+    return f"Nothing can run: {plan.model} on {plan.topology}.{found}"
 
 
 def _charts(
@@ -332,43 +344,3 @@ def _vertices(box: Topology, place: Mapping[str, Any], placement: Sequence[int])
             "size": [18 if gpu else 14 for gpu in is_gpu],
         },
     }
-
-
-# ------------------------------------------------------------------------------------------ provenance
-
-
-def _gpu_figures(box: Topology) -> Iterator[tuple[str, str, str, str]]:
-    """(GPU and figure, value in base units, kind, source) of every GPU model of the box."""
-    for name in dict.fromkeys(box.profiles):
-        gpu = load_gpu(name)
-        for label, number, kind, source in _figures_of(gpu, ""):
-            yield f"{gpu.name}: {label}", number, kind, source
-
-
-def _figures_of(value: Any, label: str) -> Iterator[tuple[str, str, str, str]]:
-    if isinstance(value, GpuFigure):
-        yield label, f"{value.value:.4g}", value.kind, value.source
-    elif isinstance(value, BaseModel):
-        for key, inner in value:
-            yield from _figures_of(inner, f"{label} {key.replace('_', ' ')}".strip())
-    elif isinstance(value, tuple):
-        for i, inner in enumerate(value, 1):
-            yield from _figures_of(inner, f"{label} {i}")
-
-
-def _links(box: Topology) -> Iterator[tuple[str, str, str, str, str]]:
-    """(kind, how many, GB/s, latency, source): the box, host memories, links; alike ones together."""
-    yield "box", "", "", "", " ".join(box.source.split())
-    memories = Counter(
-        (n.host_memory_bytes_per_s / 1e9, " ".join(n.source.split()))
-        for n in box.nodes
-        if math.isfinite(n.host_memory_bytes_per_s)
-    )
-    for (rate_gb, source), count in sorted(memories.items()):
-        yield "host memory", str(count), f"{rate_gb:.4g}", "", source
-    alike = Counter(
-        (k.kind, k.bandwidth_bytes_per_s, k.latency_s, " ".join(k.source.split()), k.rate_text)
-        for k in box.links
-    )
-    for (kind, _, latency_s, source, rate), count in sorted(alike.items()):
-        yield kind, str(count), rate.replace(" GB/s", ""), f"{latency_s * 1e6:.3g}", source

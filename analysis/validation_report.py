@@ -162,16 +162,20 @@ def text(scored: Sequence[Scored]) -> str:
     return "\n\n".join([*blocks, "\n".join(summary(scored))])
 
 
+PARTS = ("text_encoder", "compute", "comm", "bubble", "host", "vae")
+COLUMNS = (
+    "id", "counts", "reason", "model", "topology", "overrides", "spec", "runtime",
+    "baseline_runtime", "scope", "dtype", "steps", "measured_s", "zero_shot_s", "calibrated_s",
+    "low_s", "high_s", *(f"{part}_s" for part in PARTS), "source",
+)  # fmt: skip
+"""Of ``rows.csv``."""
+
+
 def rows_csv(scored: Sequence[Scored]) -> str:
     """Every row with what was understood and predicted, and where the seconds go."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    parts = ("text_encoder", "compute", "comm", "bubble", "host", "vae")
-    writer.writerow((
-        "id", "counts", "reason", "model", "topology", "overrides", "spec", "runtime",
-        "baseline_runtime", "scope", "dtype", "steps", "measured_s", "zero_shot_s", "calibrated_s",
-        "low_s", "high_s", *(f"{part}_s" for part in parts), "source",
-    ))  # fmt: skip
+    writer.writerow(COLUMNS)
     for each in scored:
         case, best, zero = each.case, each.calibrated or each.zero_shot, each.zero_shot
         known: list[object] = [""] * 9
@@ -185,7 +189,7 @@ def rows_csv(scored: Sequence[Scored]) -> str:
             each.row.latency_s, zero and zero.seconds,
             each.calibrated and each.calibrated.seconds, best and best.low_s, best and best.high_s,
         ]  # fmt: skip
-        split = [best.split.get(part, "") if best else "" for part in parts]  # type: ignore[call-overload]
+        split = [best.split.get(part, "") if best else "" for part in PARTS]  # type: ignore[call-overload]
         writer.writerow((
             each.row["id"], int(each.counts), each.reason, *known,
             *("" if value is None else value for value in seconds), *split, each.row.source,

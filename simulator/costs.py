@@ -11,7 +11,7 @@ calibration are decided here; kernels in ``simulator.kernels``; which kernels ru
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Literal, NamedTuple
@@ -180,11 +180,24 @@ def _attention_figure(gpu: Gpu, attention_kernel: str) -> AttentionFigure:
     return gpu.attention_figure(128, "cudnn" if attention_kernel == "auto" else attention_kernel)
 
 
+class Basis(NamedTuple):
+    """A table that kernels of ``kind`` on ``gpu`` are priced with: on which GPU its ``rows`` were
+    measured, and by whom."""
+
+    gpu: str
+    kind: str
+    measured_on: str
+    rows: int
+    source: str
+
+
 class _Lent(NamedTuple):
-    """A shipped table, the chip that it was measured on, and whether that is the GPU priced."""
+    """A shipped table, the chip that it was measured on, whose that is, and whether that is the GPU
+    priced."""
 
     table: Table
     chip: Chip
+    lender: str
     own: bool
 
     def source(self, sizes: Sequence[int]) -> Literal["table", "interpolated", "transferred"]:
@@ -201,7 +214,8 @@ def _lent(gpu: Gpu, kind: str, dtype: str, attention_kernel: str) -> _Lent | Non
     if found is None or gpu.kernel_floor.value == 0:
         return None
     table, there = found
-    return _Lent(table, chip_of(there, dtype, kernel), there.name == gpu.name)
+    chip = chip_of(there, dtype, kernel)
+    return _Lent(table, chip, there.name, there.name == gpu.name)
 
 
 def _product(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
@@ -263,6 +277,26 @@ class CostModel:
             high_s=high,
             provenance="calibrated" if self.is_calibrated and in_loop else _provenance(total),
         )
+
+    def bases(self) -> Iterator[Basis]:
+        """The tables behind prices that are not ``analytic``; the first that knows a kernel decides."""
+        for gpu, pricer in self._pricers.items():
+            for kind, table in pricer.kernels.items():
+                yield Basis(gpu, kind, gpu, len(table.rows), table.source)
+            for kind, lent in pricer.lent.items():
+                if lent is not None:
+                    source = "; ".join(lent.table.sources)
+                    yield Basis(gpu, kind, lent.lender, len(lent.table.points), source)
+
+    def seconds_by_basis(self, work: Work, device: int) -> dict[Provenance, float]:
+        """The device time of ``work`` by what it rests on; before any calibration."""
+        total = self._pricers[self.gpus[device].name].price(work)
+        known: dict[Provenance, float] = {
+            "table": total.table_s,
+            "interpolated": total.interpolated_s,
+            "transferred": total.transferred_s,
+        }
+        return {**known, "analytic": max(0.0, total.device_s - sum(known.values()))}
 
     def transfer_fixed_s(self, op: Op) -> float:
         """What a transfer costs beyond the wire; 0 between ideal devices.

@@ -10,6 +10,7 @@ where linear was 2-4 %, and the reverse elsewhere. How kernels are timed: ``para
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -243,8 +244,10 @@ class Estimate(NamedTuple):
 class KernelTable:
     """Measured times of one kind and dtype on one device."""
 
-    def __init__(self, kind: str, rows: Mapping[tuple[int, ...], Row]) -> None:
-        self.kind = kind
+    def __init__(
+        self, kind: str, rows: Mapping[tuple[int, ...], Row], source: str = "measured here"
+    ) -> None:
+        self.kind, self.source = kind, source
         self.rows = dict(sorted(rows.items()))
         self._axes = np.array([_axes(kind, dims) for dims in self.rows], float)
         self._time = np.log(np.array([row.time_s for row in self.rows.values()]))
@@ -345,22 +348,38 @@ def _radial(points: Array, values: Array, here: Array) -> float:
     return float(np.append(distance, 1.0) @ weights)
 
 
-def tables(rows: Mapping[tuple[Key, str], Row], dtype: str) -> dict[str, KernelTable]:
+def tables(
+    rows: Mapping[tuple[Key, str], Row], dtype: str, source: str = "measured here"
+) -> dict[str, KernelTable]:
     """A table for each kind that has rows of ``dtype``."""
     kinds: dict[str, dict[tuple[int, ...], Row]] = {}
     for (key, of), row in rows.items():
         if of == dtype:
             kinds.setdefault(key.kind, {})[key.dims] = row
-    return {kind: KernelTable(kind, found) for kind, found in kinds.items()}
+    return {kind: KernelTable(kind, found, source) for kind, found in kinds.items()}
 
 
 @cache
 def measured_on(gpu: str, dtype: str) -> Mapping[str, KernelTable]:
     """The tables of a GPU profile by kind: ``hardware_profiles/measured/GPU/kernels.csv`` below the
     current directory, else the shipped one, else none. Raises ConfigError."""
-    shipped = Path(str(resources.files("hardware_profiles"))) / "measured"
-    for folder in (MEASURED, shipped):
+    for folder in _folders():
         path = folder / gpu / FILE
         if path.is_file():
-            return tables(read_rows(path)[1], dtype)
+            header, rows = read_rows(path)
+            told = [f"{key} {value}" for key, value in header.items()]
+            return tables(rows, dtype, ", ".join([f"{path}", *told]))
     return {}
+
+
+def _folders() -> tuple[Path, Path]:
+    return MEASURED, Path(str(resources.files("hardware_profiles"))) / "measured"
+
+
+def fingerprint() -> str:
+    """Of every table that costs may rest on, shipped or below the current directory."""
+    digest = hashlib.sha256()
+    for folder in _folders():
+        for path in sorted(folder.glob("*/*.csv")):
+            digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()

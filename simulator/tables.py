@@ -29,10 +29,12 @@ Shape3 = tuple[int, int, int]
 @dataclass(frozen=True, slots=True)
 class Table:
     """Measured times of one kind of kernel on one GPU: shape -> seconds. A ``gemm`` is (m, n, k); an
-    ``attention`` without a mask, of as many queries as keys, (batch x heads, tokens, head dimension)."""
+    ``attention`` without a mask, of as many queries as keys, (batch x heads, tokens, head dimension).
+    ``sources``: who measured them."""
 
     kind: str
     points: Mapping[Shape3, float]
+    sources: tuple[str, ...] = ()
 
     def has(self, sizes: Sequence[int]) -> bool:
         """Whether this very kernel was measured."""
@@ -86,7 +88,7 @@ def measured_gemms(gpu: str) -> Table:
     cannot be (``simulator.lint``)."""
     rows = _rows(gpu, "gemm")
     shapes = [(int(r["m"]), int(r["n"]), int(r["k"])) for r in rows]
-    return Table("gemm", dict(zip(shapes, map(_seconds, rows), strict=True)))
+    return Table("gemm", dict(zip(shapes, map(_seconds, rows), strict=True)), _sources(rows))
 
 
 @cache
@@ -95,11 +97,15 @@ def measured_attention(gpu: str, kernel: str) -> Table:
     work and makes it uneven."""
     rows = [r for r in _rows(gpu, "attention") if r["causal"] == "no" and r["kernel"] == kernel]
     shapes = [(int(r["batch"]) * int(r["heads"]), int(r["seq"]), int(r["head_dim"])) for r in rows]
-    return Table("attention", dict(zip(shapes, map(_seconds, rows), strict=True)))
+    return Table("attention", dict(zip(shapes, map(_seconds, rows), strict=True)), _sources(rows))
 
 
 def _seconds(row: Mapping[str, str]) -> float:
     return float(row["time_us"]) * 1e-6
+
+
+def _sources(rows: Iterable[Mapping[str, str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row["source"] for row in rows))
 
 
 def _measured() -> Path:

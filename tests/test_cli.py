@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -147,8 +148,13 @@ def test_illegal_degree_says_why_and_what_is_near(tmp_path: Path) -> None:
     assert done.exit_code == 3
     assert "30" in done.stderr
     assert "heads" in done.stderr
-    assert re.search(r"nearest: ulysses=[2356]\b", done.stderr)
-    assert not out.exists()
+    near = re.search(r"nearest: (ulysses=[2356]\b.*)", done.stderr)
+    assert near
+    assert sorted(path.name for path in out.iterdir()) == ["plan.json", "report.html"]
+    text = " ".join(unescape((out / "report.html").read_text()).split())
+    assert f"Nothing can run: cogvideox-2b on pcie8. Nearest that can: {near[1]}." in text
+    assert "Not possible here" in text
+    assert "the 30 heads of cogvideox-2b do not divide by 4" in text
 
 
 def test_nothing_feasible_still_prints_json() -> None:

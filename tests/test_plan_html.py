@@ -16,12 +16,14 @@ from typer.testing import CliRunner
 
 from analysis.close_up import close_up
 from analysis.plan_html import page
+from analysis.sources import constants, kernel_tables, shares
 from analysis.what_if import Effect, Outlook, outlook
 from paradiff.cli import plan_app
 from paradiff.config import find
 from paradiff.profiles import load_profile
 from paradiff.strategies import Workload
 from simulator import planner
+from simulator.tables import measured_gemms
 from simulator.topology import load_topology
 
 SPECS = ["serial", "cfg=2", "patch=4", "cfg=2,distrifusion=4,warmup=2", "tensor=4"]
@@ -134,6 +136,53 @@ def test_sources_of_the_box_are_said(report: Path) -> None:
     for source in (box.source, box.nodes[0].source):
         assert source
         assert " ".join(source.split()) in text
+
+
+def test_a_plan_without_a_candidate_is_a_page_of_reasons(tmp_path: Path) -> None:
+    """Why each cannot run, and the box's sources; no chart, and nothing that fails for lack of one."""
+    done = CliRunner().invoke(
+        plan_app,
+        ["--topology", "pcie4-t4", "--model", hostile("models", "flux1-dev", tmp_path),
+         "--strategy", "serial", "--strategy", "ring=4", "--output-dir", str(tmp_path / "out")],
+    )  # fmt: skip
+    assert done.exit_code == 3
+    report = tmp_path / "out" / "report.html"
+    check_is_one_harmless_file(report, scripts=0)
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        with opened(report, width, scheme) as browser:
+            reasons = browser.locator("h2:has-text('Not possible here') + .scroll tbody tr")
+            assert sorted(reasons.locator("td:first-child").all_inner_texts()) == [
+                "ring=4",
+                "serial",
+            ]
+            assert all(
+                "GiB" in text for text in reasons.locator("td:nth-child(2)").all_inner_texts()
+            )
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"plan.json", "report.html"}
+
+
+def test_kernel_tables_and_constants_have_their_sources(report: Path) -> None:
+    """The box has L40s, which have no table: prices are analytic, or lent by a GPU with the same chip.
+    On L40S, each table is there with its rows, and the shares of what it prices add up."""
+    text = " ".join(unescape(report.read_text()).split())
+    named = [(name, why) for _, name, _, why in constants()]
+    assert {"GAP", "SPREAD", "TILE_EFFICIENCY", "COMM_SPREAD"} <= {name for name, _ in named}
+    assert all(why in text for _, why in named)
+    request = planner.Request(
+        profile=load_profile(find("models", "flux1-dev", ".json")),
+        topology=load_topology("pcie8", ["gpu=l40s"]),
+        workload=Workload(1024, 1024, 1, 2),
+        gpus=8,
+        specs=("ulysses=8",),
+    )
+    runs = request.runs()
+    rows = {(gpu, kind): int(n) for gpu, kind, _, n, _ in kernel_tables(runs.costs)}
+    assert rows["l40s", "gemm"] == len(measured_gemms("l40s").points)
+    assert all("aiconfigurator" in source for *_, source in kernel_tables(runs.costs))
+    found = shares(runs.costs, close_up(request, "ulysses=8", tuple(range(8))), tuple(range(8)))
+    assert sum(found.values()) == pytest.approx(1)
+    assert found.keys() & {"table", "interpolated"}
 
 
 def test_links_are_used_as_long_as_their_bytes_take() -> None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 SWEEP_OPTIONS = ("sweep", "output_dir", "processes", "ray")
 SHOWN = 10
 """Candidates that matter where ``--top`` says nothing."""
-STALE_OUTPUT = re.compile(r"\d\d-.*\.plan\.yaml")
+STALE_OUTPUT = re.compile(r"\d\d-.*\.plan\.yaml|trace\.json\.gz")
 
 
 def plan(
@@ -182,7 +182,7 @@ def plan(
                 result = planner.plan(request, advance)
         except Contradiction as error:
             raise ConfigError(f"--measured-latency: {error}") from None
-        if output_dir is not None and result.ranked:
+        if output_dir is not None:
             inputs = {"model": portable(model), "topology": portable(topology), "set": set_ or []}
             shown = progress("simulating what the report shows", enabled=format_ == "table")
             with shown, staged(output_dir, STALE_OUTPUT) as folder:
@@ -307,6 +307,8 @@ def _stage_results(
         close_up(request, c.spec, c.placement or (), watched=c is plan.ranked[0])
         for c in plan.ranked[:2]
     ]
-    write_chrome_trace(seen[0].trace, staging / "trace.json.gz", seen[0].tracks)
-    report = page(request, plan, seen, outlook(request, plan), sys.argv[1:])
+    if seen:
+        write_chrome_trace(seen[0].trace, staging / "trace.json.gz", seen[0].tracks)
+    expected = outlook(request, plan) if seen else None
+    report = page(request, plan, seen, expected, sys.argv[1:])
     (staging / "report.html").write_text(report, encoding="utf-8")
