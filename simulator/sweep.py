@@ -27,7 +27,7 @@ from analysis.attribution import Stages
 from paradiff.config import Strict
 from paradiff.profiles import Profile
 from paradiff.strategies import Workload, parse_spec
-from simulator import planner
+from simulator import measured, planner
 from simulator.gpu import Dtype, Runtime, load_gpu
 from simulator.parallel import ray_results, results
 from simulator.topology import Topology
@@ -203,7 +203,8 @@ def run(
     ``parts``: folder of what is finished, left for the caller to remove. Raises OSError where it cannot
     be written or no Ray cluster answers.
     """
-    files = [parts / f"{_key(each)}.json" for each in work]
+    tables = measured.fingerprint()
+    files = [parts / f"{_key(each, tables)}.json" for each in work]
     left = [i for i, file in enumerate(files) if not file.exists()]
     done = len(work) - len(left)
     inputs = [work[i] for i in left]
@@ -228,9 +229,9 @@ def _write(file: Path, text: str) -> None:
     staged.replace(file)
 
 
-def _key(combination: Combination) -> str:
-    """Hash of everything a part depends on: the request with all it holds, its GPUs, the program's
-    version."""
+def _key(combination: Combination, tables: str) -> str:
+    """Hash of everything a part depends on: the request with all it holds, its GPUs, the fingerprint of
+    measured ``tables``, the program's version."""
     gpus = [load_gpu(name) for name in dict.fromkeys(combination.request.topology.profiles)]
-    text = f"{paradiff.__version__}\n{combination!r}\n{gpus!r}"
+    text = f"{paradiff.__version__}\n{tables}\n{combination!r}\n{gpus!r}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]

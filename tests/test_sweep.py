@@ -15,6 +15,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from paradiff.cli import app
+from paradiff.config import find
+from paradiff.profiles import load_profile
+from paradiff.strategies import Workload, build, parse_spec
+from simulator.measured import Row, append_row, begin_table, kernels_of
 from simulator.sweep import COLUMNS
 
 SWEEP = """
@@ -124,6 +128,25 @@ def test_a_killed_sweep_goes_on_where_it_stopped(expected: bytes, tmp_path: Path
     assert again.wait(300) == 0
     assert (tmp_path / "out" / "sweep.csv").read_bytes() == expected
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep.csv"]
+
+
+def test_what_was_measured_since_is_planned_again(expected: bytes, tmp_path: Path) -> None:
+    """Part of a sweep is done; then the box's GPU gets a kernel table, of one product that one GPU runs.
+    The end is that of a sweep that had the table all along, and not that of one without."""
+    running = start(tmp_path, "--processes", "1")
+    wait_for_parts(running, tmp_path, 2)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    profile = load_profile(find("models", "sdxl", ".json"))
+    graph = build(parse_spec("serial"), profile, Workload(512, 512, 1, 4))
+    product = next(key for key in kernels_of(graph, profile) if key.kind == "gemm")
+    for folder in (tmp_path, tmp_path / "afresh"):
+        table = folder / "hardware_profiles" / "measured" / "rtx3090" / "kernels.csv"
+        begin_table(table, {"device": "by hand", "threads": "1", "torch": "none"})
+        append_row(table, product, "bf16", Row(5e-3, 4.9e-3, 5.1e-3, 9))
+        assert start(folder, "--processes", "2").wait(300) == 0
+    again, afresh = (f / "out" / "sweep.csv" for f in (tmp_path, tmp_path / "afresh"))
+    assert again.read_bytes() == afresh.read_bytes() != expected
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds workers in /proc")
