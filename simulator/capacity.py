@@ -9,7 +9,7 @@ file puts them together and turns nodes into money and energy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from paradiff.profiles import Profile
 from paradiff.strategies import Workload
 from simulator.costs import Runtime
 from simulator.cuts import Cut, ServiceTable
-from simulator.gpu import load_gpu
+from simulator.gpu import Gpu, load_gpu
 from simulator.outcome import Outcome, Run, evaluate, replication, settling
 from simulator.parallel import results
 from simulator.planner import Goal
@@ -39,6 +39,8 @@ BINS = 120
 """Intervals of the curve of utilisation over time."""
 SAMPLE = 400
 """Latencies that are kept of a class, to draw their distribution."""
+PARTS = ("nodes_low", "nodes_high", "load", "ladder", "sample")
+"""What is told of a number of nodes beside its outcome, each worked out by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,17 +166,22 @@ def answer(
     question: Question, processes: int = 1, progress: Callable[[int, int], None] | None = None
 ) -> Answer:
     """Compare the boxes; the same answer on any number of ``processes``. ``progress`` gets (done,
-    total)."""
+    total): of service times, searches, and what is told of the number that was found."""
     number, kinds = len(question.boxes), len(question.classes)
     jobs = [_job(question, box, kind) for box in question.boxes for kind in range(kinds)]
-    ticks = iter(range(1, len(jobs) + number + 1))
+    done, total = 0, len(jobs) + number * (1 + len(PARTS))
+
+    def advance(by: int = 1) -> None:
+        nonlocal done
+        done += by
+        if progress is not None:
+            progress(done, total)
 
     def all_of(function: Callable[[Any], Any], inputs: Sequence[Any]) -> list[Any]:
         found: dict[int, Any] = {}
         for index, output in results(function, inputs, processes):
             found[index] = output
-            if progress is not None:
-                progress(next(ticks), len(jobs) + number)
+            advance()
         return [found[i] for i in range(len(inputs))]
 
     tables: list[Services] = all_of(services, jobs)
@@ -182,8 +189,17 @@ def answer(
         (question, box, tuple(tables[b * kinds : (b + 1) * kinds]))
         for b, box in enumerate(question.boxes)
     ]
-    options: list[Option] = all_of(option, tasks)
-    return Answer(question=question, options=tuple(sorted(options, key=_order)))
+    options: list[Option] = all_of(searched, tasks)
+    able = [option for option in options if option.cut is not None]
+    parts: list[dict[str, Any]] = all_of(part, [(question, o, p) for o in able for p in PARTS])
+    told = [
+        _with_parts(option, parts[i * len(PARTS) : (i + 1) * len(PARTS)])
+        for i, option in enumerate(able)
+    ]
+    unable = [option for option in options if option.cut is None]
+    if unable:
+        advance(len(unable) * len(PARTS))
+    return Answer(question=question, options=tuple(sorted([*told, *unable], key=_order)))
 
 
 def _order(option: Option) -> tuple[bool, bool, float, float]:
@@ -209,45 +225,68 @@ def _job(question: Question, box: Box, kind: int) -> Job:
     )
 
 
-def option(task: tuple[Question, Box, tuple[Services, ...]]) -> Option:
-    """What one box can do, given the service times of every class on it."""
+def searched(task: tuple[Question, Box, tuple[Services, ...]]) -> Option:
+    """What one box can do, given the service times of every class on it; without its PARTS."""
     question, box, tables = task
-    gpus = {name: load_gpu(name) for name in box.topology.profiles[: box.gpus]}
-    used = [gpus[name] for name in box.topology.profiles[: box.gpus]]
+    used = _gpus(box)
     base = Option(
         box=box,
         table=tuple(known.by_width for known in tables),
         tdp_w=sum(gpu.tdp.value for gpu in used) / len(used),
         tdp_source="; ".join(
-            f"{name} {gpu.tdp.value:g} W, {gpu.tdp.kind}: {gpu.tdp.source}"
-            for name, gpu in gpus.items()
+            f"{gpu.name} {gpu.tdp.value:g} W, {gpu.tdp.kind}: {gpu.tdp.source}"
+            for gpu in {gpu.name: gpu for gpu in used}.values()
         ),
     )
     for label, known in zip(question.labels, tables, strict=True):
         if not known.by_width:
             why = known.reasons[max(known.reasons)]
             return replace(base, reason=f"{label} cannot run: {why}")
-    machine = min(box.gpus, len(box.topology.node_of(0).gpus))
-    node = Node(box.gpus, machine, min(gpu.memory.value for gpu in used))
-    search = Search(question.demand, node, base.table, question.labels)
+    search = _search(question, base)
     found = search.best() if question.nodes is None else search.fastest(question.nodes)
     if found is None:
         found = OutOfReach("no cut of a node holds all models in the memory of its GPUs", None)
     if isinstance(found, OutOfReach):
         return replace(base, reason=found.reason, nearest=found.nearest)
-    low, high = (
-        None if question.nodes is not None else search.fewest_at(found.cut, factors)
-        for factors in _ends(found.cut, base.table)
-    )
-    return replace(
-        base,
-        cut=found.cut,
-        nodes=found.nodes,
-        nodes_low=low,
-        nodes_high=high,
-        outcome=found.outcome,
-        curves=_curves(search, found),
-    )
+    return replace(base, cut=found.cut, nodes=found.nodes, outcome=found.outcome)
+
+
+def _gpus(box: Box) -> list[Gpu]:
+    """Of a node, those that are used."""
+    known = {name: load_gpu(name) for name in dict.fromkeys(box.topology.profiles[: box.gpus])}
+    return [known[name] for name in box.topology.profiles[: box.gpus]]
+
+
+def _search(question: Question, option: Option) -> Search:
+    box = option.box
+    machine = min(box.gpus, len(box.topology.node_of(0).gpus))
+    node = Node(box.gpus, machine, min(gpu.memory.value for gpu in _gpus(box)))
+    return Search(question.demand, node, option.table, question.labels)
+
+
+def part(task: tuple[Question, Option, str]) -> dict[str, Any]:
+    """One of PARTS of an option that has a cut, by the names of what it fills in."""
+    question, option, name = task
+    search, cut = _search(question, option), option.cut
+    nodes, outcome = option.nodes, option.outcome
+    assert cut is not None
+    assert nodes is not None
+    assert outcome is not None
+    found = Found(cut, nodes, outcome)
+    if name in ("nodes_low", "nodes_high"):
+        factors = _ends(cut, option.table)[name == "nodes_high"]
+        return {name: search.fewest_at(cut, factors) if question.nodes is None else None}
+    if name == "load":
+        return {name: _load(search, found)}
+    if name == "ladder":
+        return {name: _ladder(search, found)}
+    return _sample(search, found)
+
+
+def _with_parts(option: Option, parts: Sequence[Mapping[str, Any]]) -> Option:
+    known = {key: value for each in parts for key, value in each.items()}
+    low, high = known.pop("nodes_low"), known.pop("nodes_high")
+    return replace(option, nodes_low=low, nodes_high=high, curves=Curves(**known))
 
 
 def _ends(cut: Cut, table: ServiceTable) -> tuple[list[float], list[float]]:
@@ -257,12 +296,12 @@ def _ends(cut: Cut, table: ServiceTable) -> tuple[list[float], list[float]]:
     return [widest[k].low for k in kinds], [widest[k].high for k in kinds]
 
 
-def _curves(search: Search, found: Found) -> Curves:
-    demand, cut = search.demand, found.cut
+def _load(search: Search, found: Found) -> tuple[tuple[float, Outcome], ...]:
+    """Outcomes from an idle system up to saturation."""
+    demand, system = search.demand, search.system(found.cut, found.nodes)
+    per_load = _per_load(search, found)
     budget = demand.budget.pilot()
-    system = search.system(cut, found.nodes)
-    per_load = found.outcome.saturation_per_s / demand.traffic.rate_per_s
-    load = tuple(
+    return tuple(
         (
             share,
             evaluate(
@@ -271,10 +310,21 @@ def _curves(search: Search, found: Found) -> Curves:
         )
         for share in LOADS
     )
+
+
+def _per_load(search: Search, found: Found) -> float:
+    """Saturation over the arrival rate."""
+    return found.outcome.saturation_per_s / search.demand.traffic.rate_per_s
+
+
+def _ladder(search: Search, found: Found) -> tuple[tuple[int, Outcome], ...]:
+    """Outcomes of numbers of nodes around the one that was found."""
+    demand, cut = search.demand, found.cut
+    budget = demand.budget.pilot()
     first = min(search.least(cut), found.nodes)
     last = max(found.nodes + 2, 2 * found.nodes - first)
     numbers = sorted({*np.linspace(first, last, LADDER).round().astype(int).tolist(), found.nodes})
-    ladder = tuple(
+    return tuple(
         (
             nodes,
             evaluate(
@@ -283,15 +333,20 @@ def _curves(search: Search, found: Found) -> Curves:
         )
         for nodes in numbers
     )
+
+
+def _sample(search: Search, found: Found) -> dict[str, Any]:
+    """Utilisation and latencies of one replication; none where it is saturated."""
     if found.outcome.saturated:
-        return Curves(load, ladder, (), ())
-    ahead = settling(demand.traffic, 1 / per_load)
+        return {"utilisation": (), "latencies_s": ()}
+    demand, system = search.demand, search.system(found.cut, found.nodes)
+    ahead = settling(demand.traffic, 1 / _per_load(search, found))
     run = replication(system, demand.traffic, demand.budget, 0, ahead=ahead)
     latencies = tuple(
         _evenly(np.sort(run.latency_s[run.requests.kinds == kind]))
         for kind in range(len(search.table))
     )
-    return Curves(load, ladder, _utilisation(run, system.gpus), latencies)
+    return {"utilisation": _utilisation(run, system.gpus), "latencies_s": latencies}
 
 
 def _evenly(values: Floats) -> tuple[float, ...]:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from simulator.cuts import Cut, ServiceTable, dynamic_cuts, static_cuts
@@ -79,10 +80,14 @@ class Search:
     def __init__(
         self, demand: Demand, node: Node, table: ServiceTable, labels: Sequence[str]
     ) -> None:
-        self.demand, self.table, self.labels = demand, table, labels
-        self.cuts = heapq.nsmallest(
+        self.demand, self.node, self.table, self.labels = demand, node, table, labels
+
+    @cached_property
+    def cuts(self) -> list[Cut]:
+        """Those that are looked at, the fewest nodes first."""
+        return heapq.nsmallest(
             MAX_CUTS,
-            self._all_cuts(node),
+            self._all_cuts(self.node),
             key=lambda c: (self.least(c), not c.is_static, len(c.pools)),
         )
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from shipped import profile
 
 from paradiff.config import ConfigError
+from paradiff.dependencies import validate
 from paradiff.strategies import Workload, build, parse_spec
 from simulator import planner
-from simulator.capacity import Box, Option
+from simulator.capacity import PARTS, Box, Option, Question, answer
 from simulator.cuts import dynamic_cuts, static_cuts
 from simulator.outcome import (
     Budget,
@@ -265,9 +266,31 @@ def test_side_by_side_is_a_valid_graph_of_the_same_ops() -> None:
     workload = Workload(height=512, width=512, frames=1, steps=4)
     graph = build(parse_spec("cfg=2,pipefusion=2,patches=4"), p, workload)
     twice = side_by_side(graph, 2)
-    twice.validate()
+    validate(twice)
     assert (twice.world_size, twice.op_count()) == (8, 2 * graph.op_count())
     assert twice.peak_bytes()[5] == graph.peak_bytes()[1]
+
+
+def test_progress_goes_up_to_all_of_it_one_by_one() -> None:
+    """Two boxes: service times of one class on each, then a search and five parts of each that has a
+    cut; the box that cannot hold the model is done with at once."""
+    box, small = load_topology("pcie8", []), load_topology("pcie4-t4", [])
+    p, entry = profile("flux1-dev"), parse_mix(["flux1-dev"])
+    asked = Question(
+        boxes=tuple(
+            Box(topology=b, gpus=1, price_per_hour=1.0, price_source="") for b in (box, small)
+        ),
+        classes=entry, profiles=(p,), workloads=(Workload(512, 512, 1, 2),),
+        demand=replace(demand(0.1, (0.95, 60.0)), traffic=traffic_of(entry, 0.1, 1.0, None)),
+        specs=("serial",),
+    )  # fmt: skip
+    seen: list[tuple[int, int]] = []
+    found = answer(asked, 1, lambda done, total: seen.append((done, total)))
+    assert [option.cut is None for option in found.options] == [False, True]
+    total = 2 + 2 * (1 + len(PARTS))
+    assert {of for _, of in seen} == {total}
+    steps = [done for done, _ in seen]
+    assert steps == [*range(1, total - len(PARTS) + 1), total]
 
 
 def test_results_survive_dying_workers(tmp_path: Path) -> None:

@@ -219,9 +219,21 @@ def test_the_page_is_one_file_and_names_are_only_text(report: Path) -> None:
 
 
 def test_the_page_in_a_browser(report: Path) -> None:
-    """Marks in every chart; narrow, wide and dark."""
+    """Marks in every chart, what lies under a mouse by its number; narrow, wide and dark."""
     for width, scheme in ((1280, "light"), (390, "dark")):
         with opened(report, width, scheme) as page:
             page.wait_for_selector("#utilisation .scatterlayer path.js-line")
             for chart in ("distribution", "load", "cost", "utilisation"):
                 assert page.locator(f"#{chart} .scatterlayer path.js-line").count() >= 1, chart
+            line = page.locator("#utilisation .scatterlayer path.js-line").first
+            line.scroll_into_view_if_needed()
+            box = line.bounding_box()
+            page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+            said = page.wait_for_selector("#utilisation .hoverlayer .hovertext").text_content()
+            found = re.search(r"([\d.]+) s: (\d+) %", said)
+            assert found is not None, said
+            drawn = page.evaluate(
+                "figures.utilisation.data.map(t => t.x.map((x, i) => [x, t.y[i]]))"
+            )
+            x, y = pytest.approx(float(found[1]), rel=5e-3), pytest.approx(int(found[2]), abs=0.51)
+            assert any((x, y) == tuple(point) for points in drawn for point in points)
