@@ -8,29 +8,42 @@ the models that read them, fields of results from small answers that are made he
 from __future__ import annotations
 
 import ast
+import csv
+import dataclasses
 import inspect
 import json
+import os
 import re
 import sys
+import tempfile
 import textwrap
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
+from analysis import validation_report
 from analysis.capacity import CSV_COLUMNS
+from analysis.comparison import compare
 from analysis.published import Rules
 from paradiff import units
 from paradiff.cli import app
-from paradiff.config import find
+from paradiff.config import available, find
+from paradiff.lab import report as lab_report
+from paradiff.lab.calibration import CALLS, Calibration
+from paradiff.lab.cells import MODEL
+from paradiff.lab.laboratory import Cell, Oracle, Result, Verdict
 from paradiff.planfile import PlanFile
-from simulator import lint, measured, measured_network, sweep, topology, traffic
+from paradiff.profiles import KERNEL_DIMS, load_profile
+from simulator import lint, measured, measured_network, quality, sweep, topology, traffic
 from simulator.gpu import Gpu
+from simulator.measured_machine import CallTime
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
 HEADER = """# Reference
@@ -56,19 +69,161 @@ FILES: Sequence[tuple[str, str, type[BaseModel]]] = (
 )
 """Title, where it is, and the model that reads it."""
 RUNS = find("published", "runs", ".csv")
+PUBLISHED = ("DF-006", "DF-007", "DF-008", "DF-009")
+"""Rows that are predicted with and without their own latency on one GPU."""
+
+
+class Answer(NamedTuple):
+    """A document: its title, where it comes from, keys that are names (path -> what they name), and
+    fields whose own fields are said in words."""
+
+    title: str
+    make: Callable[[], Any]
+    names: Mapping[str, str] = {}
+    words: Mapping[str, str] = {}
+
+
+def printed(*arguments: str) -> Any:
+    """The JSON that a command prints."""
+    done = CliRunner().invoke(app, list(arguments))
+    if done.exit_code:
+        raise RuntimeError(f"{arguments}: exit {done.exit_code}\n{done.output}")
+    return json.loads(done.stdout)
+
+
+@cache
+def run_here() -> Mapping[str, Any]:
+    """The JSON files of ``paradiff validate run``, all ranks in one process, nothing kept."""
+    kept = os.environ.get("XDG_CACHE_HOME")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        try:
+            printed(
+                "validate", "run", "--model", MODEL, "--strategy", "cfg=2", "--height", "64",
+                "--width", "64", "--steps", "1", "--repeats", "1", "--warmup-runs", "0",
+                "--max-error", "1000", "--in-process", "--format", "json",
+                "--output-dir", f"{folder}/out",
+            )  # fmt: skip
+        finally:
+            os.environ.pop("XDG_CACHE_HOME")
+            os.environ.update({} if kept is None else {"XDG_CACHE_HOME": kept})
+        return {
+            file.name: json.loads(file.read_text()) for file in Path(folder, "out").glob("*.json")
+        }
+
+
+def scored() -> Any:
+    """``paradiff validate published`` on a few rows."""
+    lines = csv.DictReader(RUNS.read_text(encoding="utf-8").splitlines())
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.csv"
+        with file.open("w", newline="", encoding="utf-8") as out:
+            writer = csv.DictWriter(out, lines.fieldnames or ())
+            writer.writeheader()
+            writer.writerows(line for line in lines if line["id"] in PUBLISHED)
+        return printed("validate", "published", "--data", str(file), "--format", "json")
+
+
+def laboratory() -> Any:
+    """What ``paradiff validate lab`` would write had links done as predicted: hosts need root."""
+    calls = {(call, n): 1e-3 for call in CALLS for n in (2, 4)}
+    calibration = Calibration(calls, 5e-5, 1e9)
+    box, profile = topology.load_topology("lab-star"), load_profile(find("models", MODEL, ".json"))
+    results = []
+    for spec in ("patch=4", "ulysses=4"):
+        cell = Cell(MODEL, spec, 128, 64, 1, "communication")
+        predicted = Oracle(box, calibration).predict(profile, cell)
+        repeats = [predicted.trace.expanded()] * 2
+        results.append(Result(box.name, predicted, compare(predicted.trace, repeats)))
+    return lab_report.to_json(Verdict(tuple(results), 0.1), calibration, 2)
+
+
+def models() -> Any:
+    """Every shipped profile."""
+    names = available("models", ".json")
+    return [json.loads(find("models", n, ".json").read_text(encoding="utf-8")) for n in names]
+
+
+def record(kind: type[Any]) -> str:
+    """The fields of a dataclass, in words."""
+    return ", ".join(f"`{field.name}`" for field in dataclasses.fields(kind))
+
+
 SMALL = ("--topology", "nvlink8-h100", "--model", "sd21", "--format", "json")
-RESULTS: Sequence[tuple[str, tuple[str, ...]]] = (
-    ("`paradiff plan --format json`, `plan.json`",
-     ("plan", *SMALL, "--strategy", "cfg=2", "--strategy", "patch=2", "--strategy", "tensor=2")),
-    ("`paradiff capacity --format json`, `capacity.json`",
-     ("capacity", *SMALL, "--request-rate", "0.5", "--slo", "p95=20s", "--num-prompts", "100",
-      "--replications", "2", "--strategy", "serial", "--sharing", "static", "--processes", "1")),
-    ("`paradiff run --format json`, `summary.json`",
-     ("run", "--model", "sd21", "--strategy", "serial", "--steps", "1", "--format", "json")),
+MACHINES = "list: of each machine its ranks, and what `paradiff env` says there"
+KINDS_OF_KERNEL = "; ".join(
+    f"`{kind}`: {', '.join(f'`{dim}`' for dim in dims)}" for kind, dims in KERNEL_DIMS.items()
+)
+RESULTS: Sequence[Answer] = (
+    Answer(
+        "`paradiff plan --format json`, `plan.json`",
+        partial(printed, "plan", *SMALL, "--strategy", "cfg=2", "--strategy", "patch=2",
+                "--strategy", "tensor=2"),
+    ),
+    Answer(
+        "`paradiff capacity --format json`, `capacity.json`",
+        partial(printed, "capacity", *SMALL, "--request-rate", "0.5", "--slo", "p95=20s",
+                "--num-prompts", "100", "--replications", "2", "--strategy", "serial",
+                "--sharing", "static", "--processes", "1"),
+    ),
+    Answer(
+        "`paradiff run --format json`, `summary.json`",
+        partial(printed, "run", "--model", "sd21", "--strategy", "serial", "--steps", "1",
+                "--format", "json"),
+        words={"machines": MACHINES},
+    ),
+    Answer(
+        "`paradiff validate run --format json`, its `validation.json`",
+        lambda: run_here()["validation.json"],
+        {"by_kind": "KIND", "by_call": "CALL", "topology.nodes": "HOST"},
+        {
+            "machines": MACHINES,
+            "topology.links": f"list: {record(topology.Link)}",
+            "topology.collectives": f"list: {record(topology.CollectiveTable)}",
+        },
+    ),
+    Answer(
+        "`machine.json` of `paradiff validate run`",
+        lambda: run_here()["machine.json"],
+        {"works": "WORK"},
+        {
+            "calls": f"list of [{', '.join(f'`{name}`' for name in CallTime._fields)}]",
+            "packing": "list of [bytes, seconds]",
+            "kernels": "list of [kind, dimensions, "
+            + ", ".join(f"`{name}`" for name in measured.Row._fields) + "]",
+        },
+    ),
+    Answer("`paradiff validate published --format json`, its `validation.json`", scored),
+    Answer(
+        "`paradiff validate lab --format json`, `lab.json`",
+        laboratory,
+        {"calibration.call_s": "CALL RANKS", "cells[].by_call": "CALL"},
+    ),
+    Answer(
+        "`paradiff validate fidelity --format json`, `fidelity.json`",
+        partial(printed, "validate", "fidelity", "--model", "small-dit", "--steps", "3",
+                "--strategy", "parastep=2,warmup=1", "--strategy", "asyncdiff=2,warmup=1",
+                "--samples", "6", "--format", "json"),
+        {"results[].per_step": "METRIC", "results[].final": "METRIC", "versions": "LIBRARY"},
+    ),
 )  # fmt: skip
-"""Title, and a command whose JSON has every field."""
-OPAQUE = {"machines": "list: of each machine its ranks, and what `paradiff env` says there"}
-"""Fields whose own fields are those of the machine."""
+MODEL_FILE = Answer(
+    "Model",
+    models,
+    {
+        "[].stages": "STAGE", "[].asyncdiff": "RANKS",
+        "[].stages.STAGE.shape": "SYMBOL", "[].stages.STAGE.parents": "MODULE",
+    },
+    {
+        "[].kernels": f"list of lists of [kind, count, dimensions...]; {KINDS_OF_KERNEL}",
+        "[].stages.STAGE.cuts": "list of [module, its parent, first segment, last segment + 1, elements"
+        " of its output, of its text]",
+        "[].source": "object: versions it was traced with, classes and how they were configured, and the"
+        " sizes that its expressions were fitted to (`probes`)",
+        "[].skips": "list of [from, to], numbers of cuts",
+    },
+)  # fmt: skip
+"""Texts in it are expressions of ``paradiff.profiles``."""
 TABLES: Sequence[tuple[str, str, Sequence[str]]] = (
     ("arrivals", "`paradiff capacity --trace FILE`", (traffic.TIME, f"[{traffic.MODEL}]")),
     ("`sweep.csv`, `sweep.parquet`", "`paradiff plan --sweep`", sweep.COLUMNS),
@@ -77,6 +232,9 @@ TABLES: Sequence[tuple[str, str, Sequence[str]]] = (
     ("`network.csv`", "`paradiff profile network`", measured_network.COLUMNS),
     ("`gemm.csv`", "`hardware_profiles/measured/GPU/`", lint.COLUMNS["gemm"]),
     ("`attention.csv`", "`hardware_profiles/measured/GPU/`", lint.COLUMNS["attention"]),
+    ("quality", "`paradiff plan --quality FILE`, `hardware_profiles/quality/published.csv`",
+     quality.COLUMNS),
+    ("`rows.csv`", "`paradiff validate published --output-dir`", validation_report.COLUMNS),
     ("`runs.csv`", "`hardware_profiles/published/`, `validate published --data`",
      RUNS.read_text(encoding="utf-8").split("\n")[0].split(",")),
 )  # fmt: skip
@@ -228,36 +386,46 @@ def text_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 # ------------------------------------------------------------------------------------- results
 
 
-def result_text(title: str, arguments: tuple[str, ...]) -> str:
-    """A section: the fields of a JSON answer, with the kind of each value."""
-    done = CliRunner().invoke(app, list(arguments))
-    if done.exit_code:
-        raise RuntimeError(f"{arguments}: exit {done.exit_code}\n{done.output}")
-    rows = [(f"`{path}`", kind) for path, kind in fields(json.loads(done.stdout)).items()]
-    return f"### {title}\n\n" + table(("field", "value"), rows)
+def result_text(answer: Answer) -> str:
+    """A section: the fields of a JSON document, with the kind of each value."""
+    return f"### {answer.title}\n\n" + fields_table(answer)
 
 
-def fields(data: Any, path: str = "") -> dict[str, str]:
-    """Path of every value of a document -> its kind. Entries of a list are one; what is null in one of
-    them has the kind of the others."""
-    if path in OPAQUE:
-        return {path: OPAQUE[path]}
-    below = (
-        data.items()
-        if isinstance(data, dict)
-        else enumerate(data)
-        if isinstance(data, list)
-        else ()
+def fields_table(answer: Answer) -> str:
+    found = fields(answer.make(), answer)
+    return table(("field", "value"), [(f"`{path}`", kind) for path, kind in found.items()])
+
+
+def model_text() -> str:
+    """A section: the fields of the models' files."""
+    head = (
+        "### Model\n\n`hardware_profiles/models/NAME.json`, or your own for `--model`; written by"
+        " `paradiff profile trace`. Values in text are whole-number expressions of the sizes of a"
+        " request (`paradiff/profiles.py`).\n\n"
     )
+    return head + fields_table(MODEL_FILE).replace("| `[].", "| `")
+
+
+def fields(data: Any, answer: Answer, path: str = "") -> dict[str, str]:
+    """Path of every value of a document -> its kind. Entries of a list are one, and so are those of an
+    object whose keys are names; what is null or empty in one of them has the kind of the others."""
+    if path in answer.words:
+        return {path: answer.words[path]}
+    below: list[tuple[str, Any]] = []
+    if isinstance(data, list):
+        below = [(f"{path}[]", value) for value in data]
+    elif isinstance(data, dict):
+        dot = f"{path}." if path else ""
+        named = answer.names.get(path)
+        below = [(dot + (named or key), value) for key, value in data.items()]
     found: dict[str, str] = {}
-    for key, value in below:
-        deeper = f"{path}[]" if isinstance(data, list) else f"{path}.{key}" if path else key
-        for name, kind in fields(value, deeper).items():
+    for deeper, value in below:
+        for name, kind in fields(value, answer, deeper).items():
             if found.get(name, "null") == "null":
                 found[name] = kind
     if not found:
         return {path: f"`{data}`" if path == "schema" else KINDS[type(data)]}
-    nulls = [name for name, kind in found.items() if kind == "null"]
+    nulls = [name for name, kind in found.items() if kind in ("null", "object", "list")]
     told = [name for name in nulls if any(x.startswith((f"{name}.", f"{name}[")) for x in found)]
     return {name: kind for name, kind in found.items() if name not in told}
 
@@ -294,6 +462,7 @@ def page() -> str:
     parts.append("`paradiff-plan` is `paradiff plan`.\n")
     parts.append("## Files that are read\n")
     parts += [file_text(*each) for each in FILES]
+    parts.append(model_text())
     parts.append("## Tables\n\nCSV with a header line; `#` lines before it say how it was made.\n")
     parts.append(
         table(
@@ -304,9 +473,12 @@ def page() -> str:
             ],
         )
     )
-    about = "`[]` stands for each entry of a list, `null` for what does not apply here."
+    about = (
+        "`[]` stands for each entry of a list, a word in capitals for a name that is a key, `null` for"
+        " what does not apply here."
+    )
     parts.append(f"## Results\n\nFields of JSON answers; {about}\n")
-    parts += [result_text(*each) for each in RESULTS]
+    parts += [result_text(each) for each in RESULTS]
     return "\n".join(parts)
 
 
