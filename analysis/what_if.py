@@ -142,10 +142,11 @@ def looked_at(plan: Plan) -> tuple[Candidate, ...]:
 def effects(request: Request, plan: Plan) -> tuple[Effect, ...]:
     """What each change does, in the order of ``changes``; first of all that of none."""
     runs, chosen = request.runs(), looked_at(plan)
-    asked = [Change("as it is", request.topology), *changes(request.topology)]
+    asked = list(changes(request.topology))
     costs = {change.name: replace(runs.costs, speed=change.speed) for change in asked}
     networks = {change.name: Network(change.topology) for change in asked}
     counts: dict[str, dict[str, float]] = {change.name: {} for change in asked}
+    counts = {"as it is": {c.spec: _known(c, plan) for c in chosen}, **counts}
     for c in chosen:
         for change in asked:
             runs.costs = costs[change.name]
@@ -155,6 +156,11 @@ def effects(request: Request, plan: Plan) -> tuple[Effect, ...]:
         Effect(name, of[chosen[0].spec], min(of.values()), min(of, key=lambda spec: of[spec]))
         for name, of in counts.items()
     )
+
+
+def _known(c: Candidate, plan: Plan) -> float:
+    """What a candidate counts in the plan itself."""
+    return c.weight(plan.objective) * (c.latency_s or 0.0)
 
 
 def by_gpus(request: Request, plan: Plan) -> tuple[Width, ...]:
@@ -204,6 +210,12 @@ def by_size(request: Request, plan: Plan) -> tuple[Size, ...]:
     chosen = looked_at(plan)
     points = []
     for workload in _sizes(request.workload):
+        if workload == request.workload:
+            counts = {c.spec: _known(c, plan) for c in chosen}
+            if plan.baseline.latency_s is not None:
+                counts.setdefault("serial", plan.baseline.latency_s)
+            points.append(Size(workload.height, workload.width, counts))
+            continue
         runs = Runs(request.profile, request.topology, workload, request.runtime)
         if request.measured is not None:
             costs = request.runs().costs

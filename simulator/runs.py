@@ -31,18 +31,18 @@ class Contradiction(ValueError):
     """A measured latency that leaves no time for the denoising loop."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Built:
-    """One spec: its schedule, one rank of each kind, and what follows from the graph alone."""
+    """One spec: its schedule, one rank of each kind, and what follows from the graph alone.
+    ``phases``: memory of every rank of a schedule, in each phase."""
 
     schedule: Quotient
-    phases: tuple[tuple[RankMemory, ...], ...]
-    """Of every rank, in each phase."""
+    phases: Callable[[Quotient], tuple[tuple[RankMemory, ...], ...]]
 
-    @property
+    @cached_property
     def memory(self) -> tuple[RankMemory, ...]:
         """Of every rank at its peak."""
-        return tuple(peak(each) for each in self.phases)
+        return tuple(peak(each) for each in self.phases(self.schedule))
 
     def received_bytes(self) -> float:
         """Bytes that the rank receives that receives most."""
@@ -128,7 +128,7 @@ class Runs:
             schedule = self._schedule(parse_spec(text))
             if self._schedules is not None:
                 self._schedules[text] = schedule
-        return Built(schedule, self.phases(schedule))
+        return Built(schedule, self.phases)
 
     def phases(self, schedule: Quotient) -> tuple[tuple[RankMemory, ...], ...]:
         """Memory of every rank in each phase; of one that stands for others, also theirs."""
