@@ -95,3 +95,7 @@ def test_completion_offers_commands_options_and_shipped_names() -> None:
     assert "--request-rate" in completed("paradiff capacity --req")
     assert completed("paradiff plan --topology nvlink8-h2") == ["nvlink8-h20", "nvlink8-h200"]
     assert completed("paradiff plan --model flux1-s") == ["flux1-schnell"]
+    assert completed("paradiff run --model flux1-s") == ["flux1-schnell"]
+    assert completed("paradiff topology import --gpu l40") == ["l40", "l40s"]
+    assert completed("paradiff topology doctor nvlink8-h2") == ["nvlink8-h20", "nvlink8-h200"]
+    assert completed("paradiff validate lab --topology lab-t") == ["lab-trunk"]

@@ -7,10 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
+from paradiff.cli.common import shipped
+
 Plan = Annotated[
     Path | None, typer.Argument(metavar="[PLAN.yaml]", help="A plan file; else --model.")
 ]
-Model = Annotated[str | None, typer.Option(help="Model of the catalogue, or a twin.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Model of the catalogue, or a twin.", autocompletion=shipped("models", ".json")
+    ),
+]
 Strategy = Annotated[str | None, typer.Option(metavar="SPEC", help="What to run.")]
 Weights = Annotated[
     Path | None,

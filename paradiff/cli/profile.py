@@ -14,7 +14,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from paradiff.cli.common import group, load_model, one_message, progress, write_file
+from paradiff.cli.common import (
+    group,
+    load_model,
+    one_message,
+    progress,
+    shipped,
+    write_file,
+)
 
 app = group("Model profiles, and measurements on this machine.")
 
@@ -81,7 +88,11 @@ def kernels(
     ] = None,
     gpu: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The GPU profile that this device is, to plan with."),
+        typer.Option(
+            metavar="NAME",
+            help="The GPU profile that this device is, to plan with.",
+            autocompletion=shipped("gpus"),
+        ),
     ] = None,
     output_dir: Annotated[
         Path | None,
@@ -169,7 +180,9 @@ def network(
     topology: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|FILE", help="The box that this is; its tables are for --output."
+            metavar="NAME|FILE",
+            help="The box that this is; its tables are for --output.",
+            autocompletion=shipped("topologies"),
         ),
     ] = None,
     output: Annotated[
@@ -270,7 +283,12 @@ def fit(
     traces: Annotated[
         list[Path], typer.Argument(metavar="TRACE...", help="trace.json.gz of paradiff run.")
     ],
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="GPU profile to correct.")],
+    gpu: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="GPU profile to correct.", autocompletion=shipped("gpus")
+        ),
+    ],
     output: Annotated[
         Path, typer.Option(metavar="FILE", help="The corrected profile; its name is the file's.")
     ],

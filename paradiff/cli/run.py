@@ -32,6 +32,7 @@ from paradiff.cli.common import (
     one_message,
     parsed_specs,
     progress,
+    shipped,
     staged,
     workload_of,
 )
@@ -74,7 +75,10 @@ def run(
     ] = "real",
     topology: Annotated[
         str | None,
-        typer.Option(help="Box whose kernel times timed kernels take; default: the plan's."),
+        typer.Option(
+            help="Box whose kernel times timed kernels take; default: the plan's.",
+            autocompletion=shipped("topologies"),
+        ),
     ] = None,
     seed: opt.Seed = 0,
     guidance_scale: opt.GuidanceScale = None,

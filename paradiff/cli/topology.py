@@ -16,6 +16,7 @@ from paradiff.cli.common import (
     load_model,
     one_message,
     progress,
+    shipped,
     workload_of,
     write_file,
 )  # fmt: skip
@@ -30,7 +31,14 @@ app = group("Boxes.")
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="Shipped name, or a YAML file.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|FILE",
+            help="Shipped name, or a YAML file.",
+            autocompletion=shipped("topologies"),
+        ),
+    ],
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw it, too: one page, hover for sources.")
     ] = None,
@@ -65,7 +73,12 @@ Lstopo = Annotated[str | None, _file("lstopo FILE.xml")]
 
 @app.command(name="import")
 def import_(
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="GPU profile of the box: l40s.")],
+    gpu: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="GPU profile of the box: l40s.", autocompletion=shipped("gpus")
+        ),
+    ],
     nvidia_smi: Smi = None,
     p2p: P2p = None,
     nccl_xml: NcclXml = None,
@@ -117,11 +130,18 @@ def doctor(
     box: Annotated[
         str | None,
         typer.Argument(
-            metavar="[NAME|FILE]", help="A box; not needed with the files of an import."
+            metavar="[NAME|FILE]",
+            help="A box; not needed with the files of an import.",
+            autocompletion=shipped("topologies"),
         ),
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(metavar="NAME", help="GPU profile, with the files of an import.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="GPU profile, with the files of an import.",
+            autocompletion=shipped("gpus"),
+        ),
     ] = None,
     nvidia_smi: Smi = None,
     p2p: P2p = None,

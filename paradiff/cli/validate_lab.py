@@ -20,6 +20,7 @@ from paradiff.cli.common import (
     one_message,
     parsed_specs,
     progress,
+    shipped,
     staged,
 )
 
@@ -34,14 +35,21 @@ TOPOLOGIES = ("lab-star", "lab-trunk")
 def lab(
     topology: Annotated[
         list[str] | None,
-        typer.Option(help="Links between the hosts, repeatable; default: lab-star and lab-trunk."),
+        typer.Option(
+            help="Links between the hosts, repeatable; default: lab-star and lab-trunk.",
+            autocompletion=shipped("topologies"),
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="PATH=VALUE", help="What-if on the topologies, repeatable."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Whose schedules; default: pixart-alpha, in small sizes.")
+        str | None,
+        typer.Option(
+            help="Whose schedules; default: pixart-alpha, in small sizes.",
+            autocompletion=shipped("models", ".json"),
+        ),
     ] = None,
     strategy: Annotated[
         list[str] | None,

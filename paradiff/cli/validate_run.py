@@ -21,6 +21,7 @@ from paradiff.cli.common import (
     leave_with,
     one_message,
     progress,
+    shipped,
     staged,
 )
 from paradiff.cli.run import (
@@ -66,7 +67,9 @@ def run(
     gpu: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="GPU profile of the device, for what has no kernel table."
+            metavar="NAME",
+            help="GPU profile of the device, for what has no kernel table.",
+            autocompletion=shipped("gpus"),
         ),
     ] = None,
     pin: Annotated[
