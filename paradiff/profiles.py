@@ -261,6 +261,8 @@ class Geometry:
     text_tokens: tuple[int, ...]
     guidance: Literal["cfg", "embedded", "none"]
     """``cfg``: two evaluations a step; ``embedded``: distilled, one evaluation."""
+    frame_multiple: int = 1
+    """Latent frames of a patch. The loop adds frames until they divide; the VAE decodes without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,6 +393,7 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
             "row_multiple": g.row_multiple,
             "text_tokens": list(g.text_tokens),
             "guidance": g.guidance,
+            **({"frame_multiple": g.frame_multiple} if g.frame_multiple > 1 else {}),
         },
         "defaults": dict(profile.defaults),
         "text_mode": profile.text_mode,
@@ -422,6 +425,8 @@ def _check(profile: Profile) -> None:
         raise InvalidProfile(f"kind {profile.kind!r}: one of unet, transformer")
     if profile.geometry.guidance not in ("cfg", "embedded", "none"):
         raise InvalidProfile(f"guidance {profile.geometry.guidance!r}: cfg, embedded or none")
+    if profile.geometry.frame_multiple < 1:
+        raise InvalidProfile(f"frame_multiple {profile.geometry.frame_multiple}: at least 1")
     if "denoiser" not in profile.stages:
         raise InvalidProfile(f"stages {list(profile.stages)}: no denoiser")
     missing = {"height", "width", "frames", "steps"} - profile.defaults.keys()
@@ -498,6 +503,7 @@ def _read_profile(data: Mapping[str, Any]) -> Profile:
             row_multiple=_natural(g["row_multiple"]),
             text_tokens=tuple(map(_natural, g["text_tokens"])),
             guidance=g["guidance"],
+            frame_multiple=_natural(g.get("frame_multiple", 1)),
         ),
         defaults={key: _natural(value) for key, value in data["defaults"].items()},
         stages={name: stage(name, row) for name, row in data["stages"].items()},

@@ -53,6 +53,22 @@ def test_distrifusion_sdxl(size: int, spec: str, received_gb: float, buffers_gb:
     assert graph.peak_bytes(["slots"])[0] == near(buffers_gb * GB)
 
 
+def test_frames_that_fill_a_patch_travel_too() -> None:
+    """CogVideoX 1.5, 81 frames: 21 of the latent, of which its patches of two make 22 (the pipeline's
+    ``additional_frames``); the VAE decodes 21. 16 channels of 96 x 170, two bytes each."""
+    request = Workload(768, 1360, 81, 50, 1, "bf16")
+    graph = build(parse_spec("cfg=2"), profile("cogvideox1.5-5b"), request)
+    (gather,) = {op.nbytes for s in graph.sections for op in s.ops if op.call == "all_gather"}
+    assert gather == 22 * 16 * 96 * 170 * 2
+    decoding = section(graph, "decode").ops
+    assert {op.work.shape.f for op in decoding if op.work} == {21}
+    two_b = build(
+        parse_spec("cfg=2"), profile("cogvideox-2b"), Workload(480, 720, 49, 50, 1, "bf16")
+    )
+    (gather,) = {op.nbytes for s in two_b.sections for op in s.ops if op.call == "all_gather"}
+    assert gather == 13 * 16 * 60 * 90 * 2
+
+
 @pytest.mark.parametrize(("size", "received_gb"), [(1024, 1.333), (2048, 5.332), (3840, 18.744)])
 def test_tensor_sdxl(size: int, received_gb: float) -> None:
     """DistriFusion's table on 8 GPUs (paper 1.33 / 5.33 / 18.7 G): 232 all-reduces, two for each of 70

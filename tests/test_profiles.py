@@ -118,6 +118,7 @@ def damaged(keys: tuple[Any, ...], value: Any) -> dict[str, Any]:
         (("kernels", 0, 0, 1), 1.5, "1.5: a non-negative integer"),
         (("geometry", "scale"), KeyError, "KeyError.'scale'"),
         (("geometry", "guidance"), "negative", "guidance 'negative'"),
+        (("geometry", "frame_multiple"), 0, "frame_multiple 0: at least 1"),
         (("defaults", "steps"), KeyError, "no steps"),
         (("asyncdiff", "2"), [0], "asyncdiff 2: 1 owners"),
         (("asyncdiff", "two"), [0], "malformed"),

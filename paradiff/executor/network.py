@@ -90,12 +90,7 @@ class Network:
         """Frames (of tokens) that are part of one attention, one after another."""
         if self.class_name in ("UNetSpatioTemporalConditionModel", "LatteTransformer3DModel"):
             return 1
-        return -(-shape["f"] // self.patch_depth)
-
-    @cached_property
-    def patch_depth(self) -> int:
-        """Latent frames of a patch."""
-        return getattr(self.model.config, "patch_size_t", None) or 1
+        return -(-shape["f"] // self.profile.geometry.frame_multiple)
 
     def by_rows(self, z: Tensor, spans: Sequence[Span], frames: int) -> list[Tensor]:
         """K or V (b, h, n, d) of several spans of rows, one after another in each frame, apart."""
@@ -115,9 +110,8 @@ class Network:
 
     def latent_sizes(self, shape: Mapping[str, int]) -> tuple[int, ...]:
         """Sizes of the latent of a request, whose images or videos ``shape["b"]`` counts."""
-        return latent_sizes(
-            self.class_name, self.profile.geometry.channels, self.patch_depth, shape
-        )
+        g = self.profile.geometry
+        return latent_sizes(self.class_name, g.channels, g.frame_multiple, shape)
 
     def sigmas(self, steps: int) -> list[float] | None:
         """The noise levels that the pipeline of the class gives its scheduler, if it does."""

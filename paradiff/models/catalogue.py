@@ -356,6 +356,7 @@ CATALOGUE: Mapping[str, Entry] = {
     ),
     "cogvideox1.5-5b": replace(
         _FIRST["cogvideox-2b"],
+        geometry=replace(_FIRST["cogvideox-2b"].geometry, frame_multiple=2),
         config={
             "num_attention_heads": 48,
             "num_layers": 42,

@@ -86,7 +86,7 @@ def plan_of(name: str, entry: Entry, vae_config: Config | None = None) -> Plan:
         probes = _batched(probes)
     if entry.class_name == "HunyuanDiT2DModel":
         probes = tuple({**probe, "t": base["t"], "s": base["s"]} for probe in probes)
-    frame_levels = tuple(sorted({1, _patch_depth(entry)}))
+    frame_levels = tuple(sorted({1, entry.geometry.frame_multiple}))
     denoiser = StageSpec(
         "denoiser",
         build,
@@ -335,7 +335,7 @@ def _step_stages(entry: Entry, base: Shape) -> list[StageSpec]:
     video = base["f"] > 1
     unit = 2 if entry.class_name == "FluxTransformer2DModel" else 1
     probes = latent_probes(base, video, unit)
-    depth = _patch_depth(entry)
+    depth = g.frame_multiple
     frame_levels = tuple(sorted({1, depth}))
     latent = partial(_latent_sizes, entry.class_name, g.channels, depth)
     class_name, config = SCHEDULERS[entry.scheduler]
@@ -349,11 +349,6 @@ def _step_stages(entry: Entry, base: Shape) -> list[StageSpec]:
             StageSpec("guidance", tuple, call, probes, levels=(unit,), frame_levels=frame_levels)
         )
     return specs
-
-
-def _patch_depth(entry: Entry) -> int:
-    """How many latent frames a patch of CogVideoX 1.5 has."""
-    return entry.config.get("patch_size_t") or 1
 
 
 def _learns_sigma(entry: Entry) -> bool:
@@ -434,7 +429,7 @@ def _template(class_name: str, config: Config) -> str:
 def _user_geometry(
     class_name: str, template: Entry, config: Config, vae: Config | None
 ) -> Geometry:
-    geometry = template.geometry
+    geometry = replace(template.geometry, frame_multiple=config.get("patch_size_t") or 1)
     if class_name in UNET_CLASSES and "block_out_channels" in config:
         geometry = replace(geometry, row_multiple=2 ** (len(config["block_out_channels"]) - 1))
     elif class_name != "FluxTransformer2DModel" and "patch_size" in config:

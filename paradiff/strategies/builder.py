@@ -206,10 +206,11 @@ class Builder:
         return expr(shape._asdict()) * self.element_bytes
 
     def latent_bytes(self, rows: int, batch: int) -> int:
-        """Bytes of ``rows`` latent rows of ``batch`` latents (X of STRATEGIES 0.1, or a part of it)."""
-        x = self.latent
-        channels = self.profile.geometry.channels
-        return batch * channels * x["f"] * rows * x["w"] * self.element_bytes
+        """Bytes of ``rows`` latent rows of ``batch`` latents (X of STRATEGIES 0.1, or a part of it),
+        whose frames fill whole patches."""
+        g = self.profile.geometry
+        frames = -(-self.latent["f"] // g.frame_multiple) * g.frame_multiple
+        return batch * g.channels * frames * rows * self.latent["w"] * self.element_bytes
 
     # ------------------------------------------------------------------------------ emission
 

@@ -497,8 +497,21 @@ def test_user_configuration_of_a_published_model(
             2,
             (50, 256),
         ),
+        (
+            {
+                "_class_name": "CogVideoXTransformer3DModel",
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "num_layers": 2,
+                "use_rotary_positional_embeddings": True,
+                "patch_size_t": 2,
+                "patch_bias": False,
+            },
+            2,
+            (226,),
+        ),
     ],
-    ids=["wan", "hunyuandit-1.1"],
+    ids=["wan", "hunyuandit-1.1", "cogvideox1.5"],
 )
 def test_geometry_of_a_user_configuration(
     tmp_path: Path, config: dict[str, Any], row_multiple: int, text_tokens: tuple[int, ...]
@@ -508,6 +521,7 @@ def test_geometry_of_a_user_configuration(
     file.write_text(json.dumps(config))
     plan = plan_for(str(file))
     assert plan.geometry.row_multiple == row_multiple
+    assert plan.geometry.frame_multiple == config.get("patch_size_t", 1)
     assert plan.geometry.text_tokens == text_tokens
     spec = next(spec for spec in plan.stages if spec.is_denoiser)
     stage = trace_stage(spec)

@@ -28,13 +28,6 @@ def weighed() -> Iterator[Counter[str]]:
     found = Counter[str]()
 
     class Weighed(interpreter._Run):
-        def padded(self, op: Op) -> int:
-            """CogVideoX 1.5 pads its latent to whole patches of frames, which is not priced."""
-            kinds = {self.buffers[ref.buffer].kind for ref in op.reads}
-            frames, depth = self.shape["f"], self.network.patch_depth
-            whole = -(-frames // depth) * depth
-            return op.nbytes * whole // frames if kinds <= {"noise", "latent"} else op.nbytes
-
         def _transfer(self, instance: Instance) -> None:
             op, sent = instance.op, defaultdict[int, list[Payload]](list)
             transfer = self.transfer
@@ -50,8 +43,7 @@ def weighed() -> Iterator[Counter[str]]:
             speaks_alone = op.kind == "p2p" or op.call == "broadcast"
             senders = op.ranks[:1] if speaks_alone else op.ranks
             weights = {rank: weight(op, sent[rank]) for rank in senders}
-            priced = self.padded(op)
-            assert weights == dict.fromkeys(senders, priced), (op.name, priced, weights)
+            assert weights == dict.fromkeys(senders, op.nbytes), (op.name, op.nbytes, weights)
             found[op.call or op.kind] += 1
 
     with mock.patch.object(interpreter, "_Run", Weighed):
