@@ -218,8 +218,9 @@ def test_reuse_is_the_same_on_several_ranks(inside: str) -> None:
     assert plain.relative(latent("sd3-medium", f"{inside},cache=2"), alone) < 1e-10
 
 
-def test_loads_change_no_bit() -> None:
-    found = [latent("sd3-medium", f"cfg=2,ulysses=2{more}") for more in ("", ",offload=text+vae")]
+@pytest.mark.parametrize("spec", ["cfg=2,ulysses=2", "parastep=2,warmup=1"])
+def test_loads_change_no_bit(spec: str) -> None:
+    found = [latent("sd3-medium", f"{spec}{more}") for more in ("", ",offload=text+vae")]
     assert torch.equal(*found)
 
 

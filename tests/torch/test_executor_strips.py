@@ -118,6 +118,13 @@ def test_replicas_are_requests_of_their_own(name: str) -> None:
     assert plain.relative(result.latents[0], result.latents[1]) > 0.1
 
 
+def test_a_replica_does_what_it_does_alone() -> None:
+    """Bit for bit, whatever the strategy."""
+    spec = "pipefusion=2,patches=4"
+    together = execute("sd3-medium", graph_of("sd3-medium", f"data=2,{spec}"), replicas=2)
+    assert torch.equal(together.latents[0], latent("sd3-medium", spec))
+
+
 @pytest.mark.parametrize("name", [*plain.NAMES, *plain.OTHERS, "sd15", "cogvideox-5b"])
 def test_displaced_strips_equal_the_read_map(name: str) -> None:
     ours = latent(name, "distrifusion=2,warmup=1")
