@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from paradiff.executor.place import SLURM_PORTS, Place, first_host
+from paradiff.cli.run import planned_gpus
+from paradiff.config import ConfigError
+from paradiff.executor.place import SLURM_PORTS, Place, first_host, gpu_of
+from paradiff.planfile import PlanFile
 
 TASK = {
     "SLURM_JOB_ID": "200505", "SLURM_STEP_ID": "1", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
@@ -63,3 +66,77 @@ def test_half_of_the_names_is_refused() -> None:
         ValueError, match="RANK 4, LOCAL_RANK 4 of WORLD_SIZE 4: allowed are 0 to 3"
     ):
         Place.of_environment(RANK | {"RANK": "4"})
+
+
+# --------------------------------------------------------------------------------- a plan's placement
+
+
+def placed(rank: int, machines: list[int]) -> Place:
+    """Rank ``rank`` of ranks started machine by machine, ``machines`` counts them."""
+    first = max(sum(machines[:m]) for m in range(len(machines)) if sum(machines[:m]) <= rank)
+    return Place(rank, sum(machines), rank - first, "a", 29500, False)
+
+
+ONE = [("box", 2), ("box", 0), ("box", 3), ("box", 1)]
+TWO = [("left", 1), ("left", 0), ("right", 0), ("right", 1)]
+ACROSS = [("left", 1), ("right", 0), ("left", 0), ("right", 1)]
+
+
+@pytest.mark.parametrize(
+    ("planned", "machines", "visible", "expected"),
+    [
+        (ONE, [4], None, [2, 0, 3, 1]),
+        (TWO, [2, 2], None, [1, 0, 0, 1]),
+        (TWO, [2, 2], "0,1", [1, 0, 0, 1]),
+        # of what is visible, in the order in which it is: set by hand, to the placement or otherwise
+        (ONE, [4], "2,0,3,1", [0, 1, 2, 3]),
+        (ONE, [4], "0,1,2,3,4,5,6,7", [2, 0, 3, 1]),
+        (ONE, [4], "7, 3,2,1,0", [2, 4, 1, 3]),
+        # others have chosen: four other GPUs, one for each rank, by name
+        (ONE, [4], "4,5,6,7", [0, 1, 2, 3]),
+        (ONE, [1, 1, 1, 1], "0", [0, 0, 0, 0]),
+        (ONE, [4], "GPU-5ebe9f43,GPU-5ebe9f44,GPU-5ebe9f45,GPU-5ebe9f46", [0, 1, 2, 3]),
+        (ACROSS, [1, 1, 1, 1], "3", [0, 0, 0, 0]),
+    ],
+)
+def test_a_rank_takes_the_gpu_that_it_is_planned_on(
+    planned: list[tuple[str, int]], machines: list[int], visible: str | None, expected: list[int]
+) -> None:
+    ranks = range(len(planned))
+    assert [gpu_of(placed(rank, machines), planned, visible) for rank in ranks] == expected
+
+
+@pytest.mark.parametrize(
+    ("planned", "machines", "message"),
+    [
+        (
+            TWO,
+            [4],
+            "rank 2 was started on the machine of rank 0, but is planned on right and rank 0",
+        ),
+        (ACROSS, [2, 2], "rank 1 was started on the machine of rank 0, but is planned on right"),
+        (
+            ONE,
+            [2, 2],
+            "rank 2 was not started on the machine of rank 1, but both are planned on box",
+        ),
+    ],
+)
+def test_ranks_started_elsewhere_than_planned_are_refused(
+    planned: list[tuple[str, int]], machines: list[int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"{message}.*docs/cluster\.md"):
+        [gpu_of(placed(rank, machines), planned, None) for rank in range(len(planned))]
+
+
+def test_machines_of_a_plan_are_those_of_its_box() -> None:
+    """Device 11 of eight machines of eight is number 3 of the second."""
+    workload = {"height": 8, "width": 8, "frames": 1, "steps": 1, "batch": 1, "dtype": "bf16"}
+    plan = PlanFile(
+        schema="paradiff.planfile/1", model="sdxl", topology="nvlink8x8-h100", workload=workload,
+        spec="patch=3", placement=(11, 0, 63), fingerprint="0", predicted_latency_s=1.0,
+    )  # fmt: skip
+    assert [number for _, number in planned_gpus(plan)] == [3, 0, 7]
+    assert len({machine for machine, _ in planned_gpus(plan)}) == 3
+    with pytest.raises(ConfigError, match="GPU 64, allowed: the 64 of nvlink8x8-h100"):
+        planned_gpus(plan.model_copy(update={"placement": (64,)}))

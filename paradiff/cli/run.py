@@ -222,13 +222,26 @@ class Given:
         own = "bf16" if self.options["kernels"] == "timed" else "fp32"
         return self.options["dtype"] or (self.plan.workload.dtype if self.plan and planned else own)
 
-    def job(self, local_rank: int | None) -> Job:
+    def device(self, place: Place | None) -> str:
+        """Where a rank computes: the GPU that the plan places it on. Raises ConfigError."""
+        from paradiff.config import ConfigError
+        from paradiff.executor.place import gpu_of
+
+        if self.options["device"] != "cuda" or place is None:
+            return str(self.options["device"])
+        placement = () if self.plan is None else self.plan.placement
+        if self.plan is None or placement == tuple(range(len(placement))):
+            return f"cuda:{place.local_rank}"
+        try:
+            planned = planned_gpus(self.plan)
+            return f"cuda:{gpu_of(place, planned, os.environ.get('CUDA_VISIBLE_DEVICES'))}"
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def job(self, place: Place | None) -> Job:
         from paradiff.executor.job import Job
 
         real, options = self.is_real_size, self.options
-        device = options["device"]
-        if device == "cuda" and local_rank is not None:
-            device = f"cuda:{local_rank}"
         names = ("height", "width", "frames", "steps", "dtype")
         is_planned = real and self.plan is not None and all(options[name] is None for name in names)
         return Job(
@@ -238,7 +251,7 @@ class Given:
             **self.sizes(planned=real),
             batch=self.batch,
             dtype=self.dtype(planned=real),
-            device=device,
+            device=self.device(place),
             is_compiled=options["compile_"],
             seed=options["seed"],
             guidance_scale=options["guidance_scale"],
@@ -270,6 +283,21 @@ def _check_plan(plan: PlanFile, file: Path) -> int:
             f" {plan.fingerprint[:12]}: it was made for another model, size or version"
         )
     return profile.denoiser.params
+
+
+def planned_gpus(plan: PlanFile) -> list[tuple[str, int]]:
+    """Machine of each rank, and its GPU's number there. Raises ConfigError where the box is unknown."""
+    from paradiff.config import ConfigError
+    from simulator.topology import load_topology
+
+    box = load_topology(plan.topology, plan.set)
+    absent = [device for device in plan.placement if not 0 <= device < len(box.gpus)]
+    if absent:
+        raise ConfigError(
+            f"placement: GPU {absent[0]}, allowed: the {len(box.gpus)} of {box.name}, from 0 on"
+        )
+    nodes = [(box.node_of(device), box.gpus[device]) for device in plan.placement]
+    return [(node.name, node.gpus.index(gpu)) for node, gpu in nodes]
 
 
 def place_here() -> Place | None:
@@ -332,14 +360,14 @@ def _in_process(given: Given) -> None:
     _report(given, graph, result.trace, None, machines, prepared, result)
 
 
-def prepared_of(given: Given, local_rank: int | None) -> Prepared:
+def prepared_of(given: Given, place: Place | None) -> Prepared:
     """Raises ConfigError for whatever is wrong with the input, Ended where the model cannot."""
     from paradiff.config import ConfigError
     from paradiff.executor.job import prepare
     from paradiff.strategies import Infeasible
 
     try:
-        return prepare(given.job(local_rank))
+        return prepare(given.job(place))
     except Infeasible as error:
         raise Ended(INFEASIBLE, f"{given.spec}: {error}") from None
     except (ValueError, OSError) as error:
@@ -421,7 +449,7 @@ def _run_rank(given: Given, place: Place, doing: dict[str, str]) -> None:
         return
     timeout_s = options["timeout"]
     hub = meet(place, timeout_s)
-    prepared = prepared_of(given, place.local_rank)
+    prepared = prepared_of(given, place)
     fingerprint = prepared.graph.fingerprint()
     session = Session.join(place, timeout_s, prepared.device, fingerprint, hub)
     result = distributed.run_rank(

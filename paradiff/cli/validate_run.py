@@ -124,11 +124,11 @@ def _rank(given: Given, place: Place, doing: dict[str, str]) -> None:
     options, timeout_s = given.options, given.options["timeout"]
     _pin(given, place.local_rank)
     hub = meet(place, timeout_s)
-    prepared = prepared_of(given, place.local_rank)
+    prepared = prepared_of(given, place)
     fingerprint = prepared.graph.fingerprint()
     session = Session.join(place, timeout_s, prepared.device, fingerprint, hub)
     again = options["measure_again"]
-    measured = measure_here(given.job(place.local_rank), prepared, session, again=again)
+    measured = measure_here(given.job(place), prepared, session, again=again)
     runs = runs_of(prepared, session, options["warmup_runs"], options["repeats"], doing)
     machines = session.machines()
     session.leave()

@@ -141,6 +141,11 @@ def loaded(job: Job) -> Pipeline:
     """The model of a job. Raises ValueError."""
     if job.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {job.device}: torch sees no GPU here, allowed: cpu")
+    number, count = torch.device(job.device).index, torch.cuda.device_count()
+    if number is not None and number >= count:
+        raise ValueError(
+            f"device {job.device}: torch sees {count} GPUs here, allowed: cuda:0 to cuda:{count - 1}"
+        )
     return load(
         job.source,
         random_weights=job.random_weights,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 SLURM = {
@@ -56,6 +56,45 @@ class Place:
             )
         hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return cls(rank, world, local, environment["MASTER_ADDR"], port, hosted)
+
+
+def gpu_of(place: Place, planned: Sequence[tuple[str, int]], visible: str | None) -> int:
+    """Number that the GPU on which this rank is ``planned`` has among those that this process sees.
+
+    ``planned``: for each rank its machine, and its GPU's number there. ``visible``: what
+    CUDA_VISIBLE_DEVICES says. Where that leaves out a GPU that the plan has on this machine, others have
+    chosen for the rank (a scheduler, Ray, a user): it takes the GPU of its number on its machine. Raises
+    ValueError where the ranks that were started on one machine are not those that are planned on one.
+    """
+    machine, gpu = planned[place.rank]
+    wanted = {number for where, number in planned if where == machine}
+    shown = None if visible is None else _numbers(visible)
+    if shown is not None and not wanted <= set(shown):
+        return place.local_rank
+    first = place.rank - place.local_rank
+    strangers = [r for r in range(first, place.rank) if planned[r][0] != machine]
+    if strangers:
+        other, where = strangers[0], planned[strangers[0]][0]
+        raise ValueError(
+            f"rank {place.rank} was started on the machine of rank {other}, but is planned on"
+            f" {machine} and rank {other} on {where}: {BY_MACHINE}"
+        )
+    if first and planned[first - 1][0] == machine:
+        raise ValueError(
+            f"rank {place.rank} was not started on the machine of rank {first - 1}, but both are planned"
+            f" on {machine}: {BY_MACHINE}"
+        )
+    return gpu if shown is None else shown.index(gpu)
+
+
+BY_MACHINE = (
+    "start on each machine the ranks that the plan's placement has there (docs/cluster.md), or choose"
+    " their GPUs with CUDA_VISIBLE_DEVICES"
+)
+
+
+def _numbers(visible: str) -> list[int]:
+    return [int(text) for text in visible.split(",") if text.strip().isdecimal()]
 
 
 def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
