@@ -88,8 +88,8 @@ def gpu_of(place: Place, planned: Sequence[tuple[str, int]], visible: str | None
 
 
 BY_MACHINE = (
-    "start on each machine the ranks that the plan's placement has there (docs/cluster.md), or choose"
-    " their GPUs with CUDA_VISIBLE_DEVICES"
+    "start on each machine the ranks that the plan's placement has there (docs/cluster.md), or run the"
+    " strategy without the plan"
 )
 
 

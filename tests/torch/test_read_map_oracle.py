@@ -22,11 +22,12 @@ import toys
 from test_executor_strips import execute, graph_of
 from torch import Tensor, nn
 
+from paradiff.dependencies import Dependencies
 from paradiff.executor import schedulers
 from paradiff.executor.interpreter import Request, run_graph
 from paradiff.executor.network import Network
 from paradiff.executor.payload import Piece, mix_moments, moments, reduced
-from paradiff.graph import Dependencies, Instance, Op, Ref, ScheduleGraph, Section, absolute
+from paradiff.graph import Instance, Op, Ref, ScheduleGraph, Section, absolute
 from paradiff.profiles import Geometry, Profile
 from paradiff.strategies import Workload, build, parse_spec
 
