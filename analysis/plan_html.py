@@ -83,7 +83,7 @@ def page(
         left=words.LEFT,
         unable=[(c.spec, c.reason or "", c.nearest or "") for c in plan.rejected],
         bounded=[(c.spec, words.seconds(c.bound_s)) for c in plan.bounded],
-        shares=[f"{share:.0%} {basis}" for basis, share in shares.items()],
+        shares=[f"{share:.1%} {basis}" for basis, share in shares.items()],
         kernels=list(sources.kernel_tables(model)),
         constants=list(sources.constants()),
         figures=list(sources.gpu_figures(request.topology)),
