@@ -1,11 +1,12 @@
 """The planner's choice against exhaustive search: every model of the catalogue on every eight-GPU box.
 
-``python tools/check_bounds.py [--steps N] [--seconds S] [--again] [MODEL ...]`` plans each pair twice,
-once with all candidates simulated and once with bounds, and fails where the first two, the best exact
-one, the front or the reasons differ. Default: each model's own steps. Schedules are built once for all
-boxes, and what the exhaustive search has simulated is not simulated again. Each pair becomes a row of
-``tests/golden/exhaustive.csv`` as it is done; a pair found to be the same is left out but with
-``--again``. ``--seconds``: begin no further pair after that long.
+``python tools/check_bounds.py [--seconds S] [MODEL ...]`` plans each pair twice, once with all
+candidates simulated and once with bounds, and fails where the first two, the best exact one, the front
+or the reasons differ. Each model's own steps. Schedules are built once for all boxes, and what the
+exhaustive search has simulated is not simulated again. Each pair becomes a row of
+``tests/golden/exhaustive.csv`` as it is done. A row names what it was found with: ``inputs``, the
+numbers of model, box, GPUs and kernel tables, and ``code``, the text of all that plans. A pair found to
+be the same with today's inputs and code is left out. ``--seconds``: begin no further pair after that.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import argparse
 import csv
 import datetime
 import fcntl
+import hashlib
 import io
+import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +30,17 @@ from paradiff.cli.common import write_file
 from paradiff.config import available, find
 from paradiff.profiles import load_profile
 from paradiff.strategies import Workload
+from simulator.gpu import load_gpu
 from simulator.planner import Plan, Request, plan
 from simulator.runs import Runs
 from simulator.symmetry import Quotient
 from simulator.topology import Topology, load_topology
 
-RECORD = Path(__file__).parent.parent / "tests" / "golden" / "exhaustive.csv"
+ROOT = Path(__file__).parent.parent
+RECORD = ROOT / "tests" / "golden" / "exhaustive.csv"
 COLUMNS = (
     "model", "box", "steps", "same", "first", "second", "best_exact", "simulated", "bounded",
-    "rejected", "cpu_s", "date",
+    "rejected", "cpu_s", "date", "inputs", "code",
 )  # fmt: skip
 
 
@@ -48,6 +55,46 @@ def boxes() -> list[Topology]:
     return [box for box in map(load_topology, real) if len(box.gpus) == 8]
 
 
+def _digest(*texts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:12]
+
+
+@cache
+def code() -> str:
+    """What decides a plan: the text of all that ``simulator.planner`` imports, as twelve digits."""
+    parts = ("paradiff", "simulator", "analysis")
+    files = {
+        Path(module.__file__)
+        for name, module in sys.modules.items()
+        if name.split(".")[0] in parts and not name.startswith("paradiff.cli") and module.__file__
+    }
+    return _digest(*(file.read_bytes() for file in sorted(files)))
+
+
+def _numbers(value: Any) -> Any:
+    """``value`` without what no plan depends on: where numbers are from, and prices."""
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items() if k not in ("source", "price_per_hour")}
+    return [_numbers(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+@cache
+def _tables() -> tuple[bytes, ...]:
+    folder = find("gpus", "l40").parent.parent / "measured"
+    return tuple(file.read_bytes() for file in sorted(folder.glob("*/*.csv")))
+
+
+@cache
+def _hardware(box: Topology) -> bytes:
+    gpus = {name: load_gpu(name).model_dump() for name in dict.fromkeys(box.profiles)}
+    return json.dumps(_numbers([gpus, asdict(box)]), sort_keys=True, default=str).encode()
+
+
+def inputs(model: str, box: Topology) -> str:
+    """What a plan of ``model`` on ``box`` is made from, as twelve digits."""
+    return _digest(find("models", model, ".json").read_bytes(), _hardware(box), *_tables())
+
+
 def wanted(result: Plan) -> list[object]:
     """What bounds must not change."""
     exact = next((c for c in result.ranked if c.exact), None)
@@ -55,14 +102,15 @@ def wanted(result: Plan) -> list[object]:
     return [result.ranked[:2], exact, front, result.decided_by, result.rejected]
 
 
-def checked(model: str, steps: int | None, known: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    """A row for each box that has none."""
+def checked(model: str, known: set[tuple[str, ...]]) -> Iterator[dict[str, Any]]:
+    """A row for each box that has none of today's inputs and code."""
     profile = load_profile(find("models", model, ".json"))
     sizes = {key: profile.defaults[key] for key in ("height", "width", "frames")}
-    workload = Workload(**sizes, steps=steps or profile.defaults["steps"])
+    workload = Workload(**sizes, steps=profile.defaults["steps"])
     schedules: dict[str, Quotient] = {}
     for box in boxes():
-        if (model, box.name) in known:
+        made_of = inputs(model, box)
+        if (model, box.name, made_of, code()) in known:
             continue
         start = time.process_time()
         runs = Runs(profile, box, workload, "eager", schedules=schedules)
@@ -87,6 +135,8 @@ def checked(model: str, steps: int | None, known: set[tuple[str, str]]) -> Itera
             "rejected": len(every.rejected),
             "cpu_s": f"{time.process_time() - start:.1f}",
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "inputs": made_of,
+            "code": code(),
         }
 
 
@@ -114,16 +164,14 @@ def record(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", help="default: all")
-    parser.add_argument("--again", action="store_true", help="also what is recorded as the same")
-    parser.add_argument("--steps", type=int, help="default: each model's own")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     asked = parser.parse_args()
     end = time.monotonic() + asked.seconds
     wrong = 0
     for model in asked.models or models():
-        done = [] if asked.again else [row for row in rows() if row["same"] == "yes"]
-        known = {(row["model"], row["box"]) for row in done}
-        for row in checked(model, asked.steps, known):
+        same = [row for row in rows() if row["same"] == "yes"]
+        known = {(row["model"], row["box"], row["inputs"], row["code"]) for row in same}
+        for row in checked(model, known):
             wrong += row["same"] != "yes"
             record(row)
             print(*row.values(), sep=", ", flush=True)
