@@ -136,17 +136,35 @@ def test_a_displaced_strip_lays_keys_side_by_side_and_queues_its_own() -> None:
 
 
 def test_a_corrected_group_norm_is_many_kernels() -> None:
-    """SDXL: 46 norms in 19 kernels and a sum over 8 ranks beside the one that each is without exchange,
-    and 155 tensors queued. ``no_sync`` neither queues nor exchanges moments: 70 joins, 39 x 2 halos."""
+    """SDXL, read off ``DistriGroupNorm.forward``: 46 norms in 19 kernels and a sum over 8 ranks
+    beside the one that each is without exchange (corrected 20 + 8 in all, stale 14 + 8, all-reduced
+    14), and 155 tensors queued, all-reduced moments not. ``no_sync`` neither queues nor exchanges
+    moments: 70 joins, 39 x 2 halos. While warming up nothing is corrected, and each gathered list
+    of 8 is copied out: 18 + 8 + 8 - 1."""
     added = {
         mode: copies(graph_of("sdxl", f"distrifusion=8,mode={mode}"), "steady")[0]
         for mode in ("corrected_async_gn", "stale_gn", "sync_gn", "no_sync")
     }
     assert added["no_sync"] == 70 + 39 * 2
     assert added["corrected_async_gn"] - added["no_sync"] == 155 + 46 * (19 + 8)
-    assert added["corrected_async_gn"] - added["stale_gn"] == 46 * 5
-    assert added["sync_gn"] == added["stale_gn"]
+    assert added["corrected_async_gn"] - added["stale_gn"] == 46 * 6
+    assert added["sync_gn"] == added["no_sync"] + 155 - 46 + 46 * 13
+    warm = copies(graph_of("sdxl", "distrifusion=8"), "sync")[0]
+    assert warm == 70 * (1 + 8) + 39 * (2 + 8) + 46 * (17 + 8 + 8)
     assert copies(graph_of("sdxl", "patch=8,mode=naive"), "steps") == (0, 0)
+
+
+def test_pcpp_joins_all_strips_and_sends_its_own_as_it_is() -> None:
+    """``full_kv = torch.cat(new_buffer_list)`` before the slice: keys cost as many bytes as
+    DistriFusion's, less what that queues. A sender that slices (the paper) joins 1 + 0.3 of 8
+    strips and copies its part out."""
+    kv = {
+        spec: copies(graph_of("pixart-alpha", spec), "steady")
+        for spec in ("distrifusion=8", "pcpp=8", "pcpp=8,slice=sender")
+    }
+    own = 2 * 2 * 512 * 1152 * 2
+    assert kv["pcpp=8"] == (28, kv["distrifusion=8"][1] - 28 * 2 * own)
+    assert kv["pcpp=8,slice=sender"][1] < kv["pcpp=8"][1] / 3
 
 
 def test_a_pipeline_writes_its_cache_and_joins_the_text() -> None:

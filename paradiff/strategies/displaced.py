@@ -14,7 +14,7 @@ from functools import partial
 from paradiff.graph import Ref, Shape
 from paradiff.profiles import Segment
 from paradiff.strategies.builder import Builder, Forward, Infeasible, Options
-from paradiff.strategies.copies import strip_copies
+from paradiff.strategies.copies import GroupNorm, strip_copies
 from paradiff.strategies.passes import (
     Strips,
     check_strips,
@@ -25,6 +25,11 @@ from paradiff.strategies.passes import (
 )
 
 MODES = ("corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync", "full_sync")
+NORMS: Mapping[str, GroupNorm] = {"corrected_async_gn": "corrected", "stale_gn": "gathered"}
+"""Modes whose moments are gathered; those of the others are all-reduced, or stay local."""
+CHANNEL = "bucket"
+"""The group of the strips: moments that are all-reduced wait for the buckets that were launched
+before, as both are on distrifuser's ``batch_group``; the noise is gathered on another."""
 
 Place = Callable[[int], tuple[list[Ref], list[Ref]] | None]
 """Segment index -> (own, others) refs, one a rank, that outlive the step; None: work buffers do."""
@@ -98,7 +103,7 @@ class Buckets:
             self.nbytes[q],
             [self.own(q, r, step) for r in ranks],
             [self.slots(q, r, step) for r in ranks],
-            channel="bucket",
+            channel=CHANNEL,
         )
 
     def enqueue(self, forward: Forward, at: int, phase: str) -> None:
@@ -299,20 +304,25 @@ def _displaced(build: Builder, options: Options, name: str, bucket: str) -> None
     stale_tags = (("moments", "corrected"),) if mode == MODES[0] else ()
     if neighbours:
         stale_tags = (*stale_tags, ("portion", str(portion)))
-    fresh = strip_copies(build, shapes[0], fresh=True, sent=("moments",))
-    sent = () if mode == "no_sync" else ("kv", *kinds, *(("moments",) if mode == "sync_gn" else ()))
-    stale = strip_copies(build, stale_shapes[0], fresh=False, sent=sent, corrected=mode == MODES[0])
+    sender = neighbours and options.get("slice", "receiver") == "sender"
+    joined = stale_shapes if sender else shapes
+    norm = NORMS.get(mode, "reduced")
+    fresh = strip_copies(build, shapes[0], fresh=True, sent=(), norm=norm)
+    sent = () if mode == "no_sync" else (*kinds, *(("kv",) if sender else ()))
+    steady = None if mode in ("separate_gn", "no_sync") else norm
+    stale = strip_copies(build, joined[0], fresh=False, sent=sent, norm=steady)
     build.encode(range(build.mesh.size))
     for phase, first, count in phases(steps, sync):
         with build.section(phase, first, count):
             for lanes in build.mesh.replicas():
                 for lane in lanes:
-                    strips = Strips(build, lane, shapes, copies=fresh)
+                    strips = Strips(build, lane, shapes, copies=fresh, channel=CHANNEL)
                     if phase != "sync":
-                        strips = Strips(build, lane, stale_shapes, stale_tags, copies=stale)
+                        strips = Strips(
+                            build, lane, stale_shapes, stale_tags, copies=stale, channel=CHANNEL
+                        )
                     near = None
                     if neighbours:
-                        sender = options.get("slice", "receiver") == "sender"
                         near = Neighbours(build, lane.ranks, shapes, portion, sender)
                     if phase == "sync":
                         sync_step(strips, _keeper(strips, buckets, near, keep=sync < steps))

@@ -200,7 +200,10 @@ def point_bytes(build: Builder, point: Point, shape: Shape) -> int:
 
 @dataclass
 class Strips:
-    """One forward on equal strips, exchanging at points; shared by all strip passes of a lane."""
+    """One forward on equal strips, exchanging at points; shared by all strip passes of a lane.
+
+    ``channel``: the communicator of the exchanges; what else is on it runs before or after them.
+    """
 
     build: Builder
     lane: Lane
@@ -208,6 +211,7 @@ class Strips:
     tags: Tags = ()
     step: int = 0
     copies: Mapping[int, Copies] = field(default_factory=dict)
+    channel: str = "comm"
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -248,6 +252,7 @@ class Strips:
             own,
             others,
             step=self.step,
+            channel=self.channel,
         )
         for rank, ref in zip(self.ranks, others, strict=True):
             forward.need(rank, ref)
@@ -275,7 +280,7 @@ def strip_pass(build: Builder, options: Options) -> Predict:
     naive = options.get("mode", "sync") == "naive"
     rows = build.rows // build.mesh.pp
     shapes = strip_shapes(build, [rows] * build.mesh.pp if naive else None, halo=not naive)
-    copies = {} if naive else strip_copies(build, shapes[0], fresh=True, sent=("moments",))
+    copies = {} if naive else strip_copies(build, shapes[0], fresh=True, sent=(), norm="reduced")
 
     def predict(lanes: Sequence[Lane], step: int, latent: Latent) -> dict[int, Ref]:
         for lane in lanes:
