@@ -278,15 +278,18 @@ def _number(cells: Mapping[str, str], column: str, place: str) -> float | None:
 
 
 def words(text: str) -> str:
-    """Lower case, every run of other characters than letters, digits, dots and + as one space."""
-    return re.sub(r"[^a-z0-9.+]+", " ", text.lower()).strip()
+    """Lower case, Greek letters by name, every run of other characters than letters, digits, dots and +
+    as one space."""
+    named = text.lower().replace("\u03b1", " alpha").replace("\u03c3", " sigma")
+    return re.sub(r"[^a-z0-9.+]+", " ", named).strip()
 
 
 def _meaning(rules: Sequence[Rule], text: str, what: str) -> str:
     """What ``text`` means. Raises NotCovered with the reason of its rule, or where none fits."""
     found = next((rule for rule in rules if re.search(rule.match, text)), None)
     if found is None:
-        raise NotCovered(f"no rule knows this {what}: {text or 'blank'}")
+        known = ", ".join(dict.fromkeys(rule.means for rule in rules if rule.means))
+        raise NotCovered(f"no rule knows this {what}: {text or 'blank'}; known: {known}")
     if found.reason is not None:
         raise NotCovered(found.reason)
     return found.means
@@ -390,15 +393,18 @@ def _box(row: Row, rules: Rules, gpu: str, gpus: int) -> tuple[str, tuple[str, .
         if named not in available("topologies"):
             raise NotCovered(f"box={named} is no shipped topology")
         return named, ()
-    text = words(row["interconnect"])
-    default = "nvlink" if gpu in rules.sxm else "pcie"
-    link = next((rule.means for rule in rules.links if re.search(rule.match, text)), default)
+    said = (words(row[column]) for column in ("interconnect", "gpu"))
+    linked = (rule.means for text in said for rule in rules.links if re.search(rule.match, text))
+    link = next(linked, "nvlink" if gpu in rules.sxm else "pcie")
     fitting = [box for box in rules.boxes if box.link == link and re.search(box.gpu, gpu)]
     for size in (gpus, row.n_gpus):
         for box in fitting:
             if size <= box.gpus:
                 return box.topology, (*box.set, f"gpu={gpu}")
-    raise NotCovered(f"no box of {gpus} {gpu} with {link}")
+    most = max((box.gpus for box in fitting), default=0)
+    raise NotCovered(
+        f"no box of {row.n_gpus} {gpu} with {link}: {most} at most; a tag box=NAME in notes names one"
+    )
 
 
 # ------------------------------------------------------------------------------------------- specs
@@ -410,26 +416,42 @@ def _specs(row: Row, rules: Rules, model: str) -> tuple[str, ...]:
         return ("serial",)
     text = words(row["strategy"])
     named = list(dict.fromkeys(r.means for r in rules.axes if re.search(r.match, text)))
-    if not named:
-        raise NotCovered(f"no rule knows this strategy: {row['strategy']} {row['params']}".strip())
     degrees = _degrees(row, rules)
+    if not named and not set(ORDER) & set(_adjacent(row["strategy"], rules)):
+        raise NotCovered(f"no rule knows this strategy: {row['strategy']} {row['params']}".strip())
     axes = [axis for axis in named if axis != "usp"]
     axes += [axis for axis in degrees if axis in ORDER and axis not in axes]
     known = {axis: degrees[axis] for axis in axes if axis in degrees}
     if "degree" in degrees and len(axes) == 1:
         known.setdefault(axes[0], degrees["degree"])
     open_axes = [axis for axis in axes if axis not in known]
+    if "usp" in named and not axes:
+        open_axes = ["ulysses", "ring"]
     left = row.n_gpus // math.prod(known.values())
-    if len(open_axes) > 1 or ("usp" in named and not axes):
-        raise NotCovered(f"degrees are not stated: {row['strategy']} {row['params']}".strip())
-    known |= dict.fromkeys(open_axes, left)
-    return _written(row, rules, model, known, degrees)
+    shares: list[tuple[int, ...]] = [(left,)] if open_axes else [()]
+    if len(open_axes) > 1:
+        if set(open_axes) != {"ulysses", "ring"}:
+            raise NotCovered(f"degrees are not stated: {row['strategy']} {row['params']}".strip())
+        shares = [(u, left // u) for u in range(2, left) if left % u == 0] or [(left, 1)]
+    found = (
+        _written(row, rules, model, known | dict(zip(open_axes, share, strict=True)), degrees)
+        for share in shares
+    )
+    return tuple(spec for specs in found for spec in specs)
 
 
 def _degrees(row: Row, rules: Rules) -> dict[str, int]:
-    """Axis or parameter -> number, of what ``params`` says in the form key=number."""
-    found = re.findall(r"([A-Za-z_]+)\s*=\s*(\d+)", row["params"])
-    return {rules.degrees.get(key.lower(), key.lower()): int(number) for key, number in found}
+    """Axis or parameter -> number, of what ``params`` says as key=number, or params or strategy as
+    a known key with its number behind (``u2r4``, ``Ulysses-4``)."""
+    found = re.findall(r"([a-z_]+)\s*[=:]\s*(\d+)", row["params"].lower())
+    said = {rules.degrees.get(key, key): int(number) for key, number in found}
+    return _adjacent(row["strategy"], rules) | _adjacent(row["params"], rules) | said
+
+
+def _adjacent(text: str, rules: Rules) -> dict[str, int]:
+    """Axis or parameter -> the number right behind its key."""
+    found = re.findall(r"(?<![a-z])([a-z]+)[ _=:-]?(\d+)(?![\d.])", text.lower())
+    return {rules.degrees[key]: int(number) for key, number in found if key in rules.degrees}
 
 
 def _written(
