@@ -55,6 +55,7 @@ SCHEMA = "paradiff.validate/1"
 TIE = 0.01
 SAME = 0.01
 RESAMPLES = 2000
+TRIALS = 200
 NO_WARMUP = re.compile(r"pipefusion=.*warmup=0\b")
 Box = tuple[str, tuple[str, ...]]
 """Topology and overrides."""
@@ -336,7 +337,6 @@ class Scores:
 def scores(scored: Iterable[Scored]) -> Scores:
     """The scores of those rows that count."""
     rows = [each for each in scored if each.counts]
-    calibrated = [abs(each.error) for each in rows]
     zero_shot = [
         abs(each.zero_shot.seconds / each.measured_s - 1) for each in rows if each.zero_shot
     ]
@@ -348,8 +348,8 @@ def scores(scored: Iterable[Scored]) -> Scores:
         widths.append((each.calibrated.high_s - each.calibrated.low_s) / each.calibrated.seconds)
     return Scores(
         count=len(rows),
-        median_ape_calibrated=_median(calibrated),
-        mape_calibrated=_mean(calibrated),
+        median_ape_calibrated=median_error(rows),
+        mape_calibrated=mean_error(rows),
         median_ape_zero_shot=_median(zero_shot),
         mape_zero_shot=_mean(zero_shot),
         kendall_tau=kendall_tau(rows),
@@ -358,6 +358,16 @@ def scores(scored: Iterable[Scored]) -> Scores:
         interval_coverage=_mean(inside),
         interval_width=_median(widths),
     )
+
+
+def median_error(rows: Iterable[Scored]) -> float:
+    """Median absolute calibrated error of the rows that count."""
+    return _median([abs(each.error) for each in rows if each.counts])
+
+
+def mean_error(rows: Iterable[Scored]) -> float:
+    """Mean absolute calibrated error of the rows that count."""
+    return _mean([abs(each.error) for each in rows if each.counts])
 
 
 def _median(values: Sequence[float]) -> float:
@@ -406,17 +416,78 @@ def _comparable(each: Scored) -> Hashable:
 
 def kendall_tau(rows: Sequence[Scored]) -> float:
     """Pooled tau-b within groups of one place; see the module docstring."""
+    return _tau(_choices(rows, _comparable).values())
+
+
+def _tau(groups: Iterable[Sequence[_Choice]]) -> float:
     agree = pairs = tied_published = tied_predicted = 0
-    for specs in _choices(rows, _comparable).values():
-        for (x, a), (y, b) in combinations(specs, 2):
-            published = 0 if _near(a, b, TIE) else (1 if a < b else -1)
-            predicted = 0 if _near(x, y, TIE) else (1 if x < y else -1)
+    for specs in groups:
+        for one, other in combinations(specs, 2):
+            published = _order(one.published_s, other.published_s)
+            predicted = _order(one.predicted_s, other.predicted_s)
             pairs += 1
             agree += published * predicted
             tied_published += published == 0
             tied_predicted += predicted == 0
     spread = math.sqrt((pairs - tied_published) * (pairs - tied_predicted))
     return agree / spread if spread else math.nan
+
+
+def _order(a: float, b: float) -> int:
+    """1 where ``a`` is less, -1 where it is more, 0 within TIE."""
+    return 0 if _near(a, b, TIE) else (1 if a < b else -1)
+
+
+def discordant(rows: Sequence[Scored]) -> list[tuple[Scored, Scored]]:
+    """Pairs of rows that tau counts against the prediction, the least apart as published first; of
+    a spec with several rows the first stands for all."""
+    groups: dict[Hashable, dict[Hashable, Scored]] = defaultdict(dict)
+    for each in rows:
+        assert each.calibrated is not None
+        assert each.case is not None
+        groups[_comparable(each)].setdefault((each.calibrated.spec, each.case.n_gpus), each)
+    wrong = [
+        (one, other)
+        for specs in groups.values()
+        for one, other in combinations(specs.values(), 2)
+        if _order(one.measured_s, other.measured_s)
+        * _order(_calibrated_s(one), _calibrated_s(other))
+        < 0
+    ]
+    return sorted(wrong, key=lambda pair: abs(math.log(pair[0].measured_s / pair[1].measured_s)))
+
+
+def _calibrated_s(each: Scored) -> float:
+    assert each.calibrated is not None
+    return each.calibrated.seconds
+
+
+def repeat_spread(rows: Sequence[Scored]) -> tuple[float, int]:
+    """Standard deviation of log(latency) from run to run, and on how many pairs it rests: rows that
+    are one spec in one place and not one number printed twice, each pair's squared difference over
+    two."""
+    runs: dict[Hashable, list[float]] = defaultdict(list)
+    for each in rows:
+        assert each.calibrated is not None
+        assert each.case is not None
+        key = _comparable(each), each.calibrated.spec, each.case.n_gpus
+        runs[key].append(math.log(each.measured_s))
+    squares = [(a - b) ** 2 / 2 for own in runs.values() for a, b in combinations(own, 2)]
+    return math.sqrt(_mean(squares)) if squares else math.nan, len(squares)
+
+
+def tau_of_the_truth(rows: Sequence[Scored], spread: float) -> float:
+    """Kendall tau that latencies known without error would have against runs that scatter by ``spread``
+    (log-normal): the published ones stand for the truth. Mean of TRIALS, seed 0."""
+    draw, groups = random.Random(0), list(_choices(rows, _comparable).values())
+    trials = [
+        _tau(
+            [_Choice(s.published_s, s.published_s * math.exp(draw.gauss(0, spread))) for s in specs]
+            for specs in groups
+        )
+        for _ in range(TRIALS)
+    ]
+    return _mean(trials)
 
 
 def regrets(rows: Sequence[Scored]) -> dict[tuple[str, ...], float]:

@@ -19,6 +19,8 @@ from analysis.scoreboard import (
     Scores,
     by_source,
     clustered_interval,
+    mean_error,
+    median_error,
     one_gpu,
     regrets,
     scores,
@@ -40,8 +42,8 @@ def summary(scored: Sequence[Scored]) -> list[str]:
     total = scores(scored)
     core = [each for each in scored if each.row.is_core]
     repeated = sum(each.covered and not each.counts for each in core)
-    low, high = clustered_interval(scored, lambda rows: scores(rows).median_ape_calibrated)
-    mean_low, mean_high = clustered_interval(scored, lambda rows: scores(rows).mape_calibrated)
+    low, high = clustered_interval(scored, median_error)
+    mean_low, mean_high = clustered_interval(scored, mean_error)
     left_out = [others for _, others in by_source(scored).values()]
     medians = [others.median_ape_calibrated for others in left_out]
     choices = regrets([each for each in scored if each.counts])
@@ -61,7 +63,7 @@ def summary(scored: Sequence[Scored]) -> list[str]:
         f"with one source left out: median {percent(min(medians))} to {percent(max(medians))}",
         f"zero-shot: median error {percent(total.median_ape_zero_shot)},"
         f" mean {percent(total.mape_zero_shot)}",
-        f"Kendall tau {total.kendall_tau:.2f} within model, resolution and box",
+        f"Kendall tau {_tau(total)} within model, resolution and box",
         f"regret: mean {percent(total.mean_regret)}, largest {percent(total.max_regret)},"
         f" over {len(choices)} choices",
         f"90 % intervals hold {percent(total.interval_coverage)} of the published latencies;"
@@ -90,11 +92,14 @@ def source_table(scored: Sequence[Scored]) -> Table:
 
 
 def _cells(own: Scores) -> list[str]:
-    tau = "-" if math.isnan(own.kendall_tau) else f"{own.kendall_tau:.2f}"
     return [
-        percent(own.median_ape_calibrated), percent(own.mape_calibrated), tau,
+        percent(own.median_ape_calibrated), percent(own.mape_calibrated), _tau(own),
         percent(own.mean_regret), percent(own.interval_coverage),
     ]  # fmt: skip
+
+
+def _tau(own: Scores) -> str:
+    return "-" if math.isnan(own.kendall_tau) else f"{own.kendall_tau:.2f}"
 
 
 def gpu_table(scored: Sequence[Scored]) -> Table:
