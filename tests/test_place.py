@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paradiff.cli.run import planned_gpus
+from paradiff.cli.run import Given, planned_gpus
 from paradiff.config import ConfigError
 from paradiff.executor.place import SLURM_PORTS, Place, first_host, gpu_of
 from paradiff.planfile import PlanFile
@@ -129,14 +129,47 @@ def test_ranks_started_elsewhere_than_planned_are_refused(
         [gpu_of(placed(rank, machines), planned, None) for rank in range(len(planned))]
 
 
+def plan_of(topology: str, *placement: int) -> PlanFile:
+    workload = {"height": 8, "width": 8, "frames": 1, "steps": 1, "batch": 1, "dtype": "bf16"}
+    return PlanFile(
+        schema="paradiff.planfile/1", model="sdxl", topology=topology, workload=workload,
+        spec=f"patch={len(placement)}", placement=placement, fingerprint="0", predicted_latency_s=1.0,
+    )  # fmt: skip
+
+
 def test_machines_of_a_plan_are_those_of_its_box() -> None:
     """Device 11 of eight machines of eight is number 3 of the second."""
-    workload = {"height": 8, "width": 8, "frames": 1, "steps": 1, "batch": 1, "dtype": "bf16"}
-    plan = PlanFile(
-        schema="paradiff.planfile/1", model="sdxl", topology="nvlink8x8-h100", workload=workload,
-        spec="patch=3", placement=(11, 0, 63), fingerprint="0", predicted_latency_s=1.0,
-    )  # fmt: skip
-    assert [number for _, number in planned_gpus(plan)] == [3, 0, 7]
-    assert len({machine for machine, _ in planned_gpus(plan)}) == 3
-    with pytest.raises(ConfigError, match="GPU 64, allowed: the 64 of nvlink8x8-h100"):
-        planned_gpus(plan.model_copy(update={"placement": (64,)}))
+    planned = planned_gpus(plan_of("nvlink8x8-h100", 11, 0, 63))
+    assert [number for _, number in planned] == [3, 0, 7]
+    assert len({machine for machine, _ in planned}) == 3
+
+
+@pytest.mark.parametrize(
+    ("plan", "device", "expected"),
+    [
+        (plan_of("pcie8", 5, 0, 3), "cuda", ["cuda:5", "cuda:0", "cuda:3"]),
+        (plan_of("pcie8", 5, 0, 3), "cpu", ["cpu", "cpu", "cpu"]),
+        # ranks in the order of the GPUs, on whatever machines they were started, and without a plan
+        (plan_of("nowhere", 0, 1, 2), "cuda", ["cuda:0", "cuda:1", "cuda:2"]),
+        (None, "cuda", ["cuda:0", "cuda:1", "cuda:2"]),
+        (plan_of("pcie8", 5, 0, 8), "cuda", "p.yaml: placement: GPU 8, allowed: the 8 of pcie8"),
+        (plan_of("nowhere", 5, 0, 3), "cuda", "p.yaml: nowhere: no such file in topologies"),
+        (
+            plan_of("nvlink8x8-h100", 5, 0, 8),
+            "cuda",
+            "p.yaml: rank 2 was started on the machine of",
+        ),
+    ],
+)
+def test_devices_of_a_launch(
+    plan: PlanFile | None, device: str, expected: list[str] | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    given = Given.__new__(Given)
+    given.options, given.plan = {"device": device, "plan": "p.yaml"}, plan
+    places = [placed(rank, [3]) for rank in range(3)]
+    if isinstance(expected, list):
+        assert [given.device(place) for place in places] == expected
+    else:
+        with pytest.raises(ConfigError, match=expected):
+            [given.device(place) for place in places]

@@ -236,7 +236,7 @@ class Given:
             planned = planned_gpus(self.plan)
             return f"cuda:{gpu_of(place, planned, os.environ.get('CUDA_VISIBLE_DEVICES'))}"
         except ValueError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError(f"{self.options['plan']}: {error}") from None
 
     def job(self, place: Place | None) -> Job:
         from paradiff.executor.job import Job

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from paradiff.config import find
-from paradiff.executor import loading
+from paradiff.executor import job, loading
 from paradiff.executor.loading import Pipeline, load
 from paradiff.models import trace
 from paradiff.models.plans import plan_for
@@ -232,3 +232,13 @@ def test_configurations_that_name_something_else(broken: Path) -> None:
     says(broken, str(config), "PriorTransformer", "PixArtTransformer2DModel")
     says(broken / "vae", "AutoencoderKL")
     says(broken / "scheduler", "no config.json")
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of another machine, or more ranks than GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        ValueError, match="cuda:5: torch sees 2 GPUs here, allowed: cuda:0 to cuda:1"
+    ):
+        job.loaded(job.Job(source="tiny-sd21", spec="serial", device="cuda:5"))
