@@ -29,7 +29,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -329,8 +329,12 @@ class ScheduleGraph:
         digest = hashlib.sha256(f"world {self.world_size}\n".encode())
         for b in sorted(self.buffers, key=lambda b: b.id):
             digest.update(f"{_buffer_text(b)}\n".encode())
-        for instance in self.instances():
-            digest.update(_op_text(absolute(instance)).encode() + b"\n")
+        for s in self.sections:
+            forms = [_form(op) for op in s.ops]
+            for i in range(s.count):
+                base = s.first + i * s.stride
+                for form, steps in forms:
+                    digest.update((form % tuple([base + step for step in steps])).encode())
         return digest.hexdigest()
 
 
@@ -389,9 +393,28 @@ _WORK = re.compile(
 
 
 def _ref_text(ref: Ref) -> str:
-    part = "" if ref.part is None else f"[{ref.part}]"
     version = str(ref.step) if ref.fixed else f"t{ref.step:+d}" if ref.step else "t"
+    return _version_text(ref, version)
+
+
+def _version_text(ref: Ref, version: str) -> str:
+    part = "" if ref.part is None else f"[{ref.part}]"
     return f"{ref.buffer}{part}#{version}{f'.{ref.sub}' if ref.sub else ''}"
+
+
+def _form(op: Op) -> tuple[str, list[int]]:
+    """The line of ``op`` with absolute versions, as a form for ``%``, and what to add to the base step
+    of an iteration for each number in it."""
+    steps = [] if op.step is None else [op.step]
+
+    def ref_text(ref: Ref) -> str:
+        if ref.fixed:
+            return _ref_text(ref)
+        steps.append(ref.step)
+        return _version_text(ref, "\0")
+
+    text = _op_text(op, "-" if op.step is None else "\0", ref_text)
+    return text.replace("%", "%%").replace("\0", "%d") + "\n", steps
 
 
 def _buffer_text(b: Buffer) -> str:
@@ -409,17 +432,18 @@ def work_text(work: Work) -> str:
     return f"{work.stage}[{ranges}]{{{shape}}}{work.stored}{blocks}{copies}"
 
 
-def _op_text(op: Op) -> str:
+def _op_text(op: Op, step: str | None = None, ref_text: Callable[[Ref], str] = _ref_text) -> str:
+    """The line of an op; ``step`` and ``ref_text``: in place of its own step and versions."""
     fields = [
         "op",
-        "-" if op.step is None else str(op.step),
+        step or ("-" if op.step is None else str(op.step)),
         op.name,
         op.kind,
         op.call,
         f"ranks={','.join(map(str, op.ranks))}",
         f"stream={op.stream}",
-        f"reads={','.join(map(_ref_text, op.reads))}",
-        f"writes={','.join(map(_ref_text, op.writes))}",
+        f"reads={','.join(map(ref_text, op.reads))}",
+        f"writes={','.join(map(ref_text, op.writes))}",
         f"bytes={op.nbytes}",
     ]
     if op.work is not None:
