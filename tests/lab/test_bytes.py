@@ -35,8 +35,9 @@ CASES = [
 
 
 def test_links_carry_what_the_graph_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within 5 %: TCP and gloo add headers, each buffer is sent once. What comes in is acknowledged with
-    up to 66 bytes for every two packets of 1448, which go out."""
+    """Within 5 %: TCP and gloo add headers, each buffer is sent once. Where little goes out against much
+    that comes in (the loop of a pipeline), its acknowledgements are seen too: up to 66 bytes for every
+    two packets of 1448."""
     cases = tmp_path / "cases.json"
     cases.write_text(json.dumps(CASES))
     root = Path(__file__).parents[2]
@@ -65,5 +66,6 @@ def test_links_carry_what_the_graph_says(tmp_path: Path, monkeypatch: pytest.Mon
         for rank, (ours, theirs) in enumerate(zip(said, seen, strict=True)):
             for way, expected, found in zip(("out", "in"), ours, theirs, strict=True):
                 other = ours[1 if way == "out" else 0]
-                most = 1.05 * expected + 1.05 * ACK_SHARE * other
+                acknowledged = ACK_SHARE * other if other > 4 * expected else 0.0
+                most = 1.05 * expected + acknowledged
                 assert 0.95 * expected <= found <= most, (spec, rank, way)
