@@ -27,6 +27,10 @@ RandomWeights = Annotated[
     bool, typer.Option("--random-weights", help="The real size with random weights, not the twin.")
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Default: the plan's or model's.")]
+Batch = Annotated[
+    int | None,
+    typer.Option(min=1, help="Images or clips per request; default: the plan's, else 1."),
+]
 Dtype = Annotated[
     Literal["fp16", "bf16", "fp32", "fp64"] | None,
     typer.Option(help="Precision; default: the plan's at real size, else fp32."),

@@ -21,7 +21,6 @@ from paradiff.cli.common import (
     INFEASIBLE,
     INTERRUPTED,
     MALFORMED,
-    Batch,
     Frames,
     Pixels,
     TableOrJson,
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
 
 FAILED = 1
 WORKLOAD = ("height", "width", "frames", "steps", "batch", "dtype")
-TIMEOUT_S = 25.0
+TIMEOUT_S = 20.0
 
 
 def run(
@@ -61,7 +60,7 @@ def run(
     width: Pixels = None,
     frames: Frames = None,
     steps: opt.Steps = None,
-    batch: Batch = 1,
+    batch: opt.Batch = None,
     dtype: opt.Dtype = None,
     in_process: opt.InProcess = False,
     launch: opt.Launch = None,
@@ -172,8 +171,13 @@ class Given:
         content = [f"--{n}" for n in ("embeddings", "prompt", "image") if options[n] is not None]
         if len(content) > 1:
             raise ConfigError(f"{' and '.join(content)}: give one of them")
+        of = [f"--{n}" for n in ("model", "weights") if options[n] is not None]
         if options["random_weights"] and options["weights"] is not None:
-            raise ConfigError("--random-weights and --weights: give one of them")
+            of = ["--random-weights", "--weights"]
+        if len(of) > 1:
+            raise ConfigError(f"{' and '.join(of)}: give one of them")
+        if options["kernels"] == "timed" and options["device"] == "cuda":
+            raise ConfigError("--kernels timed: no GPU computes anything, allowed: --device cpu")
         (self.spec,) = parsed_specs(
             [self.plan.spec if self.plan else options["strategy"] or "serial"]
         )
@@ -216,7 +220,7 @@ class Given:
     @property
     def batch(self) -> int:
         own = self.options["batch"]
-        return self.plan.workload.batch if self.plan and own == 1 else int(own)
+        return int(own or (self.plan.workload.batch if self.plan else 1))
 
     def dtype(self, *, planned: bool) -> str:
         own = "bf16" if self.options["kernels"] == "timed" else "fp32"
@@ -243,7 +247,10 @@ class Given:
 
         real, options = self.is_real_size, self.options
         names = ("height", "width", "frames", "steps", "dtype")
-        is_planned = real and self.plan is not None and all(options[name] is None for name in names)
+        is_same = all(options[name] is None for name in names)
+        planned = None
+        if real and self.plan is not None:
+            planned = self.plan.fingerprint if is_same else None, self.params
         return Job(
             source=self.source,
             spec=self.spec,
@@ -260,7 +267,7 @@ class Given:
             prompt=options["prompt"],
             negative_prompt=options["negative_prompt"],
             image=options["image"],
-            planned=(self.plan.fingerprint, self.params) if self.plan and is_planned else None,
+            planned=planned,
         )
 
 
@@ -281,6 +288,11 @@ def _check_plan(plan: PlanFile, file: Path) -> int:
         raise ConfigError(
             f"{file}: the schedule of {spec} on {plan.model} has fingerprint {found[:12]}, the plan"
             f" {plan.fingerprint[:12]}: it was made for another model, size or version"
+        )
+    ranks, placement = parse_spec(spec).n_gpus, plan.placement
+    if placement and (len(placement) != ranks or len({*placement}) != ranks or min(placement) < 0):
+        raise ConfigError(
+            f"{file}: placement {list(placement)}: {spec} takes {ranks} GPUs, each another, from 0 on"
         )
     return profile.denoiser.params
 
@@ -533,12 +545,7 @@ def _arguments(command: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     """The command and its options again, for the ranks."""
     arguments = [*command] if options["plan"] is None else [*command, str(options["plan"])]
     for name, value in options.items():
-        if (
-            name in ("plan", "launch", "in_process")
-            or value is None
-            or value is False
-            or value == ""
-        ):
+        if name in ("plan", "launch", "in_process") or value is None or value is False:
             continue
         flag = f"--{name.strip('_').replace('_', '-')}"
         arguments += [flag] if value is True else [flag, str(value)]

@@ -12,7 +12,6 @@ import typer
 from paradiff.cli import options as opt
 from paradiff.cli.common import (
     GATE_FAILED,
-    Batch,
     Frames,
     Pixels,
     TableOrJson,
@@ -59,7 +58,7 @@ def run(
     width: Pixels = None,
     frames: Frames = None,
     steps: opt.Steps = None,
-    batch: Batch = 1,
+    batch: opt.Batch = None,
     dtype: opt.Dtype = None,
     in_process: opt.InProcess = False,
     launch: opt.Launch = None,

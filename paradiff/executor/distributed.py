@@ -55,7 +55,8 @@ def run_rank(
     def walk(steps: list[Step]) -> list[Span]:
         if session.device.type == "cuda":
             dist.barrier()
-            return on_cuda(steps, run.perform, session.device, session.rank, run.tensors)
+            rank, device = session.rank, session.device
+            return on_cuda(steps, run.perform, device, rank, run.tensors, doing=doing)
         return _threads(steps, run.perform, session, doing)
 
     result = run.run(walk)

@@ -40,8 +40,8 @@ class Job:
     """What is to be run, as it was asked for. Sizes that are None are the model's own.
 
     ``source``: a twin (``tiny-sdxl``), a small trained model (``small-dit``), a local directory, or with
-    ``random_weights`` a model of the catalogue. ``planned``: fingerprint of the schedule and parameters
-    of the denoiser of the plan that was made for this very model.
+    ``random_weights`` a model of the catalogue. ``planned``: of the plan that was made for this very
+    model, fingerprint of the schedule (None where the size is another) and parameters of the denoiser.
     """
 
     source: str
@@ -62,7 +62,7 @@ class Job:
     prompt: str | None = None
     negative_prompt: str = ""
     image: Path | None = None
-    planned: tuple[str, int] | None = None
+    planned: tuple[str | None, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +95,8 @@ def prepare(
     network, spec = pipeline.network, parse_spec(job.spec)
     workload = workload_of(job, network.profile)
     graph = build(spec, network.profile, workload)
-    found = graph.fingerprint(), network.profile.denoiser.params
-    if job.planned not in (None, found):
-        raise ValueError(
-            f"{job.source}: {found[1]} parameters, schedule {found[0][:12]}; the plan's are"
-            f" {job.planned[1]} and {job.planned[0][:12]}: it was made for another model or size"
-        )
+    if job.planned is not None:
+        _check_planned(job.source, graph, network.profile.denoiser.params, *job.planned)
     scheduler = pipeline.scheduler
     if job.scheduler is not None:
         scheduler = scheduler_named(job.scheduler, scheduler)
@@ -122,6 +118,18 @@ def prepare(
     if job.is_compiled:
         compile_between_points(network.model, network.point_of)
     return Prepared(pipeline, graph, request, job.device)
+
+
+def _check_planned(
+    source: str, graph: ScheduleGraph, params: int, schedule: str | None, parameters: int
+) -> None:
+    found = graph.fingerprint()
+    if params != parameters or schedule not in (None, found):
+        planned = "" if schedule is None else f" and schedule {schedule[:12]}"
+        raise ValueError(
+            f"{source}: {params} parameters, schedule {found[:12]}; the plan has {parameters}"
+            f"{planned}: it was made for another model or size"
+        )
 
 
 def _guidance(job: Job, pipeline: Pipeline) -> GuidanceScale:

@@ -27,7 +27,9 @@ POLL_S = 0.1
 GRACE_S = 2.0
 NOTICE_S = 6.0
 """How long torchrun may take to notice, and say, how a rank ended."""
-START_S = 30.0
+SILENCE_S = 3.0
+"""How long others may take to say that they wait for a rank that says nothing."""
+START_S = 24.0
 """How long torchrun and the ranks may take to start, until a rank says its first word."""
 
 Status = Mapping[str, Any]
@@ -115,7 +117,7 @@ def _watch(
 ) -> None:
     """Return when the ranks have ended, when one has failed (after a moment for the others to say
     what they see), or when one no longer says anything."""
-    begin, failed_at = time.monotonic(), None
+    begin, until = time.monotonic(), None
     while runner.poll() is None:
         found = statuses(folder)
         if progress is not None:
@@ -126,9 +128,11 @@ def _watch(
             s["state"] == "running" and clock - s["time_s"] > timeout_s for s in found.values()
         )
         absent = len(found) < ranks and now - begin > max(START_S, timeout_s)
-        if (over or silent or absent) and failed_at is None:
-            failed_at = now
-        if failed_at is not None and now - failed_at > NOTICE_S:
+        if not (over or silent or absent):
+            until = None
+        elif until is None:
+            until = now + (NOTICE_S if over else SILENCE_S)
+        if until is not None and now > until:
             return
         time.sleep(POLL_S)
 

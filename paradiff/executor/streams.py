@@ -189,12 +189,14 @@ def on_cuda(
     rank: int | None,
     tensors: Callable[[Instance], Iterator[torch.Tensor]],
     in_turn: bool = False,
+    doing: dict[str, str] | None = None,
 ) -> list[Span]:
     """Issue in canonical order, one CUDA stream for each stream of each rank (``in_turn``: one for all,
     so that one op has the device at a time). Times are the device's: of one ``rank``, readings of this
     process's clock (as of ``Threads``), of all ranks, from the start on.
 
     ``tensors`` gives what an op reads: memory of one stream that another uses must not be reused early.
+    ``doing`` is kept at the op that each stream was given last, of which the device may be behind.
     """
     streams: dict[tuple[int, str], torch.cuda.Stream] = {}
     ends: dict[int, torch.cuda.Event] = {}
@@ -208,6 +210,8 @@ def on_cuda(
         op = step.instance.op
         at = op.ranks[0] if rank is None else rank
         lane = (0, "all") if in_turn else (at, op.stream)
+        if doing is not None:
+            doing[op.stream] = step.instance.id
         if lane not in streams:
             streams[lane] = torch.cuda.Stream(device)
             streams[lane].wait_event(origin)

@@ -23,6 +23,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from paradiff.cli.run import TIMEOUT_S
 from paradiff.executor.launch import STATUS, Status, statuses
 
 pytestmark = [pytest.mark.torch]
@@ -42,7 +43,7 @@ def launched(folder: Path, *arguments: str, **more: str) -> Iterator[subprocess.
     """``paradiff run ... --launch 2``, ended whatever the test does."""
     (folder / "status").mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "paradiff", "run", *arguments, "--launch", "2", "--timeout", "15"],
+        [sys.executable, "-m", "paradiff", "run", "--launch", "2", "--timeout", "15", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
         env=environment(folder / "status", **more),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & ignores it
@@ -96,7 +97,8 @@ def test_killed_rank_is_named(tmp_path: Path) -> None:
 
 
 def test_stalled_rank_is_named(tmp_path: Path) -> None:
-    with launched(tmp_path, *LONG) as process:
+    """Within what is promised of the timeout that nobody has set."""
+    with launched(tmp_path, *LONG, "--timeout", str(TIMEOUT_S)) as process:
         found = in_the_loop(tmp_path)
         os.kill(found[0]["pid"], signal.SIGSTOP)
         message = ended(process, found)
@@ -228,6 +230,17 @@ def test_rank_that_never_starts_is_named(tmp_path: Path) -> None:
     _, errors = rank.communicate(timeout=240)
     assert rank.returncode == 1
     assert errors == "paradiff: rank 1 did not come within 15 s\n"
+
+
+def test_launched_rank_that_never_starts_is_named(tmp_path: Path) -> None:
+    """Python itself hangs before the rank's first word."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nif os.environ.get('RANK') == '1':\n    time.sleep(600)\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    with launched(tmp_path, "--model", "sd21", "--strategy", "cfg=2", PYTHONPATH=path) as process:
+        message = ended(process, {})
+    assert re.match(r"paradiff: rank 1 never started", message), message
 
 
 def test_ranks_with_different_graphs_say_so(tmp_path: Path) -> None:

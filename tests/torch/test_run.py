@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,8 @@ from typer.testing import CliRunner, Result
 
 from analysis.close_up import fingerprint
 from paradiff.cli import app
+from paradiff.cli.run import Given, _arguments
+from paradiff.cli.run import run as run_command
 from paradiff.config import find
 from paradiff.models.tiny import tiny_model, tiny_plan
 from paradiff.models.trace import cached_profile
@@ -137,6 +141,12 @@ def test_compiled_regions_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_
         (["--model", "sd21", "--in-process", "--launch", "1"], 2, "give one of them"),
         (["--model", "sd21", "--kernels", "timed"], 2, "add --launch N"),
         (["--model", "sd21", "--device", "cuda"], 2, "torch sees no GPU"),
+        (["--model", "sd21", "--weights", "x"], 2, "--model and --weights: give one of them"),
+        (
+            ["--model", "sd21", "--kernels", "timed", "--device", "cuda", "--launch", "1"],
+            2,
+            "allowed: --device cpu",
+        ),
         (["--model", "sd21", "--embeddings", "x", "--prompt", "y"], 2, "give one of them"),
         (["--model", "sd21", "--prompt", "y"], 2, "needs text encoders"),
         (["--model", "svd", "--image", "no.png"], 2, "no.png: not readable as an image"),
@@ -164,14 +174,44 @@ def test_a_plan_of_another_model_is_refused(plan_file: Path, tmp_path: Path) -> 
     assert "it was made for another model, size or version" in done.stderr
     weights = tmp_path / "weights"
     tiny_model("sd21", torch.float32).save_pretrained(weights)
-    done = run(str(plan_file), "--weights", str(weights))
-    assert done.exit_code == 2
-    assert "it was made for another model or size" in done.stderr
+    for more in ([], ["--steps", "2", "--height", "64", "--width", "64"]):
+        done = run(str(plan_file), "--weights", str(weights), *more)
+        assert done.exit_code == 2
+        assert "it was made for another model or size" in done.stderr
     broken = tmp_path / "broken.plan.yaml"
     broken.write_text(plan_file.read_text().replace("spec:", "specs:"))
     done = run(str(broken))
     assert done.exit_code == 2
     assert "broken.plan.yaml:" in done.stderr
+
+
+@pytest.mark.parametrize("placement", ["[1]", "[1, 1]", "[-1, 0]"])
+def test_a_placement_that_is_none_is_refused(
+    placement: str, plan_file: Path, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "wrong.plan.yaml"
+    wrong.write_text(re.sub(r"placement: .*", f"placement: {placement}", plan_file.read_text()))
+    done = run(str(wrong))
+    assert done.exit_code == 2
+    assert f"wrong.plan.yaml: placement {placement}: cfg=2 takes 2 GPUs" in done.stderr
+
+
+def test_ranks_are_told_what_was_asked() -> None:
+    """Nothing that was given is dropped: an empty prompt is one."""
+    given = {"plan": None, "launch": 2, "model": "sd21", "prompt": "", "batch": None, "pin": True}
+    assert _arguments(["run"], given) == ["run", "--model", "sd21", "--prompt", "", "--pin"]
+
+
+def test_a_batch_of_one_is_asked_for(plan_file: Path) -> None:
+    options = dict.fromkeys(inspect.signature(run_command).parameters)
+    options["plan"] = plan_file
+    given = Given(options)
+    given.plan = given.plan.model_copy(
+        update={"workload": given.plan.workload.model_copy(update={"batch": 4})}
+    )
+    assert given.batch == 4
+    given.options["batch"] = 1
+    assert given.batch == 1
 
 
 def test_a_pickle_and_a_wrong_shape_are_refused(tmp_path: Path) -> None:
