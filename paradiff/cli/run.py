@@ -545,7 +545,8 @@ def _arguments(command: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     """The command and its options again, for the ranks."""
     arguments = [*command] if options["plan"] is None else [*command, str(options["plan"])]
     for name, value in options.items():
-        if name in ("plan", "launch", "in_process") or value is None or value is False:
+        is_default = value is None or value is False or (name == "negative_prompt" and not value)
+        if is_default or name in ("plan", "launch", "in_process"):
             continue
         flag = f"--{name.strip('_').replace('_', '-')}"
         arguments += [flag] if value is True else [flag, str(value)]

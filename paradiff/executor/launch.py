@@ -199,5 +199,5 @@ def doing(status: Status) -> str:
 
 
 def _last_line(log: str) -> str:
-    lines = [line for line in log.splitlines() if line.strip()]
+    lines = [line for line in log.splitlines() if line.strip(" =-")]
     return f": {lines[-1].strip()}" if lines else ""
