@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from paradiff.executor.payload import Span
-from paradiff.models.interception import TEXT_FIRST, UNET_CLASSES, rotary_tables, table_rows
+from paradiff.models.interception import (
+    TEXT_FIRST,
+    UNET_CLASSES,
+    mochi_sigmas,
+    rotary_tables,
+    table_rows,
+)
 from paradiff.models.stages import DENOISERS, latent_sizes
 from paradiff.profiles import Profile, Stage
 
@@ -118,8 +123,7 @@ class Network:
         if self.class_name in SIGMAS_GIVEN:
             return list(np.linspace(1.0, 1 / steps, steps))
         if self.class_name == "MochiTransformer3DModel":
-            module = import_module("diffusers.pipelines.mochi.pipeline_mochi")
-            return list(module.linear_quadratic_schedule(steps, threshold_noise=0.025))
+            return mochi_sigmas(steps)
         return None
 
     def scheduled_tokens(self, shape: Mapping[str, int]) -> int:

@@ -667,6 +667,12 @@ def drawing(scheduler: Any, draw: Callable[..., Tensor]) -> Iterator[None]:
         yield
 
 
+def mochi_sigmas(steps: int) -> list[float]:
+    """The noise levels that Mochi's pipeline gives its scheduler."""
+    module: Any = import_module("diffusers.pipelines.mochi.pipeline_mochi")
+    return list(module.linear_quadratic_schedule(steps, threshold_noise=0.025))
+
+
 def at_step(scheduler: Any, step: int) -> None:
     """Tell a scheduler which step it is asked about."""
     scheduler._step_index = step
