@@ -31,6 +31,7 @@ CASES = [
     # the twin's own tensors, computed and packed by the executor
     ("tiny-sd21", "distrifusion=4,warmup=0"),
     ("tiny-sd3-medium", "ulysses=2,ring=2"),
+    ("tiny-sd3-medium", "tensor=4"),
 ]
 
 

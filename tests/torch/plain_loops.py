@@ -1,8 +1,9 @@
 """The tiny twins run by plain loops: the unmodified model and its scheduler, as its pipeline has them.
 
-Nothing here comes from the executor but the random embeddings. ``displaced`` states which data a strip
-sees in DistriFusion and PCPP: it runs strip after strip, which the rule allows, since within a stale
-step no strip reads another's new data (``sync_gn`` apart, which is run again until it has them all).
+Nothing here comes from the executor but the random embeddings; the interception of the model
+(``paradiff.models.interception``) is shared with it. ``displaced`` states which data a strip sees in
+DistriFusion and PCPP: it runs strip after strip, which the rule allows, since within a stale step no
+strip reads another's new data (``sync_gn`` apart, which is run again until it has them all).
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def test_partial_neighbours_equal_the_read_map(name: str) -> None:
     assert plain.relative(ours, expected) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["sd21", "sd3-medium"])
+@pytest.mark.parametrize("name", ["sd21", "sd3-medium", "wan2.1-1.3b"])
 def test_who_slices_makes_no_difference(name: str) -> None:
     halves = [latent(name, f"pcpp=4,warmup=1,slice={who}") for who in ("sender", "receiver")]
     assert torch.equal(*halves)
