@@ -337,6 +337,18 @@ def test_interrupt_is_130_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tracing_into_no_folder_fails_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before torch, which is missing here, is asked for."""
+    monkeypatch.setitem(sys.modules, "paradiff.models.trace", None)
+    for target, reason in ((tmp_path / "no" / "x.json", "not a directory"), (tmp_path, "a file")):
+        done = CliRunner().invoke(app, ["profile", "trace", "sd15", "--output", str(target)])
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert f"--output {target}" in done.stderr
+        assert reason in done.stderr
+
+
 def test_tracing_without_torch_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "paradiff.models.trace", None)
     done = CliRunner().invoke(app, ["profile", "trace", "sdxl"])

@@ -186,6 +186,18 @@ def check_output_dir(path: Path | None) -> None:
         raise ConfigError(f"--output-dir {path}: {existing} cannot be written to")
 
 
+def check_output_file(path: Path) -> None:
+    """Fail before the work where the folder of ``--output`` is not there, or the path is a folder."""
+    from paradiff.config import ConfigError
+
+    if path.is_dir():
+        raise ConfigError(f"--output {path}: a directory, allowed: a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output {path}: {path.parent} is not a directory")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--output {path}: {path.parent} cannot be written to")
+
+
 def write_file(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises ConfigError where the file system refuses."""
     from paradiff.config import ConfigError

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from paradiff.cli.common import (
+    check_output_file,
     group,
     load_model,
     one_message,
@@ -52,6 +53,8 @@ def trace(
     with one_message():
         from paradiff.config import ConfigError
 
+        if output is not None:
+            check_output_file(output)
         with _needs_torch("tracing"):
             from paradiff.models.trace import trace_profile, write_profile
         try:
@@ -64,6 +67,8 @@ def trace(
         try:
             write_profile(profile, staged)
             staged.replace(target)
+        except OSError as error:
+            raise ConfigError(f"{target}: cannot be written ({error.strerror or error})") from None
         finally:
             staged.unlink(missing_ok=True)
     typer.echo(f"{target}: {profile.name}, {profile.denoiser.params / 1e6:.1f} M parameters")

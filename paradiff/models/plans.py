@@ -33,6 +33,11 @@ BATCHED = (
 )
 """Denoisers that save copies for a batch of one: see ``_batched``."""
 
+LISTS = {"block_out_channels", "patch_size", "sample_size"}
+SIZES = {"in_channels", "out_channels", "patch_size_t", "text_len", "text_len_t5", *LISTS}
+UNSET = {"out_channels", "patch_size_t", "sample_size"}
+"""Of a user's configuration: what is a size, which of these may be lists, and which may be null."""
+
 Config = Mapping[str, Any]
 Symbols = Mapping[str, str]
 
@@ -374,10 +379,12 @@ def _user_plan(path: Path) -> Plan:
     if class_name not in DENOISERS:
         known = ", ".join(DENOISERS)
         raise InvalidProfile(f"{file}: _class_name {class_name!r} is not supported; known: {known}")
+    _check_sizes(file, config)
     template = CATALOGUE[_template(class_name, config)]
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
     vae_file = file.parent.parent / "vae" / "config.json"
     vae = _read_config(vae_file) if path.is_dir() and vae_file.exists() else {}
+    _check_sizes(vae_file, vae)
     same_vae = vae.get("_class_name") == VAES[template.vae][0]
     vae_config = {k: v for k, v in vae.items() if not k.startswith("_")} if same_vae else None
     entry = replace(
@@ -415,6 +422,18 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InvalidProfile(f"{file}: a configuration is a JSON object")
     return config
+
+
+def _check_sizes(file: Path, config: Mapping[str, Any]) -> None:
+    """Raises InvalidProfile for the first of SIZES that is no positive whole number, or list of such."""
+    for key in sorted(SIZES & config.keys()):
+        given = config[key]
+        if given is None and key in UNSET:
+            continue
+        values = given if isinstance(given, list) and key in LISTS else [given]
+        if not values or any(type(value) is not int or value < 1 for value in values):
+            allowed = "positive whole numbers" if key in LISTS else "a positive whole number"
+            raise InvalidProfile(f"{file}: {key}: not allowed ({given!r}), allowed: {allowed}")
 
 
 def _template(class_name: str, config: Config) -> str:

@@ -57,18 +57,26 @@ def trace_profile(name_or_config_path: str) -> Profile:
     Raises InvalidProfile for a name that is not known, a class that is not supported, and a
     configuration that cannot be built or run the way the pipeline of its class does.
     """
-    plan = plan_for(name_or_config_path)
     try:
-        return trace_plan(plan)
+        return trace_plan(plan_for(name_or_config_path))
     except InvalidProfile:
         raise
-    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         raise InvalidProfile(f"{name_or_config_path}: does not build or run: {error}") from error
 
 
 def trace_plan(plan: Plan) -> Profile:
-    """Trace every stage of ``plan``."""
+    """Trace every stage of ``plan``. Raises InvalidProfile where its denoiser has no block."""
     traced = {spec.name: trace_stage(spec) for spec in plan.stages}
+    if not traced["denoiser"].cuts:
+        raise InvalidProfile(f"{plan.name}: the denoiser has no blocks, allowed: one or more")
     return Profile(
         name=plan.name,
         kind=plan.kind,

@@ -424,7 +424,7 @@ def _widest(profile: Profile, workload: Workload, room: int, powers: list[int]) 
     if strips > 1 and strips not in powers:
         yield from _strip_specs(profile, workload, strips)
     if profile.kind == "transformer":
-        heads = next(p.heads for _, p in profile.denoiser.points("kv"))
+        heads = next((p.heads for _, p in profile.denoiser.points("kv")), 1)
         rows = workload.height // geometry.scale
         both = [
             n for n in range(2, room + 1) if heads % n + rows % (n * geometry.row_multiple) == 0

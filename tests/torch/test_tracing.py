@@ -536,11 +536,36 @@ def test_configuration_that_does_not_run_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [({"num_layers": 0}, "no blocks"), ({"num_attention_heads": 0}, "does not build or run")],
+)
+def test_denoiser_without_blocks_or_heads_is_refused(
+    tmp_path: Path, change: dict[str, int], message: str
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(
+        json.dumps({"_class_name": "PixArtTransformer2DModel", "sample_size": 32, **change})
+    )
+    with pytest.raises(InvalidProfile, match=message):
+        trace_profile(str(file))
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "not JSON"),
         ("[]", "JSON object"),
         ('{"_class_name": "AutoencoderKL"}', "'AutoencoderKL' is not supported"),
+        (
+            '{"_class_name": "CogVideoXTransformer3DModel", "patch_size_t": "2"}',
+            r"patch_size_t: not allowed \('2'\), allowed: a positive whole number",
+        ),
+        ('{"_class_name": "WanTransformer3DModel", "patch_size": [1, 0, 2]}', r"\(\[1, 0, 2\]\)"),
+        (
+            '{"_class_name": "UNet2DConditionModel", "block_out_channels": []}',
+            "allowed: positive whole numbers",
+        ),
+        ('{"_class_name": "PixArtTransformer2DModel", "in_channels": null}', r"in_channels.*None"),
     ],
 )
 def test_user_configuration_errors_name_the_file(
