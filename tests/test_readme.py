@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -19,3 +20,20 @@ def test_every_shipped_name_is_listed() -> None:
     text = README.read_text(encoding="utf-8")
     for row, kind in ROWS.items():
         assert f"| {row} | {shipped(kind)} |\n" in text, "run: python tools/readme.py"
+
+
+def test_the_scores_are_those_of_the_validation_page() -> None:
+    """docs/validation.md has a gate of its own (``benchmarks/bench_published.py``)."""
+    page = (README.parent / "docs" / "validation.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([^|]+) \| [^|]*\| ([^|]+) \|", page, re.M))
+    row = lambda name: re.findall(r"[\d.]+", rows[name])  # noqa: E731
+    text = README.read_text(encoding="utf-8")
+    own, zero, order, intervals = re.findall(
+        r"^\| (?:with the run's own|without it|order of|90 % intervals)[^|]*\|([^|]+)\|", text, re.M
+    )
+    numbers = re.compile(r"[\d.]+(?= %)")
+    assert numbers.findall(own) == row("calibrated median error") + row("calibrated mean error")
+    one_gpu = row("one GPU, zero-shot: median, within 25 %")
+    assert numbers.findall(zero) == [*row("zero-shot median error"), *one_gpu, "25"]
+    assert re.findall(r"[\d.]+\d", order) == row("Kendall tau") + row("mean regret")
+    assert numbers.findall(intervals) == row("interval coverage (width)")

@@ -543,9 +543,15 @@ def test_denoiser_without_blocks_or_heads_is_refused(
     tmp_path: Path, change: dict[str, int], message: str
 ) -> None:
     file = tmp_path / "config.json"
-    file.write_text(
-        json.dumps({"_class_name": "PixArtTransformer2DModel", "sample_size": 32, **change})
-    )
+    config = {
+        "_class_name": "PixArtTransformer2DModel",
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "cross_attention_dim": 16,
+        "caption_channels": 4096,
+        "sample_size": 32,
+    }
+    file.write_text(json.dumps({**config, **change}))
     with pytest.raises(InvalidProfile, match=message):
         trace_profile(str(file))
 
