@@ -28,8 +28,8 @@ TEXT = {"dtype", "causal", "kernel", "source"}
 LOW_SHARE = 0.55
 """Power-limited cards reach half of their dense peak (A10 0.45, L4 0.58); what reaches less than this
 needs a source that says its peak is dense, as a sparse peak is twice the dense one."""
-WHEN = re.compile(r"\b20\d\d\b|\bcommit [0-9a-f]{7}")
-"""What a price's source must say: a year, a day, or the commit of the list it was read in."""
+WHEN = re.compile(r"(?<!older than )\b20\d\d\b|\bcommit [0-9a-f]{7}|\bundated\b")
+"""What a price's source must say: a year, a day, the commit of the list it was read in, or undated."""
 PORT_SLACK = 1.1
 """How far a collective may exceed its links, which are measurements too."""
 
@@ -100,7 +100,7 @@ def gpu_problems(gpu: Gpu) -> Iterator[str]:
     if gpu.price_per_hour is not None and not WHEN.search(gpu.price_per_hour.source):
         yield (
             f"{gpu.name}: price_per_hour.source: {gpu.price_per_hour.source!r} does not say when,"
-            " allowed: a text with a day, a year or a commit"
+            " allowed: a text with a day, a year, a commit or the word undated"
         )
 
 

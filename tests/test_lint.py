@@ -70,13 +70,14 @@ def test_a_sparse_peak_is_suspected() -> None:
 
 
 def test_a_price_of_no_date_is_said() -> None:
-    """``dear`` prints a price, and not when it did."""
-    price = Figure[float](value=1.0, kind="measured", source="dear")
-    found = list(gpu_problems(L40S.model_copy(update={"price_per_hour": price})))
-    assert found == [
-        "l40s: price_per_hour.source: 'dear' does not say when, allowed: a text with a day, a year or"
-        " a commit"
-    ]
+    """``dear`` prints a price, and not when it did; that it is older than a year is no date."""
+    for source in ("dear", "dear, older than 2026"):
+        price = Figure[float](value=1.0, kind="measured", source=source)
+        found = list(gpu_problems(L40S.model_copy(update={"price_per_hour": price})))
+        assert found == [
+            f"l40s: price_per_hour.source: {source!r} does not say when, allowed: a text with a day,"
+            " a year, a commit or the word undated"
+        ]
 
 
 def test_one_table_under_two_names() -> None:
