@@ -172,12 +172,13 @@ def test_unknown_dtype() -> None:
 
 # --------------------------------------------------------------------------- against published peaks
 
-XDIT_PEAKS_GB = {  # xDiT docs, L40, latent output, XD-001..020 (tensor parallelism left out)
+XDIT_PEAKS_GB = {  # xDiT docs, L40, latent output, XD-001..020 (tensor=8 below)
     ("pixart-alpha", 1024): (13.1, 12.99, 13.0, 12.32, 15.28),
     ("pixart-alpha", 4096): (16.6, 13.78, 13.98, 16.14, 51.02),
     ("sd3-medium", 1024): (17.93, 17.67, 14.49, 14.85),
     ("sd3-medium", 2048): (18.92, 17.87, 16.0, 15.88),
 }
+XDIT_TENSOR_GB = {1024: 12.3, 4096: 14.02}  # pixart-alpha, XD-005 and XD-011
 XDIT_SPECS = (
     "serial",
     "ulysses=8",
@@ -252,27 +253,30 @@ BEYOND_15_PERCENT = {
 
 
 def test_published_peaks_within_15_percent_but_for_the_listed() -> None:
-    """27 rows: 19 within 15 % by their central value, 8 listed with the cause.
+    """29 rows: 21 within 15 % by their central value, 8 listed with the cause.
 
     xDiT's scripts load in fp16 and print ``torch.cuda.max_memory_allocated`` (xdit-project/xDiT@06dfcd8
-    examples/pixartalpha_example.py), which sees neither the context nor the buffers of NCCL; of its 18
-    rows 13 are within 2 %. The others do not say how they counted: the whole.
+    examples/pixartalpha_example.py), which sees neither the context nor the buffers of NCCL; of its 20
+    rows 14 are within 2 %. The others do not say how they counted: the whole.
     """
     errors: dict[tuple[str, int, str], float] = {}
     for (name, pixels), measured in XDIT_PEAKS_GB.items():
-        for spec, gigabytes in zip(XDIT_SPECS, measured, strict=False):
+        rows_of = dict(zip(XDIT_SPECS, measured, strict=False))
+        if name == "pixart-alpha":
+            rows_of["tensor=8"] = XDIT_TENSOR_GB[pixels]
+        for spec, gigabytes in rows_of.items():
             graph = plan(shipped(name), spec, square(pixels, 20))
             phases: tuple[Phase, ...] = ("encode", "denoise")
             ranks = peak_memory(graph, shipped(name), "fp16", phases=phases)
             errors[name, pixels, spec] = max(m.allocated for m in ranks) / (gigabytes * 1e9) - 1
-    assert len(errors) == 18
-    assert sum(abs(error) < 0.02 for error in errors.values()) == 13
+    assert len(errors) == 20
+    assert sum(abs(error) < 0.02 for error in errors.values()) == 14
     for (name, pixels, dtype), rows in OTHER_PEAKS_GB.items():
         for spec, gigabytes in rows.items():
             graph = plan(shipped(name), spec, Workload(pixels, pixels, 1, 20, 1, dtype))
             total = worst(peak_memory(graph, shipped(name), dtype)).total
             errors[name, pixels, spec] = total / (gigabytes * 1e9) - 1
-    assert len(errors) == 27
+    assert len(errors) == 29
     beyond = {row for row, error in errors.items() if abs(error) > 0.15}
     assert beyond == set(BEYOND_15_PERCENT)
     assert all(BEYOND_15_PERCENT.values())
