@@ -100,6 +100,15 @@ def leave_with(code: int, message: str) -> NoReturn:
     raise typer.Exit(code)
 
 
+def check_one_of(options: Mapping[str, Any], *names: str) -> None:
+    """Raises ConfigError where several of these options were given."""
+    from paradiff.config import ConfigError
+
+    given = [f"--{n.replace('_', '-')}" for n in names if options[n] not in (None, False)]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)}: give one of them")
+
+
 def load_model(name: str) -> Profile:
     """The profile called ``name``: shipped, or a JSON file. Raises ConfigError."""
     from paradiff.config import ConfigError, find

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import sys
@@ -56,21 +55,14 @@ def trace(
         if output is not None:
             check_output_file(output)
         with _needs_torch("tracing"):
-            from paradiff.models.trace import trace_profile, write_profile
+            from paradiff.models.trace import dump_profile, trace_profile
         try:
             profile = trace_profile(source)
         except (ValueError, OSError) as error:
             where = "" if str(error).startswith(source) else f"{source}: "
             raise ConfigError(f"{where}{error}") from None
         target = output or Path(f"{profile.name}.json")
-        staged = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            write_profile(profile, staged)
-            staged.replace(target)
-        except OSError as error:
-            raise ConfigError(f"{target}: cannot be written ({error.strerror or error})") from None
-        finally:
-            staged.unlink(missing_ok=True)
+        write_file(target, dump_profile(profile))
     typer.echo(f"{target}: {profile.name}, {profile.denoiser.params / 1e6:.1f} M parameters")
 
 

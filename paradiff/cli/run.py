@@ -24,6 +24,7 @@ from paradiff.cli.common import (
     Frames,
     Pixels,
     TableOrJson,
+    check_one_of,
     check_output_dir,
     json_text,
     leave_with,
@@ -117,11 +118,8 @@ def carry_out(
 
     Raises ConfigError where the number of ranks is not the strategy's.
     """
-    from paradiff.config import ConfigError
-
     in_process, launch = given.options["in_process"], given.options["launch"]
-    if in_process and launch is not None:
-        raise ConfigError("--in-process and --launch: give one of them")
+    check_one_of(given.options, "in_process", "launch")
     if launch is not None:
         given.check_world(launch, "--launch")
         check_output_dir(given.options["output_dir"])
@@ -168,14 +166,9 @@ class Given:
             self.params = _check_plan(self.plan, options["plan"])
         elif options["model"] is None and options["weights"] is None:
             raise ConfigError("nothing to run, allowed: a plan file, --model NAME or --weights DIR")
-        content = [f"--{n}" for n in ("embeddings", "prompt", "image") if options[n] is not None]
-        if len(content) > 1:
-            raise ConfigError(f"{' and '.join(content)}: give one of them")
-        of = [f"--{n}" for n in ("model", "weights") if options[n] is not None]
-        if options["random_weights"] and options["weights"] is not None:
-            of = ["--random-weights", "--weights"]
-        if len(of) > 1:
-            raise ConfigError(f"{' and '.join(of)}: give one of them")
+        check_one_of(options, "embeddings", "prompt", "image")
+        check_one_of(options, "random_weights", "weights")
+        check_one_of(options, "model", "weights")
         if options["kernels"] == "timed" and options["device"] == "cuda":
             raise ConfigError("--kernels timed: no GPU computes anything, allowed: --device cpu")
         (self.spec,) = parsed_specs(

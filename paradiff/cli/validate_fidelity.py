@@ -19,6 +19,7 @@ from paradiff.cli.common import (
     Frames,
     Pixels,
     TableOrJson,
+    check_one_of,
     check_output_dir,
     json_text,
     leave_with,
@@ -121,8 +122,7 @@ def fidelity(
         check_output_dir(output_dir)
         if model is None and weights is None:
             raise ConfigError("nothing to run, allowed: --model NAME or --weights DIR")
-        if model is not None and weights is not None:
-            raise ConfigError("--model and --weights: give one of them")
+        check_one_of(given, "model", "weights")
         if samples % (batch or samples):
             raise ConfigError(f"--samples {samples}: not divisible by --batch {batch}")
         for name in scheduler or []:

@@ -77,9 +77,8 @@ class Session:
         said = session.agree("hello", hello, patient=True)
         others = [rank for rank, text in said.items() if text != said[0]]
         if others:
-            with suppress(
-                RanksMissing
-            ):  # rank 0 takes the store along: not before all have read it
+            # rank 0 takes the store along: not before all have read it
+            with suppress(RanksMissing):
                 session.arrive("other")
             raise OtherGraph(
                 f"{ranks_text(others)} would run another graph than rank 0 (fingerprint"
