@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -379,12 +379,12 @@ def _user_plan(path: Path) -> Plan:
     if class_name not in DENOISERS:
         known = ", ".join(DENOISERS)
         raise InvalidProfile(f"{file}: _class_name {class_name!r} is not supported; known: {known}")
-    _check_sizes(file, config)
+    _check_sizes(file, config, UNSET)
     template = CATALOGUE[_template(class_name, config)]
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
     vae_file = file.parent.parent / "vae" / "config.json"
     vae = _read_config(vae_file) if path.is_dir() and vae_file.exists() else {}
-    _check_sizes(vae_file, vae)
+    _check_sizes(vae_file, vae, UNSET | {"patch_size"})  # Wan's VAE cuts no patches
     same_vae = vae.get("_class_name") == VAES[template.vae][0]
     vae_config = {k: v for k, v in vae.items() if not k.startswith("_")} if same_vae else None
     entry = replace(
@@ -424,11 +424,12 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _check_sizes(file: Path, config: Mapping[str, Any]) -> None:
-    """Raises InvalidProfile for the first of SIZES that is no positive whole number, or list of such."""
+def _check_sizes(file: Path, config: Mapping[str, Any], unset: Set[str]) -> None:
+    """Raises InvalidProfile for the first of SIZES that is no positive whole number or list of such,
+    nor null where ``unset`` allows that."""
     for key in sorted(SIZES & config.keys()):
         given = config[key]
-        if given is None and key in UNSET:
+        if given is None and key in unset:
             continue
         values = given if isinstance(given, list) and key in LISTS else [given]
         if not values or any(type(value) is not int or value < 1 for value in values):
