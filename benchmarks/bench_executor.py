@@ -27,7 +27,7 @@ MODELS = (("sd21", 512), ("pixart-alpha", 1024), ("sd3-medium", 768))
 STEPS = 3
 LAUNCHED_STEPS = 6
 SPEED_UPS = {
-    ("sd21", 384): ("data=2", "cfg=2", "patch=2", "patch=2,mode=naive", "distrifusion=2,warmup=1",
+    ("sd21", 448): ("data=2", "cfg=2", "patch=2", "patch=2,mode=naive", "distrifusion=2,warmup=1",
                     "pcpp=2,warmup=1", "asyncdiff=2,warmup=1", "parastep=2,warmup=1",
                     "batchstep=2,warmup=1", "streambatch=2", "tensor=2"),
     ("pixart-alpha", 640): ("data=2", "cfg=2", "patch=2", "patch=2,mode=naive",

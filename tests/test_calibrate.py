@@ -124,6 +124,7 @@ def test_wrong_use_is_one_message(runs: list[Path], tmp_path: Path) -> None:
     cases = {
         (str(tmp_path / "no.json"), "l40", "x.yaml"): "no paradiff trace",
         (str(tmp_path / "none"), "l40", "x.yaml"): "none",
+        (str(tmp_path / "none"), "l40", "nowhere/x.yaml"): "nowhere is not a directory",
         (str(runs[0]), "l44", "x.yaml"): "l44: no such file in gpus",
         (str(runs[0]), "l40", "x.txt"): "ends in .yaml",
     }

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from paradiff.cli.common import (
+    check_output_dir,
     check_output_file,
     group,
     load_model,
@@ -215,6 +216,9 @@ def network(
             from paradiff.executor.session import Session
         if (topology is None) != (output is None):
             raise ConfigError("--topology and --output: give both, or none")
+        check_output_dir(output_dir)
+        if output is not None:
+            check_output_file(output)
         try:
             least, most = (
                 int(parse_quantity(s, "size", minimum=4)) for s in (min_bytes, max_bytes)
@@ -258,6 +262,7 @@ def network(
             "date": time.strftime("%Y-%m-%d"),
         }
         about["command"] = shlex.join(["paradiff", "profile", "network", *sys.argv[3:]])
+        output_dir.mkdir(parents=True, exist_ok=True)
         write_file(output_dir / "network.csv", to_csv(about, rows))
         if topology is not None and output is not None:
             source = (
@@ -304,6 +309,7 @@ def fit(
 
         if output.suffix != ".yaml":
             raise ConfigError(f"--output {output}: allowed: a name that ends in .yaml")
+        check_output_file(output)
         base = load_gpu(gpu)
         seen: list[calibrate.Seen] = []
         for number, path in enumerate(traces):

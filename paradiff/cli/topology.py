@@ -12,6 +12,7 @@ import typer
 
 from paradiff.cli.common import (
     GATE_FAILED,
+    check_output_file,
     group,
     load_model,
     one_message,
@@ -107,6 +108,8 @@ def import_(
         from simulator.importers.assemble import to_yaml
         from simulator.importers.cluster import cluster
 
+        if output is not None:
+            check_output_file(output)
         facts, box = _imported(
             files, nccl_tests or [], gpu, name or (output.stem if output else None)
         )

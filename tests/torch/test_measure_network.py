@@ -101,6 +101,8 @@ def test_two_processes_measure_each_other(tmp_path: Path) -> None:
     [
         ([], "not one of several ranks, allowed: torchrun"),
         (["--topology", "pcie8"], "--topology and --output: give both"),
+        (["--topology", "pcie8", "--output", "/nowhere/x.yaml"], "/nowhere is not a directory"),
+        (["--output-dir", "/dev/null/x"], "/dev/null is not a directory"),
         (["--min-bytes", "1"], "size has no unit"),
         (["--min-bytes", "1 MiB", "--max-bytes", "1 KiB"], "larger than --max-bytes"),
     ],
