@@ -312,27 +312,30 @@ class TestShipped:
         network = Network(load_topology("pcie8x2"))
         route = network.route(4, 15)
         assert route.path == (
-            "gpu4",
-            "rc1",
-            "rc0",
-            "nic0",
-            "ethernet",
-            "nic1",
-            "rc2",
-            "rc3",
-            "gpu15",
-        )
+            "gpu4", "rc1", "socket1", "socket0", "rc0", "nic0", "ethernet",
+            "nic1", "rc2", "socket2", "socket3", "rc3", "gpu15",
+        )  # fmt: skip
+        # To the other box: 2 (GPU) + 1 (UPI) + 2 (adapter) + 2 (network), and back in: 14 us, twice.
+        assert route.latency_s == pytest.approx(28e-6)
         assert network.rates((route.id,)) == (12e9,)
         used = [network.resources[r].name for r, weight in route.resources if weight == 2]
         assert used == ["host0.memory", "host1.memory"]
 
     def test_the_catalogue(self) -> None:
-        """The boxes that issue 4 names; two boxes of eight L40 on 100 Gbit/s are pcie8x2. Each knows
-        where its host memory hangs, so that loads of weights share what they cross."""
+        """The boxes of the catalogue; two boxes of eight L40 on 100 Gbit/s are pcie8x2. Each knows
+        where its host memory hangs, so that loads of weights share what they cross: on a processor.
+        Those of one PCIe tree have root complexes, those of NVLink a plane, those of several machines
+        an adapter for each way out."""
         pcie = "pcie8-l20 pcie4-l20 pcie4-t4 pcie2-3090 pcie4-a100 pcie8x2"
         nvlink = "nvlink8-a800 nvlink8-h20 nvlink8-h200 nvlink8x8-h100 nvl72"
         for box in map(load_topology, (*pcie.split(), *nvlink.split())):
             assert all(node.memory_at for node in box.nodes), box.name
+            kinds = {re.sub(r"\d+$", "", name) for name in box.switches}
+            processors = {re.sub(r"\d+$", "", n) for node in box.nodes for n in node.memory_at}
+            assert processors in ({"socket"}, {"grace"}), box.name
+            expected = {"nvswitch"} if box.name.startswith("nv") else {"rc"}
+            expected |= {"nic"} if box.name in ("pcie8x2", "nvlink8x8-h100", "nvl72") else set()
+            assert kinds >= processors | expected, box.name
 
     @pytest.mark.parametrize("name", ["nvlink8x8-h100", "nvl72"])
     def test_big_files_load_at_once(self, name: str) -> None:
