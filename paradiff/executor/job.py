@@ -25,6 +25,7 @@ from paradiff.graph import ScheduleGraph
 from paradiff.models.interception import compile_between_points
 from paradiff.profiles import Profile
 from paradiff.strategies import Spec, Workload, build, parse_spec
+from paradiff.strategies.tiling import Tiling, tiling
 
 DTYPES = {
     "fp16": torch.float16,
@@ -111,7 +112,7 @@ def prepare(
         seed=job.seed,
         guidance_scale=_guidance(job, pipeline),
         dtype=DTYPES[job.dtype],
-        decode=decoder(pipeline, tile=_tile(spec)),
+        decode=decoder(pipeline, _tiling(spec, network.profile)),
         strips=strip_decoder(pipeline) if spec.options.get("vae") == "split" else None,
     )
     check_executable(graph, network, request)
@@ -140,9 +141,9 @@ def _guidance(job: Job, pipeline: Pipeline) -> GuidanceScale:
     return (min(own[0], asked), asked) if isinstance(own, tuple) else asked
 
 
-def _tile(spec: Spec) -> int | None:
-    """Latent rows of a tile where the picture is decoded in tiles."""
-    return int(spec.options.get("tile", "64")) if spec.options.get("vae") == "tiled" else None
+def _tiling(spec: Spec, profile: Profile) -> Tiling | None:
+    """How latents are cut where they are decoded in tiles."""
+    return tiling(profile, spec.tile) if spec.options.get("vae") == "tiled" else None
 
 
 def loaded(job: Job) -> Pipeline:

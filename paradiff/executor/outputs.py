@@ -23,6 +23,7 @@ from scipy.io import wavfile
 from torch import Tensor, nn
 
 from paradiff.executor.loading import Pipeline
+from paradiff.strategies.tiling import Tiling
 
 FRAMES_PER_S: Mapping[str, int] = {
     "UNetSpatioTemporalConditionModel": 7,
@@ -40,26 +41,43 @@ VIDEO_QUALITY = {"crf": "18", "preset": "medium"}
 # ------------------------------------------------------------------------------------------- decode
 
 
-def decoder(pipeline: Pipeline, *, tile: int | None = None) -> Callable[[Tensor], Tensor] | None:
+def decoder(pipeline: Pipeline, tiles: Tiling | None = None) -> Callable[[Tensor], Tensor] | None:
     """What makes of final latents what the user gets; None where there is no VAE for that.
 
-    ``tile``: an AutoencoderKL decodes overlapping squares of so many latent rows, as diffusers does.
+    ``tiles``: the VAE decodes overlapping tiles of that size, with diffusers' own ``enable_tiling``.
     Images (b, 3, h, w) and videos (b, 3, f, h, w) about -1 to 1, sound (b, samples); float32 or wider.
     """
     vae = pipeline.vae
     if vae is None or type(vae).__name__ not in _DECODE:
         return None
     decode = _DECODE[type(vae).__name__]
-    if tile is not None and type(vae).__name__ == "AutoencoderKL":
-        levels = len(vae.config.block_out_channels) - 1
-        vae.enable_tiling()
-        vae.tile_latent_min_size, vae.tile_sample_min_size = tile, tile << levels
+    if tiles is not None:
+        enable_tiling(vae, tiles, pipeline.network.profile.geometry.scale)
 
     @torch.no_grad()
     def run(latent: Tensor) -> Tensor:
         return finished(pipeline, decode(pipeline, vae, latent))
 
     return run
+
+
+def enable_tiling(vae: Any, tiles: Tiling, scale: int) -> None:
+    """``tiles`` as ``vae`` takes them: of latents, or in pixels with a share or a step."""
+    height, width = tiles.rows * scale, tiles.columns * scale
+    down, right = (scale * step for step in tiles.steps)
+    kind = type(vae).__name__
+    if kind == "AutoencoderKL":
+        vae.enable_tiling()
+        vae.tile_latent_min_size, vae.tile_sample_min_size = tiles.rows, height
+    elif kind == "AutoencoderKLCogVideoX":
+        vae.enable_tiling(height, width, *tiles.overlap)
+    else:
+        vae.enable_tiling(
+            tile_sample_min_height=height,
+            tile_sample_min_width=width,
+            tile_sample_stride_height=down,
+            tile_sample_stride_width=right,
+        )
 
 
 def finished(pipeline: Pipeline, out: Tensor) -> Tensor:

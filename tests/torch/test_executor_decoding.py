@@ -22,6 +22,7 @@ from paradiff.executor.loading import Pipeline, load
 from paradiff.executor.outputs import decoder
 from paradiff.graph import ScheduleGraph
 from paradiff.strategies import Workload, build, parse_spec
+from paradiff.strategies.tiling import tiling
 from paradiff.trace import check_trace
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
@@ -128,7 +129,7 @@ def test_tiles_are_those_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = replace(pipeline("sdxl"), vae=deepcopy(pipeline("sdxl").vae))
     latent = execute("sdxl", "cfg=2").latents[0]
     whole = decoder(ours)(latent)
-    found = decoder(ours, tile=8)(latent)
+    found = decoder(ours, tiling(ours.network.profile, 8))(latent)
     other = deepcopy(pipeline("sdxl").vae)
     other.tile_latent_min_size, other.tile_sample_min_size = 8, 64
 
