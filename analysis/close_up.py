@@ -65,7 +65,9 @@ def close_up(
     phases, tracks = runs.phases(schedule), NO_TRACKS
     if flows is not None:
         dtype, drawn = request.workload.dtype, {placement[rank] for rank in trace.ranks()}
-        memory = memory_over_time(schedule.graph, trace, request.profile, dtype, phases)
+        memory = memory_over_time(
+            schedule.graph, trace, request.profile, dtype, phases, captured=runs.captured
+        )
         tracks = simulated(flows, network, schedule, memory, drawn if wide else None)
     return CloseUp(
         schedule.graph,

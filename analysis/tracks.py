@@ -18,7 +18,7 @@ from paradiff.profiles import Profile
 from paradiff.strategies.builder import DTYPE_BYTES
 from paradiff.trace import TRANSFERS, Arrow, Counter, LinkUse, Span, Trace, Tracks
 from simulator.engine import Flows
-from simulator.memory import PHASES, RankMemory, live_elements, phase_memory, phase_of, shared
+from simulator.memory import PHASES, RankMemory, live_bytes, phase_memory, phase_of, shared
 from simulator.network import Network
 from simulator.symmetry import Quotient, whole
 
@@ -152,15 +152,21 @@ def memory_over_time(
     profile: Profile,
     dtype: str,
     memory: Sequence[Sequence[RankMemory]],
+    *,
+    captured: bool = False,
 ) -> Iterator[Counter]:
     """A counter for each rank of ``trace``, in GB; its maximum is the rank's peak.
 
-    ``memory``: of every rank in each of PHASES (``simulator.memory.phase_memory``).
+    ``memory``: of every rank in each of PHASES (``simulator.memory.phase_memory``); ``captured`` as it
+    was told: what CUDA graphs of the denoiser work on is among what is resident.
     """
     profile, itemsize = shared(profile, graph), DTYPE_BYTES[dtype]
     phases = {name: PHASES.index(phase_of(name, profile)) for name in profile.stages}
     works = {op.work for section in graph.sections for op in section.ops if op.work is not None}
-    live = {work: itemsize * live_elements(profile, work) for work in works}
+    live = {
+        work: 0.0 if captured and work.stage == "denoiser" else live_bytes(profile, work, itemsize)
+        for work in works
+    }
     ops = {each.id: each.op for each in graph.instances() if each.op.work is not None}
     own: dict[int, list[Span]] = {rank: [] for rank in trace.ranks()}
     for span in trace.spans:

@@ -72,7 +72,8 @@ class Work(NamedTuple):
     ``stored``: how the weights are kept where that is not the network's dtype (``fp8``). ``blocks``:
     of how many blocks of keys this attention is one; their results are merged. ``copies``: kernels that
     the schedule adds to the network's own (K and V laid side by side, tensors packed), which read and
-    write ``copied`` bytes.
+    write ``copied`` bytes; ``joined``: bytes of what lies side by side for an attention or a convolution
+    of it, beside the parts, while that runs.
     """
 
     stage: str
@@ -82,6 +83,7 @@ class Work(NamedTuple):
     blocks: int = 1
     copies: int = 0
     copied: int = 0
+    joined: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,21 +287,29 @@ class ScheduleGraph:
                     if age > 0 and ref.buffer not in ageless:
                         yield op, ref, age
 
-    def peak_bytes(self, kinds: Iterable[str] = get_args(BufferKind)) -> dict[int, int]:
+    def peak_bytes(
+        self,
+        kinds: Iterable[str] = get_args(BufferKind),
+        staged: Sequence[Sequence[int]] = (),
+    ) -> dict[int, int]:
         """rank -> most bytes of buffers alive at once, counting buffers (not versions) of ``kinds``.
 
         A buffer is alive from the op that writes a version to the last op that reads it, in
-        canonical order. Three iterations of a section are as good as all: reads reach no further back.
+        canonical order. ``staged[s][i]``: what op i of section s also holds on each of its ranks while
+        it is under way, from its start until something first reads what it has written there.
+        Three iterations of a section are as good as all: reads reach no further back.
         """
         named = set(kinds)
         wanted = {b.id: b for b in self.buffers if b.kind in named}
         peak = dict.fromkeys(range(self.world_size), 0)
-        spans = _lifetimes(self.shortened(4), wanted) if wanted else {}
+        spans, held = _lifetimes(self.shortened(4), wanted, staged) if wanted else ({}, [])
         events: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for buffer_id, intervals in spans.items():
             buffer = wanted[buffer_id]
             for start, end in _merged(intervals):
                 events[buffer.rank] += [(start, buffer.nbytes), (end + 1, -buffer.nbytes)]
+        for rank, start, end, nbytes in held:
+            events[rank] += [(start, nbytes), (end, -nbytes)]
         for rank, changes in events.items():
             alive = 0
             for _, change in sorted(changes):
@@ -349,20 +359,39 @@ def absolute(instance: Instance) -> Op:
     return replace(op, step=step, reads=fix(op.reads), writes=fix(op.writes))
 
 
-def _lifetimes(graph: ScheduleGraph, wanted: dict[str, Buffer]) -> dict[str, list[tuple[int, int]]]:
-    """buffer id -> (first position, last position) of each of its versions, in canonical order."""
+def _lifetimes(
+    graph: ScheduleGraph, wanted: dict[str, Buffer], staged: Sequence[Sequence[int]]
+) -> tuple[dict[str, list[tuple[int, int]]], list[tuple[int, int, int, int]]]:
+    """buffer id -> (first position, last position) of each of its versions, in canonical order; and of
+    what ops hold while they are under way: (rank, position, that of the first reader, bytes)."""
     live: dict[tuple[str, int | None, int, int], list[int]] = {}
-    for position, (op, base) in enumerate(graph.instances()):
-        for ref in op.writes:
-            if ref.buffer in wanted:
-                live[ref.buffer, ref.part, ref.at(base), ref.sub] = [position, position]
-        for ref in op.reads:
-            if ref.buffer in wanted:
-                live[ref.buffer, ref.part, ref.at(base), ref.sub][1] = position
+    held: list[tuple[int, int, int, int]] = []
+    under_way: dict[tuple[str, int | None, int, int], tuple[int, int, int]] = {}
+    position = -1
+    for number, section in enumerate(graph.sections):
+        for i in range(section.count):
+            base = section.first + i * section.stride
+            for index, op in enumerate(section.ops):
+                position += 1
+                for ref in op.writes:
+                    if ref.buffer in wanted:
+                        key = (ref.buffer, ref.part, ref.at(base), ref.sub)
+                        live[key] = [position, position]
+                        nbytes = staged[number][index] if staged else 0
+                        if nbytes:
+                            under_way[key] = (wanted[ref.buffer].rank, position, nbytes)
+                for ref in op.reads:
+                    if ref.buffer in wanted:
+                        key = (ref.buffer, ref.part, ref.at(base), ref.sub)
+                        live[key][1] = position
+                        if key in under_way:
+                            rank, start, nbytes = under_way.pop(key)
+                            held.append((rank, start, position, nbytes))
+    held += [(rank, start, start + 1, nbytes) for rank, start, nbytes in under_way.values()]
     spans: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for (buffer_id, *_), (start, end) in live.items():
         spans[buffer_id].append((start, end))
-    return spans
+    return spans, held
 
 
 def _merged(intervals: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -388,8 +417,11 @@ _REF = re.compile(
 )
 _WORK = re.compile(
     r"(?P<stage>\w+)\[(?P<ranges>[\d:,]*)\]\{(?P<shape>[\d,]+)\}(?P<stored>\w*)(?:/(?P<blocks>\d+))?"
-    r"(?:\+(?P<copies>\d+):(?P<copied>\d+))?"
+    r"(?:\+(?P<copies>\d+):(?P<copied>\d+)(?::(?P<joined>\d+))?)?"
 )
+
+
+_COPIES = ("copies", "copied", "joined")
 
 
 def _ref_text(ref: Ref) -> str:
@@ -429,6 +461,7 @@ def work_text(work: Work) -> str:
     shape = ",".join(map(str, work.shape))
     blocks = f"/{work.blocks}" if work.blocks > 1 else ""
     copies = f"+{work.copies}:{work.copied}" if work.copies else ""
+    copies += f":{work.joined}" if work.joined else ""
     return f"{work.stage}[{ranges}]{{{shape}}}{work.stored}{blocks}{copies}"
 
 
@@ -477,7 +510,7 @@ def _parse_op(fields: list[str]) -> Op:
         pairs = [p.split(":") for p in found["ranges"].split(",") if p]
         shape = Shape(*map(int, found["shape"].split(",")))
         ranges = tuple((int(lo), int(hi)) for lo, hi in pairs)
-        counts = int(found["blocks"] or 1), int(found["copies"] or 0), int(found["copied"] or 0)
+        counts = (int(found["blocks"] or 1), *(int(found[k] or 0) for k in _COPIES))
         work = Work(found["stage"], ranges, shape, found["stored"], *counts)
     return Op(
         name=name,

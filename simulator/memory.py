@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, ParamSpec, get_args
 
 from paradiff.graph import BufferKind, Op, ScheduleGraph, Work
-from paradiff.profiles import Profile
+from paradiff.profiles import Profile, Segment
 from paradiff.strategies.builder import DTYPE_BYTES
 from paradiff.strategies.places import PER_STEP, blocks_of, held_bytes
 from simulator.gpu import Gpu
@@ -27,9 +27,8 @@ CONTEXT_BYTES = 600e6
 """CUDA context with loaded modules, cuBLAS and cuDNN handles and workspaces. An assumption: it varies
 with GPU and library versions and torch's own counters do not see it."""
 CONTEXT_SPREAD_BYTES = (300e6, 1700e6)
-"""Published peaks of SD2.1 (AsyncDiff, A5000) lie 1.6 GB above the sum of their parts on one GPU:
-workspaces of convolutions, fragmentation or another way to count. The interval spans it, the central
-value does not follow it."""
+"""Published peaks of SD2.1 (AsyncDiff, A5000) lie 0.3 to 1.0 GB above the central value: fragmentation,
+other workspaces or another way to count. The interval spans it, the central value does not follow it."""
 ALLOCATOR_SLACK = 0.10
 """Reserved but unused by torch's caching allocator, as a share of activations (blocks are rounded up and
 split); an assumption, between 0 and 0.25."""
@@ -39,6 +38,8 @@ NCCL_CONNECTION_BYTES = 512 * 8 * 8 * 16 + 120 * 640 * 8 * 8 + (1 << 22)
 (DEFAULT_LL_BUFFSIZE, DEFAULT_LL128_BUFFSIZE, DEFAULT_BUFFSIZE in nccl/src/init.cc)."""
 NCCL_CONNECTIONS = 2
 """A ring's receiving and sending side; trees connect lazily and only for large all-reduces."""
+HALF_BYTES = 2
+"""Elements of fp16 and bf16; convolutions in fp32 are not laid out anew."""
 P2P_CHANNELS = 2
 """Channels of a group of two ranks that only sends and receives (NCCL opens a few for each peer)."""
 
@@ -94,6 +95,7 @@ def phase_memory(
     phases: Sequence[Phase] = PHASES,
     channels: int = 4,
     ideal: bool = False,
+    captured: bool = False,
 ) -> tuple[tuple[RankMemory, ...], ...]:
     """Memory of every rank of ``schedule`` at its most in each of ``phases``.
 
@@ -102,7 +104,7 @@ def phase_memory(
     graph that prompts are encoded before the other modules are loaded.
     ``phases`` leaves decoding out for a run that ends with the latent; its weights stay. ``channels``:
     of a collective (one SM each, ``Gpu.collective_sms``). ``ideal`` leaves out context,
-    slack and communicators.
+    slack and communicators. ``captured``: the denoiser is replayed from CUDA graphs.
     """
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype {dtype!r}: one of {', '.join(DTYPE_BYTES)}")
@@ -110,9 +112,16 @@ def phase_memory(
         schedule = whole(schedule)
     graph = schedule.graph
     profile = shared(profile, graph)
-    itemsize, used = DTYPE_BYTES[dtype], _usage(graph, profile)
+    itemsize = DTYPE_BYTES[dtype]
+    used = _usage(graph, profile, itemsize)
     communicators = _communicators(schedule, channels)
-    buffers = graph.peak_bytes([kind for kind in get_args(BufferKind) if kind != "weights"])
+    kept = [kind for kind in get_args(BufferKind) if kind != "weights"]
+    flat = _gathered_flat(schedule)
+    buffers = graph.peak_bytes(kept, () if captured else flat)
+    if captured:
+        for rank, pool in _pools(graph, profile, itemsize, flat).items():
+            buffers[rank] += pool
+            used[rank]["denoiser"].live = 0.0
     gathered = graph.peak_bytes(["weights"])
     ops = [op for section in graph.sections for op in section.ops]
     turns = {dict(op.tags)["turn"] for op in ops if op.call == "load"}
@@ -174,10 +183,10 @@ def misfit(memory: Sequence[RankMemory], gpus: Sequence[Gpu]) -> str | None:
 
 @dataclass(slots=True)
 class _Use:
-    """What one rank does with one stage: the segments it runs and its largest live set (elements)."""
+    """What one rank does with one stage: the segments it runs and its largest live set (bytes)."""
 
     segments: set[int]
-    live: int
+    live: float
 
 
 def shared(profile: Profile, graph: ScheduleGraph) -> Profile:
@@ -185,22 +194,40 @@ def shared(profile: Profile, graph: ScheduleGraph) -> Profile:
     return profile.share(max((op.work.shape.p for op in _compute_ops(graph)), default=1))  # type: ignore[union-attr]
 
 
-def live_elements(profile: Profile, work: Work) -> int:
-    """Largest live set of activations while ``work`` runs."""
+def live_bytes(profile: Profile, work: Work, itemsize: int) -> float:
+    """Largest live set while ``work`` runs on elements of ``itemsize`` bytes: activations, what the
+    schedule has laid side by side, and the layouts of convolutions."""
     stage = profile.stages[work.stage]
     bound = stage.bind(work.shape._asdict())
-    return max((s.live(bound) for lo, hi in work.ranges for s in stage.segments[lo:hi]), default=0)
+    return max(
+        (
+            itemsize * (s.live(bound) + _relaid(s, bound, itemsize))
+            + (work.joined if s.point is not None and s.point.kind != "moments" else 0)
+            for lo, hi in work.ranges
+            for s in stage.segments[lo:hi]
+        ),
+        default=0,
+    )
 
 
-def _usage(graph: ScheduleGraph, profile: Profile) -> list[dict[str, _Use]]:
+def _relaid(segment: Segment, bound: Mapping[str, int], itemsize: int) -> int:
+    """Elements of a convolution's input and output with channels last, as cuDNN's kernels for tensor
+    cores want them: it keeps both in its workspace (the passes that this takes are among the costs)."""
+    if itemsize > HALF_BYTES:
+        return 0
+    sizes = (k.sizes(bound) for k in segment.kernels if k.kind == "conv")
+    return max((m * n + inputs for m, n, _, inputs in sizes), default=0)
+
+
+def _usage(graph: ScheduleGraph, profile: Profile, itemsize: int) -> list[dict[str, _Use]]:
     """Per rank: stage -> use. Every iteration of a section runs the same work."""
     used: list[dict[str, _Use]] = [{} for _ in range(graph.world_size)]
-    peaks: dict[Work, int] = {}
+    peaks: dict[Work, float] = {}
     for op in _compute_ops(graph):
         assert op.work is not None
         use = used[op.ranks[0]].setdefault(op.work.stage, _Use(set(), 0))
         if op.work not in peaks:
-            peaks[op.work] = live_elements(profile, op.work)
+            peaks[op.work] = live_bytes(profile, op.work, itemsize)
         use.segments.update(*(range(lo, hi) for lo, hi in op.work.ranges))
         use.live = max(use.live, peaks[op.work])
     return used
@@ -210,6 +237,47 @@ def _compute_ops(graph: ScheduleGraph) -> Iterator[Op]:
     for section in graph.sections:
         if section.count:
             yield from (op for op in section.ops if op.work is not None)
+
+
+def _gathered_flat(schedule: Quotient) -> list[list[int]]:
+    """Per section and op: bytes of the one flat tensor through which an all-gather goes, all parts of
+    all ranks, that each of its ranks holds beside the parts until it has waited for them.
+
+    torch's all-gather of a list allocates it and copies every part out of it
+    (``ProcessGroupNCCL::allgather``, ``newLikeFlat``); so do distrifuser, PCPP, xDiT's DistriFusion and
+    the executor here. Shards of weights are gathered straight into where they stay.
+    """
+    weights = {b.id for b in schedule.graph.buffers if b.kind == "weights"}
+    return [
+        [
+            len(ranks[0]) * op.nbytes
+            if op.call == "all_gather" and not any(ref.buffer in weights for ref in op.writes)
+            else 0
+            for op, ranks in zip(section.ops, members, strict=True)
+        ]
+        for section, members in zip(schedule.graph.sections, schedule.members, strict=True)
+    ]
+
+
+def _pools(
+    graph: ScheduleGraph, profile: Profile, itemsize: int, flat: Sequence[Sequence[int]]
+) -> dict[int, int]:
+    """Per rank: what CUDA graphs of the denoiser keep, one for each section of the loop, for as long as
+    they can be replayed: the activations of each, and every gather's flat tensor, which a capture never
+    uses again (``CUDACachingAllocator`` waits for the events of a freed block's streams until it ends).
+    """
+    pools: dict[int, float] = {}
+    for section, sizes in zip(graph.sections, flat, strict=True):
+        live: dict[int, float] = {}
+        gathered: dict[int, int] = {}
+        for op, size in zip(section.ops, sizes, strict=True):
+            for rank in op.ranks:
+                gathered[rank] = gathered.get(rank, 0) + size
+                if op.work is not None and op.work.stage == "denoiser":
+                    live[rank] = max(live.get(rank, 0.0), live_bytes(profile, op.work, itemsize))
+        for rank, most in live.items():
+            pools[rank] = pools.get(rank, 0.0) + most + gathered[rank]
+    return {rank: int(pool) for rank, pool in pools.items()}
 
 
 def _communicators(schedule: Quotient, channels: int) -> list[float]:
@@ -248,7 +316,7 @@ def _rank_memory(
             segments = segments - blocks_of(profile)
         size = param_bytes.get(name, itemsize)
         weights[phase] += held_bytes(profile.stages[name], segments, size, dtype)
-        live[phase] = max(live[phase], float(itemsize * use.live))
+        live[phase] = max(live[phase], use.live)
     candidates = []
     for phase in phases:
         alone = phase == "encode" and "text" in turns

@@ -91,6 +91,8 @@ class Runs:
         self.network = Network(topology)
         self.costs = CostModel(profile, self.gpus, workload.dtype, runtime)
         self.wire = Wire(self.network)
+        self.captured = runtime == "cuda-graph"
+        """Whether the denoiser is replayed from CUDA graphs."""
         self.kept: dict[str, Built] = {}
         """Schedules to remember beside the last two."""
         self._latest = lru_cache(maxsize=2)(self._make)
@@ -138,6 +140,7 @@ class Runs:
             self.workload.dtype,
             channels=self.gpus[0].collective_sms.value,
             ideal=self.gpus[0].kernel_floor.value == 0,
+            captured=self.captured,
         )
 
     def _schedule(self, spec: Spec) -> Quotient:

@@ -168,6 +168,7 @@ class _Bench:
             self.job.workload.dtype,
             channels=self.gpus[0].collective_sms.value,
             ideal=self.gpus[0].kernel_floor.value == 0,
+            captured=self.job.runtime == "cuda-graph",
         )
 
     def _seconds(self, graph: ScheduleGraph, width: int) -> float:

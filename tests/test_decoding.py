@@ -97,7 +97,9 @@ def test_as_many_decode_as_divide_the_rows() -> None:
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_activations_are_divided(n: int) -> None:
-    """The peak lies in the last level: all that is alive is rows of the strip. Weights are whole."""
+    """The peak lies in the last level, at a convolution of 256 channels in and out: all that is alive
+    is rows of the strip, and one row beside the first in the other layout of its input. Weights are
+    whole."""
     spec = {2: "cfg=2", 4: "cfg=2,patch=2"}[n]
     peaks = []
     for each in (spec, f"{spec},vae=split"):
@@ -105,7 +107,7 @@ def test_activations_are_divided(n: int) -> None:
             graph_of("sdxl", each, 4096), shipped("sdxl"), "bf16", phases=("decode",)
         )
         peaks.append(peak[0])
-    assert peaks[1].activations == pytest.approx(peaks[0].activations / n)
+    assert peaks[1].activations == peaks[0].activations / n + 256 * 4096 * 2
     assert peaks[1].vae == peaks[0].vae
 
 
@@ -141,9 +143,9 @@ def test_the_planner_says_what_it_would_save() -> None:
 
 
 def test_the_planner_offers_it_where_decoding_does_not_fit() -> None:
-    """4096 pixels take 24 GB of activations while decoding; half of that fits beside the weights."""
+    """3072 pixels take 21 GB of activations while decoding; half of that fits beside the weights."""
     asked = replace(
-        request("sdxl", "pcie2-3090", specs=("cfg=2",)), workload=Workload(4096, 4096, 1, 2)
+        request("sdxl", "pcie2-3090", specs=("cfg=2",)), workload=Workload(3072, 3072, 1, 2)
     )
     (refused,) = plan(asked).rejected
     assert "while decoding" in str(refused.reason)

@@ -15,8 +15,10 @@ from simulator.gpu import load_gpu
 from simulator.memory import (
     NCCL_CONNECTION_BYTES,
     NCCL_CONNECTIONS,
+    PHASES,
     Phase,
     RankMemory,
+    live_bytes,
     misfit,
     peak_memory,
 )
@@ -126,13 +128,83 @@ def test_distrifusion_gathered_buffers_of_sdxl(
     ranks: int, pixels: int, batch: int, gigabytes: float
 ) -> None:
     """STRATEGIES 10.3, last column: n*e*sum of published elements, without guidance in the batch
-    (``cfg=2``: b = 1 on each rank)."""
+    (``cfg=2``: b = 1 on each rank). Each bucket is gathered through a flat tensor of all its parts that
+    is there until its first layer waits for it. The last bucket, a partial one, leaves at the start of
+    the next step, before the first is waited for: then all are under way, n*e*sum once more."""
     profile = load_profile(MODELS / "sdxl.json")
     graph = plan(profile, f"cfg=2,distrifusion={ranks}", square(pixels, batch=batch))
     stale = graph.peak_bytes(("kv", "halo", "moments", "slots"))
     assert max(stale.values()) / 1e9 == pytest.approx(gigabytes, rel=0.02)
     memory = peak_memory(graph, profile, "fp16")
-    assert worst(memory).buffers / 1e9 == pytest.approx(gigabytes, rel=0.05)
+    assert worst(memory).buffers / 1e9 == pytest.approx(2 * gigabytes, rel=0.02)
+
+
+def test_a_flat_gather_is_there_until_it_is_waited_for() -> None:
+    """``patch=3`` reads what it gathers at once, so only one gather is under way at a time: the largest,
+    three parts. DistriFusion's K and V wait for the next step, so the noise is gathered beside them."""
+    profile = transformer(3)
+    graph = plan(profile, "patch=3", Workload(24, 4, 1, 2, 1, "fp16"))
+    gathers = [op for s in graph.sections for op in s.ops if op.call == "all_gather"]
+    staged = [[10**6 * (op.call == "all_gather") for op in s.ops] for s in graph.sections]
+    plain, held = graph.peak_bytes(), graph.peak_bytes(staged=staged)
+    assert {held[r] - plain[r] for r in plain} == {10**6}
+    flat = max(3 * op.nbytes for op in gathers)
+    memory = peak_memory(graph, profile, "fp16", ideal=True)
+    assert {m.buffers for m in memory} == {max(graph.peak_bytes().values()) + flat}
+    waiting = plan(profile, "distrifusion=3,warmup=0", Workload(24, 4, 1, 6, 1, "fp16"))
+    (_, _, _, steady, _) = waiting.sections
+    gathers = (op for op in steady.ops if op.call == "all_gather")
+    both = [op.nbytes for op in gathers]  # K and V of all layers, the noise
+    assert {m.buffers for m in peak_memory(waiting, profile, "fp16", ideal=True)} == {
+        max(waiting.peak_bytes().values()) + 3 * sum(both)
+    }
+
+
+def test_keys_and_values_lie_side_by_side_while_a_strip_attends() -> None:
+    """PixArt on strips of 1/8: all K and V of a layer (2 x 1152 a token, two branches) beside its own
+    strip's. At 4096 px that is more than the feed-forward, which has the largest set of a whole image:
+    4608 + 3472 elements a token of its own (K, V, Q, out, residuals), 2304 of all."""
+    profile = shipped("pixart-alpha")
+    whole, strips = (
+        worst(peak_memory(plan(profile, spec, square(4096)), profile, "fp16", phases=("denoise",)))
+        for spec in ("serial", "distrifusion=8")
+    )
+    tokens, text = 256 * 256, 5250 * 120 + 14980
+    assert whole.activations == 2 * 2 * ((9216 + 4624) * tokens + text)
+    assert strips.activations == 2 * 2 * ((4608 + 2320) * tokens // 8 + text + 2304 * tokens)
+
+
+def test_cuda_graphs_keep_apart_what_an_eager_run_has_once() -> None:
+    """Of each section of the loop one is captured (DistriFusion: synchronous, first stale, steady). Each
+    keeps its activations and all its flat gathers, three parts; the buffers between steps are shared.
+    Eager, a step's activations are there in its phase only."""
+    profile, workload = transformer(3), Workload(24, 4, 1, 6, 1, "fp16")
+    graph = plan(profile, "distrifusion=3,warmup=0", workload)
+    _, *loop, _ = graph.sections
+    assert [s.name for s in loop] == ["sync", "first", "steady"]
+    pools = sum(
+        3 * sum(op.nbytes for op in s.ops if op.call == "all_gather")
+        + max(live_bytes(profile, op.work, 2) for op in s.ops if op.call == "forward")
+        for s in loop
+    )
+    captured, eager = (
+        peak_memory(graph, profile, "fp16", ideal=True, phases=("denoise",), captured=c)
+        for c in (True, False)
+    )
+    assert {m.buffers for m in captured} == {max(graph.peak_bytes().values()) + pools}
+    assert max(m.activations for m in captured) < min(m.activations for m in eager)
+
+
+def test_a_convolution_keeps_both_layouts_of_its_input_and_output() -> None:
+    """The decoder's widest convolution has 256 channels in and out at the picture's resolution, 64
+    pixels for each latent one; 45064 elements are alive there. fp32 is not laid out anew: 49160."""
+    profile = shipped("sd21")
+    half, single = (
+        worst(peak_memory(plan(profile, "serial", Workload(768, 768, 1, 2, 1, d)), profile, d))
+        for d in ("fp16", "fp32")
+    )
+    assert half.activations == 2 * 96 * 96 * (45064 + 64 * (256 + 256))
+    assert single.activations == 4 * 96 * 96 * 49160
 
 
 @pytest.mark.parametrize(("stages", "pixels"), [(2, 1024), (4, 1024), (4, 2048)])
@@ -148,15 +220,16 @@ def test_pipefusion_cache_in_closed_form(stages: int, pixels: int) -> None:
 
 
 def test_what_does_not_fit_says_why() -> None:
-    """PixArt 4096 px under DistriFusion: 16.9 GB of stale K/V (STRATEGIES 10.4), then the VAE."""
+    """PixArt 4096 px under DistriFusion: 16.9 GB of stale K/V (STRATEGIES 10.4), as much once more while
+    they are gathered, then the VAE."""
     profile = load_profile(MODELS / "pixart-alpha.json")
     memory = peak_memory(plan(profile, "distrifusion=8", square(4096)), profile, "fp16")
-    assert worst(memory).buffers == pytest.approx(16.9e9, rel=0.01)
+    assert worst(memory).buffers == pytest.approx(2 * 16.9e9, rel=0.01)
     reason = misfit(memory, [load_gpu("l40")] * 8)
     assert reason is not None
     assert reason.startswith("needs ")
     assert (
-        "GiB of 44.7 GiB on rank 0 (l40) while decoding: activations 24.0, buffers 15.8" in reason
+        "GiB of 44.7 GiB on rank 0 (l40) while decoding: activations 38.0, buffers 31.5" in reason
     )
     assert misfit(memory, [load_gpu("h200")] * 8) is None
     smaller = misfit(memory, [*[load_gpu("h200")] * 7, load_gpu("a5000")])
@@ -226,38 +299,27 @@ OTHER_PEAKS_GB = {  # the whole pipeline, decoding included
         "asyncdiff=3,stride=2,warmup=9": 5.58,
     },
 }
+COGVIDEOX_GIB = {  # diffusers docs, api/pipelines/cogvideox.md, Memory optimization: 2b, 49 frames
+    "serial": 33,
+    "offload=text+vae": 19,
+    "vae=tiled,offload=text+vae": 11,
+}
 PIPE_4096 = (
     "31 % high: during the warm-up the whole image passes a stage, 3.6 GB of activations that the"
     " figure does not show; the reference may have run it by patches"
 )
-DISTRI = (
-    "41 % low: the gathered K/V of one step are a third of what is above the rest; the reference"
-    " probably keeps them more than once; 51 GB are more than the card has"
-)
-SD21_ALONE = (
-    "20 % low: 1 GB above the sum of its parts on one GPU, where no strategy is at work: workspaces of"
-    " cuDNN's convolutions or the way of counting, neither is stated"
-)
-SD21_DISTRI = (
-    "31 to 36 % low: the same 1 GB, and probably the pools of three CUDA graphs, on by default"
-)
-BEYOND_15_PERCENT = {
-    ("pixart-alpha", 4096, "pipefusion=8,patches=8"): PIPE_4096,
-    ("pixart-alpha", 4096, "distrifusion=8"): DISTRI,
-    ("sd21", 768, "serial"): SD21_ALONE,
-    **{("sd21", 768, f"distrifusion={n}"): SD21_DISTRI for n in (2, 4)},
-    **{("sd21", 768, spec): f"17 % low: {SD21_ALONE[10:]}"
-       for spec in OTHER_PEAKS_GB["sd21", 768, "fp16"] if spec.startswith("asyncdiff")},
-}  # fmt: skip
+BEYOND_15_PERCENT = {("pixart-alpha", 4096, "pipefusion=8,patches=8"): PIPE_4096}
 """Published peaks that are missed by more, and why."""
 
 
 def test_published_peaks_within_15_percent_but_for_the_listed() -> None:
-    """29 rows: 21 within 15 % by their central value, 8 listed with the cause.
+    """32 rows: 31 within 15 % by their central value, one listed with the cause.
 
     xDiT's scripts load in fp16 and print ``torch.cuda.max_memory_allocated`` (xdit-project/xDiT@06dfcd8
     examples/pixartalpha_example.py), which sees neither the context nor the buffers of NCCL; of its 20
-    rows 14 are within 2 %. The others do not say how they counted: the whole.
+    rows 15 are within 2 %. CogVideoX's script prints the same in GiB (diffusers pull 9150), in fp16. The
+    others do not say how they counted: the whole. DistriFusion's code, which AsyncDiff compares with,
+    replays CUDA graphs by default (mit-han-lab/distrifuser, ``DistriConfig``); xDiT's script does not.
     """
     errors: dict[tuple[str, int, str], float] = {}
     for (name, pixels), measured in XDIT_PEAKS_GB.items():
@@ -270,28 +332,44 @@ def test_published_peaks_within_15_percent_but_for_the_listed() -> None:
             ranks = peak_memory(graph, shipped(name), "fp16", phases=phases)
             errors[name, pixels, spec] = max(m.allocated for m in ranks) / (gigabytes * 1e9) - 1
     assert len(errors) == 20
-    assert sum(abs(error) < 0.02 for error in errors.values()) == 14
+    assert sum(abs(error) < 0.02 for error in errors.values()) == 15
     for (name, pixels, dtype), rows in OTHER_PEAKS_GB.items():
         for spec, gigabytes in rows.items():
             graph = plan(shipped(name), spec, Workload(pixels, pixels, 1, 20, 1, dtype))
-            total = worst(peak_memory(graph, shipped(name), dtype)).total
+            captured = spec.startswith("distrifusion")
+            total = worst(peak_memory(graph, shipped(name), dtype, captured=captured)).total
             errors[name, pixels, spec] = total / (gigabytes * 1e9) - 1
-    assert len(errors) == 29
+    for spec, gib in COGVIDEOX_GIB.items():
+        profile, workload = shipped("cogvideox-2b"), Workload(480, 720, 49, 50, 1, "fp16")
+        (memory,) = peak_memory(plan(profile, spec, workload), profile, "fp16")
+        errors["cogvideox-2b", 480, spec] = memory.allocated / (gib * 2**30) - 1
+    assert len(errors) == 32
     beyond = {row for row, error in errors.items() if abs(error) > 0.15}
     assert beyond == set(BEYOND_15_PERCENT)
     assert all(BEYOND_15_PERCENT.values())
 
 
 def test_published_out_of_memory_is_predicted() -> None:
-    """PF-007: DistriFusion runs out of memory at 4096 px on eight L40, PipeFusion and one GPU do not."""
+    """PF-007: DistriFusion runs out of memory at 4096 px on eight L40, PipeFusion and one GPU do not.
+    The clock of that row covers the denoiser only, so the decoder is left out; XD-012 is the same run on
+    a card that holds its 51 GB."""
     for spec, fits in (
         ("distrifusion=8", False),
         ("pipefusion=8,patches=8", True),
         ("serial", True),
     ):
-        graph = plan(shipped("pixart-alpha"), spec, square(4096, 20))
-        reason = misfit(
-            peak_memory(graph, shipped("pixart-alpha"), "fp16"),
-            [load_gpu("l40")] * graph.world_size,
-        )
-        assert (reason is None) == fits, reason
+        assert fits_l40(spec, 4096, ("encode", "denoise")) == fits
+
+
+def test_a_whole_decoder_stops_at_2048_pixels_on_an_l40() -> None:
+    """With it decoded in strips by eight L40 an image can be 7168 px wide, 12.25 times the pixels that
+    one whole decoder manages (arXiv 2411.01738, section on the parallel VAE): 7168 / sqrt(12.25)."""
+    assert fits_l40("serial", 2048, PHASES)
+    assert not fits_l40("serial", 4096, PHASES)
+    assert fits_l40("ulysses=8,vae=split", 7168, PHASES)
+
+
+def fits_l40(spec: str, pixels: int, phases: tuple[Phase, ...]) -> bool:
+    graph = plan(shipped("pixart-alpha"), spec, square(pixels, 20))
+    memory = peak_memory(graph, shipped("pixart-alpha"), "fp16", phases=phases)
+    return misfit(memory, [load_gpu("l40")] * graph.world_size) is None

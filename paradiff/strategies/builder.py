@@ -24,10 +24,12 @@ MOMENT_BYTES = 4
 
 
 class Copies(NamedTuple):
-    """Kernels that a schedule adds to the network's, and the bytes that they read and write."""
+    """Kernels that a schedule adds to the network's, the bytes that they read and write, and how many
+    of these are what they have laid side by side, which is there while the network's kernel runs."""
 
     kernels: int
     nbytes: int
+    joined: int = 0
 
 
 NO_COPIES = Copies(0, 0)
@@ -579,7 +581,11 @@ class Forward:
         segments = self.build.denoiser.segments
         ended = stop == self._at
         added = [self.copies[at] for at in self.copies if self._at <= at < stop]
-        copies = Copies(sum(c.kernels for c in added), sum(c.nbytes for c in added))
+        copies = Copies(
+            sum(c.kernels for c in added),
+            sum(c.nbytes for c in added),
+            max((c.joined for c in added), default=0),
+        )
         name = f"{segments[self._at - 1].name}/end" if ended else segments[self._at].name
         for rank, shape, tags in zip(self.ranks, self.shapes, self.tags, strict=True):
             self.build.compute(

@@ -49,19 +49,19 @@ def strip_copies(
         if n == 1 or (point.kind == "moments" and norm is None):
             continue
         if norm is not None and point.kind == "moments":
-            own, moved = _moments(build, at, shape)
+            (own, moved), joined = _moments(build, at, shape), 0
             parts, moved = GN_KERNELS[norm], GN_PASSES * moved
             if norm != "reduced":
                 parts += n * (1 + fresh) + CORRECTION * (norm == "corrected" and not fresh)
         elif point.kind == "kv":
             own = build.nbytes(point.elements, shape)
             whole = build.nbytes(point.elements, shape._replace(r=shape.k))
-            parts, moved = (1 + n, 4 * whole) if fresh else (1, 2 * whole)
+            parts, moved, joined = (1 + n, 4 * whole, whole) if fresh else (1, 2 * whole, whole)
         else:
-            own = build.nbytes(point.elements, shape)
-            parts, moved = 2 + n * fresh, 2 * (_convolved(build, at, shape) + own * (1 + n * fresh))
+            own, joined = build.nbytes(point.elements, shape), _convolved(build, at, shape)
+            parts, moved = 2 + n * fresh, 2 * (joined + own * (1 + n * fresh))
         published = point.kind in sent
-        found[at] = Copies(parts + published, moved + 2 * own * published)
+        found[at] = Copies(parts + published, moved + 2 * own * published, joined)
     return found
 
 
@@ -90,6 +90,6 @@ def cache_copies(build: Builder, shape: Shape, heads: int) -> Mapping[int, Copie
     for at, point in build.denoiser.points("kv"):
         own = build.nbytes(point.elements, shape)
         whole = build.nbytes(point.elements, shape._replace(r=shape.k)) // heads
-        joined = 2 * max(0, whole - own) if point.joint_text else 0
-        found[at] = Copies(2, 4 * own + joined)
+        more = 2 * max(0, whole - own) if point.joint_text else 0
+        found[at] = Copies(2, 4 * own + more, whole if more else 0)
     return found
