@@ -17,7 +17,7 @@ from paradiff.profiles import Profile
 from paradiff.strategies.builder import DTYPE_BYTES, Infeasible
 
 SMALLEST = 4
-"""Latent rows of the smallest tile: a quarter of it overlaps the next."""
+"""Latent rows of the smallest tile: a whole row of it overlaps the next."""
 QUARTER = (0.25, 0.25)
 
 
@@ -66,7 +66,8 @@ def tiling(profile: Profile, tile: int | None) -> Tiling:
         return own
     if tile < SMALLEST:
         raise Infeasible(
-            f"tile={tile}: at least {SMALLEST} latent rows, a quarter overlaps", f"tile={own.rows}"
+            f"tile={tile}: at least {SMALLEST} latent rows, of which a part overlaps",
+            f"tile={own.rows}",
         )
     return Tiling(tile, tile, own.overlap)
 
