@@ -308,8 +308,9 @@ VIDEO_PEAKS_GIB = {  # diffusers docs, api/pipelines/cogvideox.md (2b) and mochi
     ("mochi", Workload(480, 848, 85, 64, 1, "bf16")): {"vae=tiled,offload=text+vae": 22},
 }
 PIPE_4096 = (
-    "31 % high: during the warm-up the whole image passes a stage, 3.6 GB of activations that the"
-    " figure does not show; the reference may have run it by patches"
+    "31 % high: during the warm-up the whole image passes a stage, 3.6 GB of activations that this row"
+    " does not show; the hybrid row of the same figure does (1.8 GB, half the batch). With those of a"
+    " patch it would be 9 % high: the reference ran it by patches or without a warm-up, refused here"
 )
 BEYOND_15_PERCENT = {("pixart-alpha", 4096, "pipefusion=8,patches=8"): PIPE_4096}
 """Published peaks that are missed by more, and why."""
