@@ -56,7 +56,9 @@ class RankMemory:
     vae: float
     """Weights of every module after it (vocoders too)."""
     buffers: float
+    """What ops leave for others, flat gathers under way, and what CUDA graphs work on."""
     activations: float
+    """Of an op, with what is laid side by side for it and both layouts of a convolution."""
     communicator: float
     context: float
     """CUDA context and allocator slack."""

@@ -326,7 +326,9 @@ class TestShipped:
         where its host memory hangs, so that loads of weights share what they cross: on a processor.
         Those of one PCIe tree have root complexes, those of NVLink a plane, those of several machines
         an adapter for each way out."""
-        pcie = "pcie8-l20 pcie4-l20 pcie4-t4 pcie2-3090 pcie4-a100 pcie8x2"
+        pcie = (
+            "pcie8-l20 pcie4-l20 pcie4-t4 pcie2-3090 pcie4-a100 pcie8x2 pcie4-a5000 pcie4-l40s-l4"
+        )
         nvlink = "nvlink8-a800 nvlink8-h20 nvlink8-h200 nvlink8x8-h100 nvl72"
         for box in map(load_topology, (*pcie.split(), *nvlink.split())):
             assert all(node.memory_at for node in box.nodes), box.name
