@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from analysis.text import seconds
@@ -111,7 +111,7 @@ def recommendation(answer: Answer) -> Iterator[str]:
     elif not o.settled:
         yield f"{_too_near(o)}."
     for check in o.checks:
-        yield _check_sentence(check, q.labels)
+        yield f"{check.text(q.labels)}."
     for kind, label in enumerate(q.labels):
         yield f"  {label}: " + "; ".join(_way(s) for s in _ways(best, kind))
     if q.nodes is None:
@@ -134,20 +134,6 @@ def recommendation(answer: Answer) -> Iterator[str]:
             f"Failures: nodes are up {100 * f.availability:.4g} % of the time; {seen} were seen in "
             f"{o.duration_s / 3600:.3g} simulated hours{few}."
         )
-
-
-def _check_sentence(check: Any, labels: Sequence[str]) -> str:
-    word = "kept" if check.met else "missed"
-    if check.name.startswith("deadline "):
-        label = labels[int(check.name.removeprefix("deadline "))]
-        return (
-            f"Deadline of {label} {word}: {100 * check.value:.2f} % in time (at least "
-            f"{100 * check.bound:.2f} %; asked {100 * check.limit:g} %)."
-        )
-    return (
-        f"{check.name} {word}: {seconds(check.value)} (at most {seconds(check.bound)}; "
-        f"asked {check.limit:g} s)."
-    )
 
 
 def _too_near(o: Outcome) -> str:
@@ -227,7 +213,7 @@ def unable(answer: Answer) -> Iterator[str]:
         elif not option.met:
             missed = [c for c in option.outcome.checks if not c.met] if option.outcome else []
             for check in missed:
-                yield f"{option.box.topology.name}: {_check_sentence(check, answer.question.labels)}"
+                yield f"{option.box.topology.name}: {check.text(answer.question.labels)}."
             if (
                 option.outcome is not None
                 and not option.outcome.settled

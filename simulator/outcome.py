@@ -10,12 +10,13 @@ It is reported as saturated, without latencies.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import binom
 
 from simulator.estimates import WARMUP, Estimate, batch_means, mean_interval, upper_bound
 from simulator.queueing import (
@@ -37,6 +38,8 @@ PILOT_MIN, PILOT_MAX = 2_000, 20_000
 MAX_LOAD = 0.985
 """Share of the saturation rate above which no promise counts as kept: what a queue does there shows only
 in runs of many ten thousand requests, and no one operates there."""
+SELDOM = 1e-9
+"""Share of requests in an outage that is not worth a word."""
 CLEARLY = 0.999
 """Confidence with which the first replications must fail to spare the others."""
 
@@ -54,6 +57,12 @@ class Slo:
     def is_empty(self) -> bool:
         """Whether nothing is promised."""
         return not self.quantiles and not any(self.deadlines)
+
+    @property
+    def promises(self) -> tuple[tuple[float, float], ...]:
+        """Every (share of requests, seconds within which they are served)."""
+        due = (s for s in self.deadlines if s is not None)
+        return (*self.quantiles, *((self.attainment, s) for s in due))
 
     def good_within_s(self, kind: int) -> float | None:
         """Latency up to which a request of a class counts as goodput: its deadline, else the largest
@@ -81,13 +90,30 @@ class Budget:
 
 
 class Check(NamedTuple):
-    """One promise. ``bound``: what the value is below (a share: above) with the asked confidence."""
+    """One promise. ``bound``: what the value is below (a share: above) with the asked confidence.
+    ``outage``: share of requests that are late as too few nodes are up, seen in a run or not."""
 
     name: str
     limit: float
     value: float
     bound: float
     met: bool
+    outage: float = 0.0
+
+    def text(self, labels: Sequence[str]) -> str:
+        """A sentence without its full stop. ``labels``: names of the classes."""
+        word = "kept" if self.met else "missed"
+        down = f"; {100 * self.outage:.2g} % meet an outage" if self.outage > SELDOM else ""
+        if self.name.startswith("deadline "):
+            label = labels[int(self.name.removeprefix("deadline "))]
+            return (
+                f"Deadline of {label} {word}: {100 * self.value:.2f} % in time (at least "
+                f"{100 * self.bound:.2f} %; asked {100 * self.limit:g} %{down})"
+            )
+        return (
+            f"{self.name} {word}: {self.value:.3g} s (at most {self.bound:.3g} s; "
+            f"asked {self.limit:g} s{down})"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +195,9 @@ def evaluate(
     ahead = settling(traffic, rate / limit)
     number = count(traffic, budget, system)
     runs = [replication(system, traffic, budget, i, load, ahead) for i in range(number)]
-    return _summary(system, runs, slo, budget, quantiles, rate, limit)
+    checks = _checks(runs, slo, budget.confidence, partial(outage_share, system, traffic, rate))
+    outcome = _summary(system, runs, slo, budget, quantiles, rate, limit)
+    return replace(outcome, checks=tuple(checks))
 
 
 def meets(system: System, traffic: Traffic, slo: Slo, budget: Budget) -> bool:
@@ -177,6 +205,9 @@ def meets(system: System, traffic: Traffic, slo: Slo, budget: Budget) -> bool:
     replications so far (of a pilot first) clearly fail."""
     limit = saturation_rate(system, traffic)
     if traffic.rate_per_s > MAX_LOAD * limit:
+        return False
+    outage = partial(outage_share, system, traffic, traffic.rate_per_s)
+    if any(outage(limit_s) > 1 - share for share, limit_s in slo.promises):
         return False
     ahead = settling(traffic, traffic.rate_per_s / limit)
     number = count(traffic, budget, system)
@@ -186,9 +217,9 @@ def meets(system: System, traffic: Traffic, slo: Slo, budget: Budget) -> bool:
         runs: list[Run] = []
         for i in range(number):
             runs.append(replication(system, traffic, stage, i, ahead=ahead))
-            if len(runs) > 2 and any(map(_clearly_failed, _checks(runs, slo, CLEARLY))):
+            if len(runs) > 2 and any(map(_clearly_failed, _checks(runs, slo, CLEARLY, outage))):
                 return False
-    return all(check.met for check in _checks(runs, slo, budget.confidence))
+    return all(check.met for check in _checks(runs, slo, budget.confidence, outage))
 
 
 def _clearly_failed(check: Check) -> bool:
@@ -266,7 +297,6 @@ def _summary(
         class_quantiles_s=tuple(
             _class_quantiles(together[kinds == kind], quantiles) for kind in range(len(good))
         ),
-        checks=tuple(_checks(runs, slo, budget.confidence)),
         goodput_share=None if slo.is_empty else float((together <= within[kinds]).mean()),
         busy_gpu_s_per_request=busy_gpu_s / len(together),
         requests=len(together),
@@ -281,26 +311,60 @@ def _class_quantiles(
     return tuple((q, float(np.quantile(latency_s, q))) for q in quantiles if len(latency_s))
 
 
-def _checks(runs: Sequence[Run], slo: Slo, confidence: float) -> list[Check]:
+def _checks(
+    runs: Sequence[Run], slo: Slo, confidence: float, outage: Callable[[float], float]
+) -> list[Check]:
+    """``outage``: share of requests that are later than so many seconds for want of nodes."""
     checks = []
     for share, limit_s in slo.quantiles:
         values = [float(np.quantile(run.latency_s, share)) for run in runs]
-        bound = upper_bound(values, confidence)
-        checks.append(
-            Check(f"p{100 * share:g}", limit_s, float(np.mean(values)), bound, bound <= limit_s)
-        )
+        bound, out = upper_bound(values, confidence), outage(limit_s)
+        met = bound <= limit_s and out <= 1 - share
+        checks.append(Check(f"p{100 * share:g}", limit_s, float(np.mean(values)), bound, met, out))
     for kind, deadline_s in enumerate(slo.deadlines):
         if deadline_s is None:
             continue
         own = [run.latency_s[run.requests.kinds == kind] for run in runs]
         late = [float((latency > deadline_s).mean()) for latency in own if len(latency)]
         if late:
-            bound = 1 - upper_bound(late, confidence)
+            bound, out = 1 - upper_bound(late, confidence), outage(deadline_s)
+            met = bound >= slo.attainment and out <= 1 - slo.attainment
             value = 1 - float(np.mean(late))
-            checks.append(
-                Check(f"deadline {kind}", slo.attainment, value, bound, bound >= slo.attainment)
-            )
+            checks.append(Check(f"deadline {kind}", slo.attainment, value, bound, met, out))
     return checks
+
+
+# ------------------------------------------------------------------------------------------- outages
+
+
+def outage_share(system: System, traffic: Traffic, rate_per_s: float, within_s: float) -> float:
+    """Share of requests that are not served ``within_s`` seconds as too few nodes are up: a bound from
+    below, in the fluid limit, which needs no run that is long enough to see an outage.
+
+    With k of n nodes down (binomial, each down for a share 1 - A of the time) the others serve
+    c = (n - k) / n of what n can. Where that is less than what arrives, the queue has grown by
+    (rate - c) a when the state has lasted for a, and a request that comes then waits for at least
+    (rate - c) a / (n's rate), however soon nodes return. The age of a state is exponential as its length
+    is, at k repairs and n - k failures in their mean times. And while no node is up none is served, for
+    an exponential time at n repairs. Only what keeps every station of the nodes from serving counts.
+    """
+    failures, n = system.failures, system.nodes
+    if failures is None:
+        return 0.0
+    rates = [_station_rate(system, station, traffic.shares) for station in system.stations]
+    full = max(rate for rate in rates if rate < np.inf)
+    down = binom.pmf(np.arange(n + 1), n, 1 - failures.availability)
+    share = 0.0
+    for k in range(n, -1, -1):
+        behind = rate_per_s - full * (n - k) / n
+        if behind <= 0:
+            break
+        leaving = k / failures.repair_s + (n - k) / failures.mtbf_s
+        late = math.exp(-leaving * within_s * full / behind)
+        if k == n:
+            late = max(late, math.exp(-n * within_s / failures.repair_s))
+        share += late * float(down[k])
+    return share
 
 
 # --------------------------------------------------------------------------------------- saturation

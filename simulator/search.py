@@ -17,10 +17,19 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from simulator.cuts import Cut, ServiceTable, dynamic_cuts, static_cuts
-from simulator.outcome import MAX_LOAD, Budget, Outcome, Slo, evaluate, meets, saturation_rate
+from simulator.outcome import (
+    MAX_LOAD,
+    Budget,
+    Check,
+    Outcome,
+    Slo,
+    evaluate,
+    meets,
+    saturation_rate,
+)
 from simulator.queueing import Failures, Routing, System
 from simulator.traffic import Traffic
 
@@ -31,6 +40,8 @@ FINALISTS, COMPARED = 3, 50_000
 """Cuts that are compared with more requests than a pilot's, and with how many at most."""
 SLACK = 1.05
 """How far above what is out of reach the level lies that is offered instead."""
+BEYOND = 8
+"""Times ``max_nodes``: how far is looked for a number of nodes that would do."""
 MEASURED = 0.05
 """Allowance for the error of a saturation rate that is measured."""
 
@@ -192,8 +203,7 @@ class Search:
         """``fewest`` at other service times, with no more requests than cuts are compared with."""
         if not self.in_reach(cut, factors):
             return None
-        other = copy(self)
-        other.demand = replace(self.demand, budget=self.demand.budget.at_most(COMPARED))
+        other = self._asking(budget=self.demand.budget.at_most(COMPARED))
         return other.fewest(cut, self.demand.max_nodes, factors)
 
     def _meets(self, cut: Cut, nodes: int, factors: Sequence[float] | None) -> bool:
@@ -251,26 +261,16 @@ class Search:
         slo, floors = self.demand.slo, self.floors_s(cut)
 
         def raised(name: str, limit: float) -> float:
-            level = SLACK * floors[name][0]
-            digits = 2 - math.floor(math.log10(level))
-            return max(limit, math.ceil(level * 10.0**digits) / 10.0**digits)
+            return max(limit, _up(SLACK * floors[name][0]))
 
         quantiles = tuple((q, raised(f"p{100 * q:g}", s)) for q, s in slo.quantiles)
         deadlines = tuple(
             None if s is None else raised(f"deadline of {self.labels[k]}", s)
             for k, s in enumerate(slo.deadlines)
         )
-        relaxed = replace(slo, quantiles=quantiles, deadlines=deadlines)
-        other = copy(self)
-        other.demand = replace(self.demand, slo=relaxed)
+        other = self._asking(slo=replace(slo, quantiles=quantiles, deadlines=deadlines))
         nodes = other.fewest(cut, self.demand.max_nodes)
-        if nodes is None:
-            return None
-        levels = [f"p{100 * q:g}={s:g}s" for q, s in quantiles]
-        levels += [
-            f"{self.labels[k]} deadline={s:g}s" for k, s in enumerate(deadlines) if s is not None
-        ]
-        return f"{' '.join(levels)} would be kept by {nodes} node{'s' * (nodes != 1)}"
+        return None if nodes is None else other._level(nodes)
 
     def _too_many(self, reachable: Sequence[Cut]) -> OutOfReach:
         limit = self.demand.max_nodes
@@ -280,12 +280,51 @@ class Search:
             reason = f"the traffic alone keeps {least} nodes busy, --max-nodes {limit}"
             return OutOfReach(reason, f"--max-nodes {math.ceil(1.1 * least)}")
         outcome = self._evaluate(cut, limit, self.demand.budget)
-        missed = [
-            f"{c.name} {c.value:.4g} against {c.limit:.4g} (with confidence {c.bound:.4g})"
-            for c in outcome.checks
-            if not c.met
+        missed = [check.text(self.labels) for check in outcome.checks if not check.met]
+        reason = f"not kept by {limit} node{'s' * (limit != 1)}: {'; '.join(missed)}"
+        enough = self.fewest(cut, BEYOND * limit)
+        kept = None if enough else self._kept(cut, limit, outcome.checks)
+        return OutOfReach(reason, f"--max-nodes {enough}" if enough else kept)
+
+    def _kept(self, cut: Cut, nodes: int, checks: Sequence[Check]) -> str | None:
+        """The level that ``nodes`` nodes do keep; None where they are down too often for any."""
+        slo = self.demand.slo
+        bounds = {check.name: check.bound for check in checks}
+        in_time = [bound for name, bound in bounds.items() if name.startswith("deadline ")]
+        relaxed = replace(
+            slo,
+            quantiles=tuple((q, max(s, _up(bounds[f"p{100 * q:g}"]))) for q, s in slo.quantiles),
+            attainment=min(
+                [slo.attainment, *(math.floor(1000 * share) / 1000 for share in in_time)]
+            ),
+        )
+        other = self._asking(slo=relaxed)
+        return other._level(nodes) if other._meets(cut, nodes, None) else None
+
+    def _level(self, nodes: int) -> str:
+        """What is promised, and by how many nodes it would be kept."""
+        slo = self.demand.slo
+        levels = [f"p{100 * q:g}={s:g}s" for q, s in slo.quantiles]
+        levels += [
+            f"{self.labels[k]} deadline={s:g}s"
+            for k, s in enumerate(slo.deadlines)
+            if s is not None
         ]
-        return OutOfReach(f"not kept by {limit} nodes: {'; '.join(missed)}", None)
+        if any(slo.deadlines):
+            levels.append(f"in {100 * slo.attainment:.3g} %")
+        return f"{' '.join(levels)} would be kept by {nodes} node{'s' * (nodes != 1)}"
+
+    def _asking(self, **changes: Any) -> Search:
+        """The same box asked for something else."""
+        other = copy(self)
+        other.demand = replace(self.demand, **changes)
+        return other
+
+
+def _up(seconds: float) -> float:
+    """Three digits, the last one rounded up."""
+    digits = 2 - math.floor(math.log10(seconds))
+    return math.ceil(seconds * 10.0**digits) / 10.0**digits
 
 
 def _quantile(seconds: dict[int, float], shares: Sequence[float], share: float) -> float:

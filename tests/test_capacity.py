@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dying import die_once
 from hypothesis import given, settings
@@ -19,11 +21,13 @@ from paradiff.strategies import Workload, build, parse_spec
 from simulator import planner
 from simulator.capacity import PARTS, Box, Option, Question, answer
 from simulator.cuts import dynamic_cuts, static_cuts
+from simulator.estimates import upper_bound
 from simulator.outcome import (
     Budget,
     Outcome,
     Slo,
     evaluate,
+    outage_share,
     replication,
     saturation_rate,
     settling,
@@ -165,6 +169,81 @@ def test_more_nodes_than_allowed_is_said_with_the_least() -> None:
     assert isinstance(found, OutOfReach)
     assert "keeps 3 nodes busy" in found.reason
     assert found.nearest == "--max-nodes 4"
+
+
+def test_where_more_nodes_would_do_it_is_said_how_many() -> None:
+    """A node of four GPUs has time to spare, but not for a burst: p95 has a wait there."""
+    asked = demand(1.0, (0.95, 4.0), sharing="static")
+    enough = search(asked).best()
+    assert isinstance(enough, Found)
+    assert enough.nodes > 1
+    found = search(replace(asked, max_nodes=1)).best()
+    assert isinstance(found, OutOfReach)
+    assert found.reason.startswith("not kept by 1 node: p95 missed: ")
+    assert "s; asked 4 s)" in found.reason
+    assert found.nearest == f"--max-nodes {enough.nodes}"
+
+
+def test_where_no_number_would_do_the_level_that_is_kept_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("simulator.search.BEYOND", 1)
+    asked = demand(1.0, (0.95, 4.0), sharing="static", max_nodes=1)
+    found = search(asked).best()
+    assert isinstance(found, OutOfReach)
+    assert found.nearest is not None
+    kept = re.fullmatch(r"p95=(.*)s would be kept by 1 node", found.nearest)
+    assert kept is not None
+    level = float(kept[1])
+    assert level > 4.0
+    again = search(replace(asked, slo=Slo(quantiles=((0.95, level),)))).best()
+    assert isinstance(again, Found)
+
+
+@pytest.mark.parametrize(("share", "nodes"), [(0.9, 1), (0.99, 2), (0.9999, 3)])
+def test_a_promise_is_not_kept_by_nodes_that_are_down_together_too_often(
+    share: float, nodes: int
+) -> None:
+    """Up 98 h of 100, any one node is enough, 60 s against repairs of 2 h: n nodes are down together for
+    a share of 0.02^n, which no run of a few hours sees: 0.02 is less than 0.1 and more than 0.01; 0.0004
+    is less than 0.01 and more than 0.0001; 8e-6 is less."""
+    failures = Failures(mtbf_s=98 * 3600.0, repair_s=2 * 3600.0)
+    found = search(demand(0.3, (share, 60.0), sharing="static", failures=failures)).best()
+    assert isinstance(found, Found)
+    assert found.nodes == nodes
+    late = 0.02**nodes * math.exp(-nodes * 60 / 7200)
+    assert found.outcome.checks[0].outage == pytest.approx(late, rel=1e-6)
+    if nodes > 1:
+        cut = found.cut
+        fewer = search(demand(0.3, (share, 60.0), failures=failures))
+        assert fewer.system(cut, nodes - 1).failures is not None
+        outcome = evaluate(
+            fewer.system(cut, nodes - 1), fewer.demand.traffic, fewer.demand.slo, SMALL
+        )
+        assert outcome.checks[0].bound < 60, "no run saw it"
+        assert not outcome.met
+
+
+@pytest.mark.parametrize(("nodes", "rate"), [(1, 0.01), (3, 1.5)])
+def test_requests_that_meet_an_outage_are_as_many_as_simulated(nodes: int, rate: float) -> None:
+    """One unit of a second a node. One node down for a tenth: (1 - A) exp(-L / R) = 0.1 exp(-10 / 100).
+    Of three nodes one alone cannot do 1.5 requests/s, nor none: down together for 3 x 0.01 x 0.9 and
+    0.001, of which exp(-(2/100 + 1/900) x 10 x 3/0.5) and exp(-3/100 x 10 x 3/1.5), or exp(-0.3), count.
+    Two nodes then take long to work off what has come meanwhile: a bound from below, here by far."""
+    failures = Failures(mtbf_s=900.0, repair_s=100.0)
+    station = Station(units_per_node=1, gpus=1, rungs={0: (Rung(width=1, batch_s=(1.0,)),)})
+    system = System(nodes=nodes, stations=(station,), failures=failures)
+    traffic = Traffic(shares=(1.0,), rate_per_s=rate)
+    share = outage_share(system, traffic, rate, 10.0)
+    two, all_down = 0.027 * math.exp(-(2 / 100 + 1 / 900) * 60), 0.001 * math.exp(-0.3)
+    exact = {1: 0.1 * math.exp(-0.1), 3: two + all_down}
+    assert share == pytest.approx(exact[nodes])
+    runs = [
+        replication(system, traffic, Budget(requests=60_000, replications=6), i) for i in range(6)
+    ]
+    late = [float((run.latency_s > 10.0).mean()) for run in runs]
+    assert share < upper_bound(late, 0.999)
+    assert np.mean(late) < {1: 1.2, 3: 10}[nodes] * share
 
 
 def test_deadlines_count_their_own_class() -> None:
