@@ -287,17 +287,23 @@ def write_chrome_trace(trace: Trace, path: Path, tracks: Tracks = NO_TRACKS) -> 
 
 
 def _chrome_lines(trace: Trace, tracks: Tracks) -> Iterator[str]:
-    """One event a line, so that a trace can be read with text tools."""
+    """One event a line, so that a trace can be read with text tools.
+
+    Perfetto wants processes and threads numbered from one: rank r is process r + 1. It keeps whole
+    nanoseconds and drops a slice that begins before its neighbour has ended, so begins and ends are
+    rounded, not lengths.
+    """
     streams = sorted({(span.rank, span.stream) for span in trace.spans})
     ranks = sorted({rank for rank, _ in streams})
-    threads = {key: number for number, key in enumerate(streams)}
+    threads = {key: number for number, key in enumerate(streams, 1)}
     yield '{"displayTimeUnit": "ms", "traceEvents": ['
     for rank in ranks:
-        yield _event(ph="M", name="process_name", pid=rank, args={"name": f"rank {rank}"}) + ","
+        first = next(tid for (of, _), tid in threads.items() if of == rank)
+        yield from _process_lines(rank + 1, first, f"rank {rank}")
     for (rank, stream), tid in threads.items():
-        yield _event(ph="M", name="thread_name", pid=rank, tid=tid, args={"name": stream}) + ","
-    box = ranks[-1] + 1 if ranks else 0
-    yield from _link_lines(tracks, box, len(threads))
+        yield _event(ph="M", name="thread_name", pid=rank + 1, tid=tid, args={"name": stream}) + ","
+    box = ranks[-1] + 2 if ranks else 1
+    yield from _link_lines(tracks, box, len(threads) + 1)
     out, into = _arrow_ends(tracks.arrows)
     for span in trace.spans:
         tid = threads[span.rank, span.stream]
@@ -310,19 +316,33 @@ def _chrome_lines(trace: Trace, tracks: Tracks) -> Iterator[str]:
             "end_s": span.end_s,
             "busy_s": span.busy_s,
         }
+        pid, begin, end = span.rank + 1, _us(span.start_s), _us(span.end_s)
         yield _event(
-            ph="X", name=span.name, cat=span.kind, pid=span.rank, tid=tid,
-            ts=span.start_s * 1e6, dur=(span.end_s - span.start_s) * 1e6, args=args,
+            ph="X", name=span.name, cat=span.kind, pid=pid, tid=tid,
+            ts=begin, dur=round(end - begin, 3), args=args,
         ) + ","  # fmt: skip
         # an end belongs to the slice that is open there: the one written last, if another begins then
-        arrow = {"name": span.call, "cat": "transfer", "pid": span.rank, "tid": tid}
+        arrow = {"name": span.call, "cat": "transfer", "pid": pid, "tid": tid}
         for number in out.get((span.id, span.rank), ()):
-            yield _event(ph="s", id=number, ts=span.start_s * 1e6, **arrow) + ","
+            yield _event(ph="s", id=number, ts=begin, **arrow) + ","
         for number in into.get((span.id, span.rank), ()):
-            yield _event(ph="f", bp="e", id=number, ts=span.end_s * 1e6, **arrow) + ","
+            yield _event(ph="f", bp="e", id=number, ts=end, **arrow) + ","
     other = {"makespan_s": trace.makespan_s, "meta": dict(trace.meta)}
-    yield _event(ph="M", name="paradiff", pid=ranks[0] if ranks else 0, args=other)
+    yield _event(ph="M", name="paradiff", pid=ranks[0] + 1 if ranks else 1, tid=1, args=other)
     yield "]}"
+
+
+def _process_lines(pid: int, tid: int, name: str) -> Iterator[str]:
+    """Name of a process and its place, which is that of its number; ``tid``: one of its threads."""
+    yield _event(ph="M", name="process_name", pid=pid, tid=tid, args={"name": name}) + ","
+    yield (
+        _event(ph="M", name="process_sort_index", pid=pid, tid=tid, args={"sort_index": pid}) + ","
+    )
+
+
+def _us(seconds: float) -> float:
+    """Microseconds with three digits."""
+    return round(seconds * 1e6, 3)
 
 
 def _arrow_ends(
@@ -338,12 +358,9 @@ def _arrow_ends(
 
 
 def _link_lines(tracks: Tracks, box: int, tid: int) -> Iterator[str]:
-    """Links as threads of process ``box``, numbered from ``tid`` on; counters of it and of the ranks.
-
-    Microseconds with three digits: a file of some ten thousand ops has some hundred thousand of these.
-    """
+    """Links as threads of process ``box``, numbered from ``tid`` on; counters of it and of the ranks."""
     if tracks.note or tracks.links or any(counter.rank is None for counter in tracks.counters):
-        yield _event(ph="M", name="process_name", pid=box, args={"name": LINKS}) + ","
+        yield from _process_lines(box, tid, LINKS)
     if tracks.note:
         yield _event(ph="M", name="thread_name", pid=box, tid=tid, args={"name": "note"}) + ","
         yield _event(ph="i", s="t", name=tracks.note, pid=box, tid=tid, ts=0) + ","
@@ -352,7 +369,7 @@ def _link_lines(tracks: Tracks, box: int, tid: int) -> Iterator[str]:
         for lane in lanes:
             yield _event(ph="M", name="thread_name", pid=box, tid=tid, args={"name": link}) + ","
             for use in lane:
-                begin, end = round(use.begin_s * 1e6, 3), round(use.end_s * 1e6, 3)
+                begin, end = _us(use.begin_s), _us(use.end_s)
                 nbytes = round((use.end_s - use.begin_s) * use.bytes_per_s)
                 yield (
                     f'{{"ph": "X", "name": {json.dumps(use.op)}, "cat": "{LINK}", "pid": {box}, '
@@ -361,11 +378,11 @@ def _link_lines(tracks: Tracks, box: int, tid: int) -> Iterator[str]:
                 )
             tid += 1
     for counter in tracks.counters:
-        pid = box if counter.rank is None else counter.rank
+        pid = box if counter.rank is None else counter.rank + 1
         head = f'{{"ph": "C", "name": {json.dumps(counter.name)}, "pid": {pid}, "ts": '
         unit = json.dumps(counter.unit)
         for at, value in counter.points:
-            yield f'{head}{round(at * 1e6, 3)}, "args": {{{unit}: {value:.6g}}}}},'
+            yield f'{head}{_us(at)}, "args": {{{unit}: {value:.6g}}}}},'
 
 
 def _lanes(uses: Iterable[LinkUse]) -> dict[str, list[list[LinkUse]]]:
@@ -412,7 +429,7 @@ def _span(event: Mapping[str, Any], streams: Mapping[int, str]) -> Span:
     return Span(
         name=event["name"],
         step=args["step"],
-        rank=event["pid"],
+        rank=event["pid"] - 1,
         stream=streams[event["tid"]],
         kind=event["cat"],
         call=args["call"],

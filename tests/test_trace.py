@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -63,13 +64,37 @@ def test_perfetto_sees_ranks_streams_and_arrows(graph: ScheduleGraph, tmp_path: 
     ends = {e["id"]: e for e in events if e["ph"] == "f"}
     assert begins.keys() == ends.keys()
     found = [(begins[i]["pid"], ends[i]["pid"]) for i in sorted(begins)]
-    assert found == 9 * [(0, 1), (1, 0)]
+    assert found == 9 * [(1, 2), (2, 1)], "rank r is process r + 1"
     for at, event in enumerate(events):
         if event["ph"] in "sf":
             slice_ = next(e for e in reversed(events[:at]) if e["ph"] == "X")
             end = slice_["ts"] + slice_["dur"] * (event["ph"] == "f")
             assert (slice_["name"], slice_["tid"]) == ("swap", event["tid"])
             assert event["ts"] == pytest.approx(end, abs=1e-3)
+
+
+def test_perfetto_keeps_every_slice(tmp_path: Path) -> None:
+    """It keeps whole nanoseconds, and of a thread no slice that begins before the last one has ended:
+    thirds of a microsecond, one after the other, for a minute in. Processes and threads begin at one,
+    and every event is of a thread that has a name."""
+    ends = [60 + third / 3e6 for third in range(300)]
+    spans = [
+        Span("x", number, 0, stream, "compute", "", begin, begin, end, end - begin, 0)
+        for number, (begin, end) in enumerate(itertools.pairwise(ends))
+        for stream in ("comm", "compute")
+    ]
+    path = tmp_path / "trace.json"
+    write_chrome_trace(Trace(tuple(spans), ends[-1], (), ()), path)
+    events = json.loads(path.read_text())["traceEvents"]
+    named = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
+    assert {(e["pid"], e["tid"]) for e in events} == named
+    assert min(pid for pid, _ in named) == min(tid for _, tid in named) == 1
+    for thread in named:
+        slices = [e for e in events if e["ph"] == "X" and (e["pid"], e["tid"]) == thread]
+        kept = [(round(e["ts"] * 1e3), round(e["dur"] * 1e3)) for e in slices]
+        assert len(kept) == 299
+        assert all(a + length <= b for (a, length), (b, _) in itertools.pairwise(kept))
+    assert read_chrome_trace(path).spans == tuple(spans)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"traceEvents": []}', b"\x1f\x8bxx"])

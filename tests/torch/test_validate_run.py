@@ -106,7 +106,7 @@ def _check_traces(folder: Path, answer: dict[str, Any]) -> None:
         own = ("rank 0 sends", "rank 1 receives") if note else ("rank0 switch0", "rank1 switch0")
         assert {frozenset([each] if note else each.split()) for each in own} <= links, name
         both = [{e["pid"] for e in events if e["ph"] == end} for end in "sf"]
-        assert both == [{0, 1}, {0, 1}], "each rank sends its heads to the other"
+        assert both == [{1, 2}, {1, 2}], "each rank sends its heads to the other"
     assert answer["files"] == sorted(path.name for path in folder.iterdir())
 
 
