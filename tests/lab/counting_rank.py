@@ -22,13 +22,13 @@ from paradiff.profiles import load_profile
 from paradiff.strategies import Workload, build, parse_spec
 from paradiff.trace import check_trace
 
-STEPS = 3
+STEPS, TWIN_STEPS = 3, 9
 PIXELS = 640
 
 
 def twin_of(model: str, spec: str) -> Prepared:
-    """Large enough that what ranks say about payloads is little beside them."""
-    return prepare(Job(source=model, spec=spec, height=PIXELS, width=PIXELS, steps=STEPS))
+    """So large, for so many steps, that what ranks say about payloads once is little beside them."""
+    return prepare(Job(source=model, spec=spec, height=PIXELS, width=PIXELS, steps=TWIN_STEPS))
 
 
 def graph_of(model: str, spec: str) -> ScheduleGraph:
