@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -83,12 +84,13 @@ def test_a_plan_runs_on_its_twin_in_one_process_and_launched(
 
 
 def test_timed_kernels_take_their_modelled_time(tmp_path: Path) -> None:
-    """One step of SDXL in two branches on two L40s: compute takes what the simulator says, and a little
-    for waking up; the latents are exchanged as bytes."""
+    """Two steps of SDXL in two branches on two L40s: each kernel takes what the simulator says, never
+    less (a sleep is not shorter than asked), and a little for waking up; so does the loop, in which the
+    predictions are exchanged as bytes."""
     arguments = ["--model", "sdxl", "--strategy", "cfg=2", "--steps", "2", "--topology", "pcie8"]
     done = subprocess.run(
         [sys.executable, "-m", "paradiff", "run", *arguments, "--kernels", "timed", "--launch", "2",
-         "--format", "json"],
+         "--output-dir", "out", "--format", "json"],
         capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -104,6 +106,15 @@ def test_timed_kernels_take_their_modelled_time(tmp_path: Path) -> None:
     predicted_s = candidate.stages.denoise_s
     assert predicted_s < summary["stages"]["denoise_s"] < predicted_s + 0.2
     assert summary["fingerprint"] == fingerprint(request, "cfg=2")
+    graph, costs = build(parse_spec("cfg=2"), profile, request.workload), request.runs().costs
+    trace = read_chrome_trace(tmp_path / "out" / "trace.json.gz")
+    check_trace(graph, trace)
+    priced = {i.id: costs.compute(i.op.work, i.op.ranks[0]) for i in graph.instances() if i.op.work}
+    modelled_s = {name: max(cost.device_s, cost.host_s) for name, cost in priced.items()}
+    over_s = [s.end_s - s.start_s - modelled_s[s.id] for s in trace.spans if s.id in modelled_s]
+    assert len(over_s) == len(modelled_s) >= 10
+    assert min(over_s) > -1e-9  # differences of doubles
+    assert median(over_s) < 1e-3
 
 
 def test_compiled_regions_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -223,6 +234,15 @@ def test_a_pickle_and_a_wrong_shape_are_refused(tmp_path: Path) -> None:
     done = run("--model", "sd21", "--embeddings", str(tmp_path / "e.safetensors"))
     assert done.exit_code == 2
     assert "encoder_hidden_states has shape [2, 6, 5], allowed: [2, 6, 24]" in done.stderr
+
+
+def test_a_world_that_is_not_the_strategys_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    done = run("--model", "sd21", "--strategy", "cfg=2")
+    assert done.exit_code == 2
+    assert "WORLD_SIZE 4: cfg=2 takes 2 ranks" in done.stderr
 
 
 def test_a_launch_of_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
