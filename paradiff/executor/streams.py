@@ -8,7 +8,9 @@ on CUDA one thread issues in canonical order and events order the streams. Each 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Event, Thread
 from time import perf_counter
@@ -22,6 +24,8 @@ from paradiff.graph import Instance, ScheduleGraph
 from paradiff.trace import Span
 
 COMPUTE = "compute"
+LOOK_S = 0.1
+"""How often the device is asked which of the ops that it was given it has done."""
 
 
 class Step(NamedTuple):
@@ -189,14 +193,14 @@ def on_cuda(
     rank: int | None,
     tensors: Callable[[Instance], Iterator[torch.Tensor]],
     in_turn: bool = False,
-    doing: dict[str, str] | None = None,
+    doing: MutableMapping[str, str] | None = None,
 ) -> list[Span]:
     """Issue in canonical order, one CUDA stream for each stream of each rank (``in_turn``: one for all,
     so that one op has the device at a time). Times are the device's: of one ``rank``, readings of this
     process's clock (as of ``Threads``), of all ranks, from the start on.
 
     ``tensors`` gives what an op reads: memory of one stream that another uses must not be reused early.
-    ``doing`` is kept at the op that each stream was given last, of which the device may be behind.
+    ``doing`` is kept at the op that each stream is at, though it was given later ones.
     """
     streams: dict[tuple[int, str], torch.cuda.Stream] = {}
     ends: dict[int, torch.cuda.Event] = {}
@@ -206,28 +210,59 @@ def on_cuda(
     origin.record(torch.cuda.current_stream(device))
     origin.synchronize()
     zero_s = 0.0 if rank is None else perf_counter()
-    for step in steps:
-        op = step.instance.op
-        at = op.ranks[0] if rank is None else rank
-        lane = (0, "all") if in_turn else (at, op.stream)
-        if doing is not None:
-            doing[op.stream] = step.instance.id
-        if lane not in streams:
-            streams[lane] = torch.cuda.Stream(device)
-            streams[lane].wait_event(origin)
-        with torch.cuda.stream(streams[lane]):
-            for earlier in step.before:
-                streams[lane].wait_event(ends[earlier])
-            for tensor in tensors(step.instance):
-                tensor.record_stream(streams[lane])
+    with _followed(doing) as given:
+        for step in steps:
+            op = step.instance.op
+            at = op.ranks[0] if rank is None else rank
+            lane = (0, "all") if in_turn else (at, op.stream)
+            if lane not in streams:
+                streams[lane] = torch.cuda.Stream(device)
+                streams[lane].wait_event(origin)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            _performed(perform, step.number, step.instance, at)
-            end.record()
-        ends[step.number] = end
-        marks.append((step, begin, end))
-    torch.cuda.synchronize(device)
+            with torch.cuda.stream(streams[lane]):
+                for earlier in step.before:
+                    streams[lane].wait_event(ends[earlier])
+                for tensor in tensors(step.instance):
+                    tensor.record_stream(streams[lane])
+                begin.record()
+                given(step, end)
+                _performed(perform, step.number, step.instance, at)
+                end.record()
+            ends[step.number] = end
+            marks.append((step, begin, end))
+        torch.cuda.synchronize(device)
     return list(_cuda_spans(marks, origin, zero_s, rank))
+
+
+@contextmanager
+def _followed(
+    doing: MutableMapping[str, str] | None,
+) -> Iterator[Callable[[Step, torch.cuda.Event], None]]:
+    """Yields what is told each op and the event of its end, just before the op is issued; of those,
+    ``doing`` (if there is one) has the first of each stream that the device has not done."""
+    given: dict[str, deque[tuple[str, torch.cuda.Event]]] = {}
+    over = Event()
+
+    def tell(step: Step, end: torch.cuda.Event) -> None:
+        if doing is not None:
+            stream, name = step.instance.op.stream, step.instance.id
+            given.setdefault(stream, deque()).append((name, end))
+            doing.setdefault(stream, name)
+
+    def look(doing: MutableMapping[str, str]) -> None:
+        with suppress(RuntimeError):  # the device has failed, which who issues will hear
+            while not over.wait(LOOK_S):
+                for stream, ops in list(given.items()):
+                    while len(ops) > 1 and ops[0][1].query():  # the last may not be recorded yet
+                        ops.popleft()
+                    doing[stream] = ops[0][0]
+
+    if doing is not None:
+        Thread(target=look, args=(doing,), daemon=True).start()
+    try:
+        yield tell
+    finally:
+        over.set()
 
 
 def _cuda_spans(
