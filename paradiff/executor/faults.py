@@ -31,7 +31,7 @@ class ScheduleMismatch(RunFailed):
 
 
 class NotFinite(RunFailed):
-    """A latent with NaN or infinity."""
+    """A prediction or a latent with NaN or infinity."""
 
 
 class OpFailed(RunFailed):

@@ -359,6 +359,9 @@ class _Run:
         if forward.finished:
             forward.close()
             del self.forwards[rank]
+            if op.call == "forward":
+                for piece in forward.output:
+                    _check_finite("prediction", piece.value)
 
     def _written(self, op: Op, ref: Ref, forward: Forward, streams: Iterator[Payload]) -> Payload:
         """What a forward gives for one of its writes."""
@@ -469,8 +472,7 @@ class _Run:
             new = self.schedule.step(
                 rank, ref.part, step, rows, old.value, replica=self.replica[rank], rows=old.span
             )
-            if not torch.isfinite(new).all():
-                raise NotFinite(f"the latent is not finite: {_worst(new)}")
+            _check_finite("latent", new)
             self._write(instance, ref, (Piece(old.span, new),))
             if self.request.watch is not None:
                 self.request.watch(self.replica[rank], step, rank, Piece(old.span, new))
@@ -500,10 +502,13 @@ class _Run:
         self.decoded[replica] = self.request.strips.finished(picture)
 
 
-def _worst(x: Tensor) -> str:
-    """What is wrong with a tensor that is not finite."""
-    nans = int(torch.isnan(x).sum())
-    return f"{nans} NaN and {int(torch.isinf(x).sum())} infinite of {x.numel()} values"
+def _check_finite(name: str, x: Tensor) -> None:
+    """Raises NotFinite: on the rank that has made ``x``, before another has it."""
+    if not torch.isfinite(x).all():
+        nans, infinite = int(torch.isnan(x).sum()), int(torch.isinf(x).sum())
+        raise NotFinite(
+            f"the {name} is not finite: {nans} NaN and {infinite} infinite of {x.numel()} values"
+        )
 
 
 def _key(ref: Ref, base: int) -> Key:

@@ -1,7 +1,8 @@
 """Runs that go wrong, on real processes: they end soon, say what and where, and leave nothing.
 
 A rank that is killed, stalls, never starts, has another graph, runs out of memory or meets NaN; a full
-disk; Ctrl-C. Each launch is one of the product's own, watched through its status files.
+disk; Ctrl-C. Each launch is one of the product's own, watched through its status files. What needs no
+second rank is tried on a GPU too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +31,11 @@ pytestmark = [pytest.mark.torch]
 
 ROOT = Path(__file__).parents[2]
 LONG = ["--model", "sd21", "--strategy", "distrifusion=2,warmup=1", "--steps", "900"]
+HALVES = {
+    "cpu": ["--model", "sd21", "--strategy", "cfg=2"],
+    "cuda": ["--model", "sd21", "--device", "cuda", "--launch", "1"],
+}
+"""A rank for each guidance branch; NCCL has one rank on a GPU, which has both."""
 ENDS_WITHIN_S = 30.0
 
 
@@ -55,15 +61,15 @@ def launched(folder: Path, *arguments: str, **more: str) -> Iterator[subprocess.
         process.communicate()
 
 
-def in_the_loop(folder: Path) -> dict[int, Status]:
-    """The status of both ranks once they denoise."""
+def in_the_loop(folder: Path, ranks: int = 2) -> dict[int, Status]:
+    """The status of all ranks once they denoise."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         found = statuses(folder / "status")
         inside = [
             any(re.match(r"t\d\d[1-9]/", op) for op in s["doing"].values()) for s in found.values()
         ]
-        if len(found) == 2 and all(inside):
+        if len(found) == ranks and all(inside):
             return found
         time.sleep(0.1)
     raise AssertionError(f"the ranks never denoised: {statuses(folder / 'status')}")
@@ -145,42 +151,54 @@ def test_killed_launcher_leaves_no_rank(tmp_path: Path) -> None:
     assert not any(alive(status["pid"]) for status in found.values())
 
 
-def test_nan_is_found_in_its_step(tmp_path: Path) -> None:
-    """Embeddings with one NaN: the first latent is the first that is checked."""
+def test_nan_is_found_where_it_is_made(device: str, tmp_path: Path) -> None:
+    """Embeddings with one NaN, which is the first branch's: rank 0 has that, and the first step."""
     tensors = {"encoder_hidden_states": torch.zeros(2, 6, 24)}
     tensors["encoder_hidden_states"][0, 0, 0] = torch.nan
     save_file(tensors, tmp_path / "nan.safetensors")
-    arguments = ["--model", "sd21", "--strategy", "cfg=2", "--steps", "3"]
-    with launched(tmp_path, *arguments, "--embeddings", "nan.safetensors") as process:
+    arguments = [*HALVES[device], "--steps", "3", "--embeddings", "nan.safetensors"]
+    with launched(tmp_path, *arguments) as process:
         _, message = process.communicate(timeout=240)
     assert process.returncode == 1
     assert re.fullmatch(
-        r"paradiff: step 0, op t000/scheduler@r[01], rank [01]: the latent is not finite: \d+ NaN .*\n",
+        r"paradiff: step 0, op t000/\S+@r0, rank 0: the prediction is not finite: \d+ NaN .*\n",
         message,
     ), message
 
 
 SPOILING = """
 import os
-if os.environ.get("RANK") == "1":
+if os.environ.get("RANK") == "{rank}":
     from torch.nn import SiLU
     plain = SiLU.forward
-    SiLU.forward = lambda own, x: plain(own, x) * (float("nan") if os.path.exists("spoil") else 1)
+    SiLU.forward = lambda own, x: ({activation} if os.path.exists("spoil") else plain(own, x))
 """
-"""Python imports it at its start: activations of rank 1 are NaN from the time when the file exists."""
+"""Python imports it at its start: from the time when the file exists, activations are something else."""
 
 
-def test_nan_of_a_later_step_is_found_in_time(tmp_path: Path) -> None:
-    site = tmp_path / "site"
+@contextmanager
+def spoilt_rank(
+    folder: Path, device: str, activation: str, *arguments: str
+) -> Iterator[tuple[int, Callable[[], str]]]:
+    """A launch whose last rank has ``activation`` in place of its own from some step on. Yields that
+    rank, and what ends the launch and has its message."""
+    site = folder / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text(SPOILING)
-    arguments = ["--model", "sd21", "--strategy", "cfg=2", "--steps", "900", "--output-dir", "out"]
-    with launched(tmp_path, *arguments, PYTHONPATH=f"{site}:{ROOT}") as process:
-        found = in_the_loop(tmp_path)
-        (tmp_path / "spoil").touch()
-        message = ended(process, found)
+    rank = 1 if device == "cpu" else 0
+    (site / "sitecustomize.py").write_text(SPOILING.format(rank=rank, activation=activation))
+    ours = [*HALVES[device], "--steps", "900", *arguments]
+    with launched(folder, *ours, PYTHONPATH=f"{site}:{ROOT}") as process:
+        found = in_the_loop(folder, rank + 1)
+        (folder / "spoil").touch()
+        yield rank, lambda: ended(process, found)
+
+
+def test_nan_of_a_later_step_is_found_where_it_is_made(device: str, tmp_path: Path) -> None:
+    nan = "plain(own, x) * float('nan')"
+    with spoilt_rank(tmp_path, device, nan, "--output-dir", "out") as (rank, end):
+        message = end()
     assert re.fullmatch(
-        r"paradiff: step [1-9]\d*, op t\d+/scheduler@r[01], rank [01]: the latent is not finite:"
+        rf"paradiff: step [1-9]\d*, op t\d+/\S+@r{rank}, rank {rank}: the prediction is not finite:"
         r" \d+ NaN .*\n",
         message,
     ), message
@@ -188,14 +206,15 @@ def test_nan_of_a_later_step_is_found_in_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system of its own needs root")
-def test_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
+def test_full_disk_leaves_no_half_file(device: str, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)], check=True)
     try:
-        arguments = ["--model", "sd21", "--strategy", "cfg=2", "--steps", "60"]
-        with launched(tmp_path, *arguments, "--output-dir", "disk/out") as process:
-            message = ended(process, in_the_loop(tmp_path), code=2)
+        arguments = [*HALVES[device], "--steps", "60", "--output-dir", "disk/out"]
+        with launched(tmp_path, *arguments) as process:
+            ranks = 2 if device == "cpu" else 1
+            message = ended(process, in_the_loop(tmp_path, ranks), code=2)
         assert re.search(r"--output-dir .*disk/out: No space left on device\n$", message), message
         assert list(disk.iterdir()) == []
     finally:
@@ -206,7 +225,7 @@ def test_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
 
 
 def rank_alone(
-    folder: Path, port: int, rank: int, strategy: str, steps: int
+    folder: Path, port: int, rank: int, strategy: str, *more: str
 ) -> subprocess.Popen[str]:
     """One rank of two, as a plain script with the environment that any launcher sets."""
     place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -214,7 +233,7 @@ def rank_alone(
     del own[STATUS]
     return subprocess.Popen(
         [sys.executable, "-m", "paradiff", "run", "--model", "sd21", "--strategy", strategy,
-         "--steps", str(steps), "--timeout", "15"],
+         "--steps", "2", "--timeout", "15", *more],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=own,
     )  # fmt: skip
 
@@ -226,10 +245,19 @@ def free_port() -> int:
 
 
 def test_rank_that_never_starts_is_named(tmp_path: Path) -> None:
-    rank = rank_alone(tmp_path, free_port(), 0, "cfg=2", 2)
+    rank = rank_alone(tmp_path, free_port(), 0, "cfg=2")
     _, errors = rank.communicate(timeout=240)
     assert rank.returncode == 1
     assert errors == "paradiff: rank 1 did not come within 15 s\n"
+
+
+def test_bad_input_is_refused_before_the_ranks_form_a_group(tmp_path: Path) -> None:
+    """Though there is nobody to form one with."""
+    (tmp_path / "pickle").write_bytes(b"\x80\x04.")
+    rank = rank_alone(tmp_path, free_port(), 0, "cfg=2", "--embeddings", "pickle")
+    _, errors = rank.communicate(timeout=240)
+    assert rank.returncode == 2
+    assert re.fullmatch(r"paradiff: pickle: not readable as safetensors.*\n", errors), errors
 
 
 def test_launched_rank_that_never_starts_is_named(tmp_path: Path) -> None:
@@ -245,7 +273,7 @@ def test_launched_rank_that_never_starts_is_named(tmp_path: Path) -> None:
 
 def test_ranks_with_different_graphs_say_so(tmp_path: Path) -> None:
     port = free_port()
-    ranks = [rank_alone(tmp_path, port, r, s, 2) for r, s in enumerate(["cfg=2", "patch=2"])]
+    ranks = [rank_alone(tmp_path, port, r, s) for r, s in enumerate(["cfg=2", "patch=2"])]
     for rank in ranks:
         _, errors = rank.communicate(timeout=240)
         assert rank.returncode == 1
