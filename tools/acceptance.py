@@ -137,6 +137,7 @@ CASES: dict[int, list[tuple[str, str]]] = {
         ("pixart-alpha", "parastep=4,warmup=1"),
         ("pixart-alpha", "tensor=4"),
         ("sd3-medium", "ulysses=4"),
+        ("sd3-medium", "ulysses=4,exchange=2x2"),
         ("sd3-medium", "ring=4"),
     ],
     8: [

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import placed
 import plain_loops as plain
 import pytest
 import torch
@@ -25,16 +26,24 @@ from paradiff.strategies import Workload, build, parse_spec
 from paradiff.strategies.tiling import tiling
 from paradiff.trace import check_trace
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("device"),
+]
 
 STEPS = 2
 
 
-@cache
 def pipeline(name: str) -> Pipeline:
+    return _loaded(name, placed.device)
+
+
+@cache
+def _loaded(name: str, device: str) -> Pipeline:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "cached_profile", lambda plan: plain.twin(name)[0])
-        where = torch.device("cpu")
+        where = torch.device(device)
         return load(f"tiny-{name}", random_weights=True, dtype=torch.float64, device=where)
 
 
@@ -45,8 +54,9 @@ def graph_of(name: str, spec: str) -> ScheduleGraph:
 
 def execute(name: str, spec: str, ours: Pipeline | None = None) -> Result:
     ours, graph = ours or pipeline(name), graph_of(name, spec)
+    replicas = range(parse_spec(spec).degree("data"))
     request = Request(
-        conditioning=[plain.given(name, r) for r in range(parse_spec(spec).degree("data"))],
+        conditioning=[placed.there(plain.given(name, r)) for r in replicas],
         scheduler=ours.scheduler,
         decode=decoder(ours),
         strips=strip_decoder(ours),
@@ -116,7 +126,8 @@ def test_a_job_decodes_as_its_spec_says(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(loading, "cached_profile", lambda plan: plain.twin("sdxl")[0])
     pictures = []
     for spec in ("cfg=2", "cfg=2,vae=split"):
-        prepared = prepare(Job(source="tiny-sdxl", spec=spec, steps=STEPS, dtype="fp64"))
+        job = Job(source="tiny-sdxl", spec=spec, steps=STEPS, dtype="fp64", device=placed.device)
+        prepared = prepare(job)
         result = prepared.in_process()
         prepared.save(result, tmp_path)
         pictures.append(result.decoded[0])
@@ -141,6 +152,9 @@ def test_tiles_are_those_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(found, expected(latent))
     assert plain.relative(found, whole) > 1e-3
     monkeypatch.setattr(loading, "cached_profile", lambda plan: plain.twin("sdxl")[0])
-    job = Job(source="tiny-sdxl", spec="cfg=2,vae=tiled,tile=8", steps=STEPS, dtype="fp64")
+    job = Job(
+        source="tiny-sdxl", spec="cfg=2,vae=tiled,tile=8", steps=STEPS, dtype="fp64",
+        device=placed.device,
+    )  # fmt: skip
     result = prepare(job).in_process()
     assert torch.equal(result.decoded[0], expected(result.latents[0]))

@@ -22,7 +22,11 @@ from torch import Tensor
 from paradiff.executor.loading import pipeline_class
 from paradiff.models.tiny import tiny_scheduler
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("device"),
+]
 
 STEPS = 5
 SIZE = 128

@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import diffusers
+import placed
 import plain_loops as plain
 import plain_steps
 import pytest
@@ -20,7 +21,11 @@ from paradiff.executor.network import Network
 from paradiff.executor.schedulers import NAMES, Schedule, check_scheduler, scheduler_named
 from paradiff.models.tiny import tiny_scheduler
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("device"),
+]
 
 STEPS = 5
 CASES = [
@@ -52,7 +57,7 @@ def test_rows_stepped_apart_equal_the_whole_latent(name: str, chosen: str | None
     plain.set_timesteps(own, name, STEPS, 64)
     draw = torch.Generator().manual_seed(1)
     sizes = (1, 4, 8, 6)
-    predictions = torch.randn(STEPS, *sizes, generator=draw, dtype=torch.float64)
+    predictions = placed.there(torch.randn(STEPS, *sizes, generator=draw, dtype=torch.float64))
     sigmas = Network(*plain.twin(name)[::-1]).sigmas(STEPS)
     schedule = Schedule(
         scheduler, STEPS, sigmas=sigmas, tokens=64, sizes=sizes, seed=0, guidance_scale=5.0
@@ -60,8 +65,8 @@ def test_rows_stepped_apart_equal_the_whole_latent(name: str, chosen: str | None
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(sizes, generator=generator, dtype=torch.float64)
     extra = {"generator": generator} if "generator" in signature(own.step).parameters else {}
-    whole = schedule.initial(0)
-    assert torch.equal(whole, start * getattr(own, "init_noise_sigma", 1.0))
+    whole = placed.there(schedule.initial(0))
+    assert torch.equal(whole.cpu(), start * getattr(own, "init_noise_sigma", 1.0))
     parts = list(whole.split([2, 5, 1], dim=-2))
     loop = whole
     for step, out in enumerate(predictions):

@@ -18,7 +18,11 @@ from paradiff.executor.transfers import transfer
 from paradiff.graph import Instance
 from paradiff.strategies import Infeasible, Workload, build, parse_spec
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("device"),
+]
 
 DITS = ("pixart-alpha", "sd3-medium", "flux1-dev", "cogvideox-2b")
 SPREAD = [
@@ -28,6 +32,7 @@ SPREAD = [
     "ring=2,rotate=allgather",
     "ring=4",
     "ring=4,rotate=allgather",
+    "ulysses=4,exchange=2x2",
     "ulysses=2,ring=2",
     "ulysses=2,ring=2,rotate=allgather",
     "cfg=2,ulysses=2",

@@ -14,7 +14,11 @@ from paradiff.strategies.asyncdiff import owners_of
 from paradiff.strategies.builder import Builder, Mesh, Workload
 from paradiff.strategies.pipefusion import patch_rows
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("device"),
+]
 
 STEPS = 5
 DITS = ("pixart-alpha", "sd3-medium", "flux1-dev", "cogvideox-2b", *plain.OTHERS)

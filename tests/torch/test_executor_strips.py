@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from functools import cache
 
+import placed
 import plain_loops as plain
 import pytest
 import torch
@@ -21,7 +22,11 @@ from paradiff.models.tiny import tiny_scheduler
 from paradiff.strategies import Infeasible, Workload, build, parse_spec
 from paradiff.trace import check_trace
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("device"),
+]
 
 STEPS = 5
 MODES = ("corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync")
@@ -35,7 +40,7 @@ def graph_of(name: str, spec: str, steps: int = STEPS) -> ScheduleGraph:
 
 def request_of(name: str, replicas: int = 1) -> Request:
     return Request(
-        conditioning=[plain.given(name, i) for i in range(replicas)],
+        conditioning=[placed.there(plain.given(name, i)) for i in range(replicas)],
         scheduler=tiny_scheduler(name),
         seed=plain.SEED,
         guidance_scale=plain.SCALE,
@@ -44,11 +49,11 @@ def request_of(name: str, replicas: int = 1) -> Request:
 
 def execute(name: str, graph: ScheduleGraph, replicas: int = 1) -> Result:
     """Run and judge what holds of every run: a legal trace, transfers of the bytes that they say."""
-    profile, model = plain.twin(name)
+    profile, _ = plain.twin(name)
     with weighed():
-        result = run_graph(graph, Network(model, profile), request_of(name, replicas))
+        result = run_graph(graph, Network(placed.model(name), profile), request_of(name, replicas))
     check_trace(graph, result.trace)
-    return result
+    return placed.back(result)
 
 
 def latent(name: str, spec: str) -> Tensor:

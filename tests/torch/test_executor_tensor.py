@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from unittest import mock
 
+import placed
 import plain_loops as plain
 import pytest
 import torch.nn.functional as F
@@ -13,7 +14,11 @@ from torch import Tensor
 
 from paradiff.executor.forward import ScheduleMismatch
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("device"),
+]
 
 DITS = ("pixart-alpha", "sd3-medium", "flux1-dev", "cogvideox-2b")
 
@@ -61,8 +66,8 @@ def test_shares_inside_parastep_change_nothing() -> None:
 
 def test_a_share_is_a_view_of_the_models_own_weights() -> None:
     """What a rank computes with lies in the storage of the parameter, packed halves too."""
-    _, model = plain.twin("flux1-dev")
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = placed.model("flux1-dev").parameters()
+    own = {p.untyped_storage().data_ptr() for p in parameters}
     used = set()
     plain_linear = F.linear
 

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import diffusers
+import placed
 import plain_loops as plain
 import pytest
 import read_map_oracle as oracle
@@ -31,7 +32,11 @@ from paradiff.graph import Instance, Op, Ref, ScheduleGraph, Section, absolute
 from paradiff.profiles import Geometry, Profile
 from paradiff.strategies import Workload, build, parse_spec
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("device"),
+]
 
 EULER = diffusers.FlowMatchEulerDiscreteScheduler
 
@@ -130,16 +135,25 @@ def toy_graph(spec: str) -> ScheduleGraph:
 def on_the_toy(graph: ScheduleGraph) -> Tensor:
     """Run by the executor on the oracle's network from its noise: (tokens, channels)."""
     words = {"encoder_hidden_states": torch.zeros(1, 6, 8, dtype=oracle.DTYPE)}
-    request = Request(conditioning=[words], scheduler=at_levels(oracle.TIMES))
+    weights = {n: placed.there(getattr(oracle, n)) for n in ("WEIGHTS", "W_IN", "W_OUT")}
+    request = Request(conditioning=[placed.there(words)], scheduler=at_levels(oracle.TIMES))
     start = oracle.START.mT[None, ..., None]
-    with mock.patch.object(schedulers.Noise, "draw", return_value=start):
-        found = run_graph(graph, ToyNetwork(Toy(), toy_profile()), request).latents[0]
+    with (
+        mock.patch.multiple(oracle, **weights),
+        mock.patch.object(schedulers.Noise, "draw", return_value=start),
+    ):
+        network = ToyNetwork(Toy().to(placed.device), toy_profile())
+        found = placed.back(run_graph(graph, network, request)).latents[0]
     return found[0, ..., 0].mT
 
 
-@cache
 def error_of(spec: str) -> float:
     """Against serial."""
+    return _error_of(spec, placed.device)
+
+
+@cache
+def _error_of(spec: str, _: str) -> float:
     return plain.relative(on_the_toy(toy_graph(spec)), oracle.serial())
 
 
