@@ -20,7 +20,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -50,6 +50,15 @@ Path_ = tuple[str | int, ...]
 
 class ConfigError(ValueError):
     """A file, an override or a name that the user has to correct; the message says how."""
+
+
+def printable(name: str) -> str:
+    """``name`` with control characters and line breaks as escapes: a terminal would obey them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+Name = Annotated[str, AfterValidator(printable)]
+"""A name from a file."""
 
 
 class Strict(BaseModel):

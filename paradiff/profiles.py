@@ -32,6 +32,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from paradiff.config import printable
+
 SYMBOLS = "bfrwktsh"
 KERNEL_DIMS: Mapping[str, tuple[str, ...]] = {
     "gemm": ("batch", "m", "n", "k"),
@@ -493,7 +495,7 @@ def _read_profile(data: Mapping[str, Any]) -> Profile:
 
     g = data["geometry"]
     return Profile(
-        name=data["name"],
+        name=printable(data["name"]),
         kind=data["kind"],
         source=data["source"],
         geometry=Geometry(

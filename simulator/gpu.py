@@ -14,7 +14,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from paradiff.config import Strict, find, load_yaml, problem
+from paradiff.config import Name, Strict, find, load_yaml, problem
 from paradiff.units import Bytes, BytesPerSecond, Dollars, FlopPerSecond, Seconds, Watts
 
 Value = TypeVar("Value")
@@ -82,8 +82,8 @@ class Launch(Strict):
 class Gpu(Strict):
     """A GPU profile."""
 
-    name: str
-    full_name: str
+    name: Name
+    full_name: Name
     peak: Rates
     """Dense tensor-core peak without sparsity; the roof of every other rate."""
     matmul: Rates

@@ -81,7 +81,7 @@ def ray_results(
     """As ``results``, on the Ray cluster at ``address`` (``local`` starts one on this machine).
 
     Ray gives the work of a worker that died to another. Raises ModuleNotFoundError without Ray, OSError
-    (ConnectionError) where no cluster answers.
+    (ConnectionError) where ``address`` is none or no cluster answers.
     """
     import ray
 
@@ -89,9 +89,15 @@ def ray_results(
     if colon and port.isdigit():
         # Ray itself tries for minutes.
         socket.create_connection((host, int(port)), timeout=5).close()
-    ray.init(
-        address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
-    )
+    if not address:
+        raise ConnectionError("empty, allowed: local, or the address of a cluster")
+    try:
+        ray.init(
+            address=address, log_to_driver=False, include_dashboard=False,
+            logging_level=logging.ERROR,
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        raise ConnectionError(str(error).partition("\n")[0]) from None
     try:
         remote = ray.remote(max_retries=TRIES)(function)
         running = {remote.remote(each): index for index, each in enumerate(inputs)}

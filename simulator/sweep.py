@@ -205,7 +205,7 @@ def run(
     """
     tables = measured.fingerprint()
     files = [parts / f"{_key(each, tables)}.json" for each in work]
-    left = [i for i, file in enumerate(files) if not file.exists()]
+    left = [i for i, file in enumerate(files) if _read(file) is None]
     done = len(work) - len(left)
     inputs = [work[i] for i in left]
     made = (
@@ -218,14 +218,26 @@ def run(
         done += 1
         if progress is not None:
             progress(done, len(work))
-    return [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
+    return [row for file in files for row in _read(file) or ()]
+
+
+def _read(file: Path) -> list[Row] | None:
+    """The rows of a finished part; None where it is not there, or not whole."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, list) else None
 
 
 def _write(file: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, though the power is cut."""
     file.parent.mkdir(parents=True, exist_ok=True)
     staged = file.with_name(f".{file.name}.{os.getpid()}")
-    staged.write_text(text, encoding="utf-8")
+    with staged.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
     staged.replace(file)
 
 

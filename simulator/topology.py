@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import networkx as nx
 from pydantic import BeforeValidator, Field, model_validator
 
-from paradiff.config import ConfigError, Path_, Strict, available, find, load_yaml, problem
+from paradiff.config import ConfigError, Name, Path_, Strict, available, find, load_yaml, problem
 from paradiff.units import Bytes, BytesPerSecond, Dollars, PositiveSeconds, Seconds
 
 Duplex = Literal["full", "half"]
@@ -337,7 +337,7 @@ class CollectiveFile(Strict):
 class TopologyFile(Strict):
     """The YAML form of a topology."""
 
-    name: str
+    name: Name
     gpu: str
     """Profile of every GPU that names none."""
     nodes: tuple[NodeFile, ...] = Field(min_length=1)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import Field, model_validator
 
-from paradiff.config import ConfigError, Document, Path_, Strict, load_yaml, nearest, problem
+from paradiff.config import ConfigError, Document, Name, Path_, Strict, load_yaml, nearest, problem
 from paradiff.units import PositiveSeconds
 from simulator.queueing import Floats, Requests
 
@@ -30,7 +30,7 @@ class RequestClass(Strict):
     """Requests that are alike: one model at one size. ``deadline``: seconds from arrival to result."""
 
     model: str = Field(min_length=1)
-    name: str = ""
+    name: Name = ""
     """What traces and results call it; without it, its model."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Share of the requests, next to the others' weights."""

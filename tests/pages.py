@@ -14,8 +14,8 @@ import pytest
 
 from paradiff.config import find
 
-HOSTILE = "<script>alert(1)</script>\"'&\n../../../x"
-"""A name: markup, quotes, a line break, a path."""
+HOSTILE = "<script>alert(1)</script>\"'&\n\x1b[2J../../../x"
+"""A name: markup, quotes, a line break, what clears a terminal, a path."""
 
 
 class Scripts(HTMLParser):

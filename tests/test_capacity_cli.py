@@ -204,6 +204,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--request-rate", "8", "--slo", "p99=6s", "--output-dir", str(folder / "out"),
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
+    assert "\x1b" not in done.output
     assert sorted(p.name for p in (folder / "out").iterdir()) == [
         "capacity.csv", "capacity.html", "capacity.json",
     ]  # fmt: skip

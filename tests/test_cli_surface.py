@@ -98,7 +98,8 @@ def test_validate_lab_options() -> None:
 def test_plan_options_are_the_same_under_both_names() -> None:
     group = typer.main.get_command(app)
     assert options(group.commands["plan"]) == PLAN  # type: ignore[attr-defined]
-    assert options(typer.main.get_command(plan_app)) == PLAN
+    completion = {"--install-completion", "--show-completion"}
+    assert options(typer.main.get_command(plan_app)) == PLAN | completion
 
 
 def test_run_options() -> None:

@@ -30,12 +30,14 @@ main()
 
 def completed(words: str) -> list[str]:
     """What bash would offer after ``words``."""
+    command = words.split()[0]
+    entry = {"paradiff": "main", "paradiff-plan": "plan_main"}[command]
     done = subprocess.run(
-        [sys.executable, "-c", "from paradiff.cli import main; main()"],
+        [sys.executable, "-c", f"from paradiff.cli import {entry}; {entry}()"],
         env={
             **os.environ,
             "PYTHONPATH": ROOT,
-            "_PARADIFF_COMPLETE": "complete_bash",
+            f"_{command.upper().replace('-', '_')}_COMPLETE": "complete_bash",
             "COMP_WORDS": words,
             "COMP_CWORD": str(words.count(" ")),
         },
@@ -96,6 +98,7 @@ def test_completion_offers_commands_options_and_shipped_names() -> None:
     assert completed("paradiff plan --topology nvlink8-h2") == ["nvlink8-h20", "nvlink8-h200"]
     assert completed("paradiff plan --model flux1-s") == ["flux1-schnell"]
     assert completed("paradiff run --model flux1-s") == ["flux1-schnell"]
+    assert completed("paradiff-plan --model flux1-s") == ["flux1-schnell"]
     assert completed("paradiff topology import --gpu l40") == ["l40", "l40s"]
     assert completed("paradiff topology doctor nvlink8-h2") == ["nvlink8-h20", "nvlink8-h200"]
     assert completed("paradiff validate lab --topology lab-t") == ["lab-trunk"]

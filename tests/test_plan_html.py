@@ -44,6 +44,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
+    assert "\x1b" not in done.output
+    assert "\\n\\x1b[2J" in done.output, "on one line, and the terminal is not cleared"
     assert sorted(p.name for p in folder.iterdir()) == ["hostile.json", "hostile.yaml", "out"]
     return folder / "out" / "report.html"
 

@@ -24,7 +24,7 @@ app = group(
     "Which parallel strategy should run this diffusion model on this box, and how fast?",
     completion=True,
 )
-plan_app = group("Rank the parallel strategies for one model on one box.")
+plan_app = group("Rank the parallel strategies for one model on one box.", completion=True)
 app.command()(plan)
 app.command()(run)
 plan_app.command()(plan)
