@@ -73,7 +73,7 @@ def _curve(rows: Sequence[Row]) -> Figure:
         errors = [quantiles(row.errors.final["relative_l2"]) for row in chosen]
         traces.append({
             "type": "scatter",
-            "mode": "markers",
+            "mode": "lines+markers",
             "name": plain(family),
             "x": [row.latency_s for row in chosen],
             "y": [middle for middle, _, _ in errors],
@@ -84,6 +84,7 @@ def _curve(rows: Sequence[Row]) -> Figure:
                 "arrayminus": [middle - low for middle, low, _ in errors],
                 "thickness": 1,
             },
+            "line": {"color": PALETTE[k % len(PALETTE)], "width": 1},
             "marker": {
                 "color": PALETTE[k % len(PALETTE)],
                 "symbol": SYMBOLS[k % len(SYMBOLS)],

@@ -104,10 +104,13 @@ CLAIMS = (
     ),
     Claim(
         "synchronous GroupNorm",
-        "synchronous GroupNorm is nearer than corrected",
-        "DistriFusion, ablation: LPIPS 0.207 against 0.211",
+        "synchronous GroupNorm is nearer than corrected, stale and separate",
+        "DistriFusion, ablation: LPIPS 0.207 against 0.211, 0.247, 0.317",
         (UNET,),
-        (_chain("distrifusion=4,warmup=2", "distrifusion=4,mode=sync_gn,warmup=2"),),
+        tuple(
+            _chain(f"distrifusion=4{mode},warmup=2", "distrifusion=4,mode=sync_gn,warmup=2")
+            for mode in ("", ",mode=stale_gn", ",mode=separate_gn")
+        ),
     ),
     Claim(
         "PipeFusion",

@@ -1,4 +1,4 @@
-"""``paradiff validate fidelity``: what stale strategies do to the result, seed by seed."""
+"""``paradiff validate fidelity``: what stale strategies do to the result, sample by sample."""
 
 from __future__ import annotations
 
@@ -73,9 +73,12 @@ def fidelity(
             help=f"{', '.join(SCHEDULERS)}; several: each; default: the model's own.",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Seeds to compare on.")] = 20,
+    samples: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Draws of noise to compare on.")
+    ] = 20,
     batch: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Seeds at a time; default: all.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Samples at a time, of one seed; default: all."),
     ] = None,
     seed: opt.Seed = 0,
     height: Pixels = None,
