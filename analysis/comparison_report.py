@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from analysis.comparison import Comparison, Group
+from analysis.comparison import Both, Comparison, Group
 from analysis.page import Chart, above, axis, bars, figure, render
 from analysis.text import plain, seconds
 from analysis.timeline import lanes, timeline, windows, within
@@ -24,6 +24,11 @@ Table = tuple[Sequence[str], list[list[str]]]
 def percent(value: float | None, sign: str = "+") -> str:
     """With its sign: of an error too much is ``+``."""
     return "-" if value is None else f"{value:{sign}.1%}"
+
+
+def _error(times: Both) -> str:
+    """Of what is predicted to take no time (work of the host, noise, text) there is none to speak of."""
+    return percent(times.error if times.predicted_s else None)
 
 
 def title(facts: Mapping[str, Any]) -> str:
@@ -41,11 +46,13 @@ def summary(found: Comparison, facts: Mapping[str, Any]) -> list[str]:
         else "one run"
     )
     limit = percent(facts["max_error"], "")
+    alone = "One run does not show how far runs lie apart: the verdict is of this one (--repeats)."
     return [
         f"Predicted {seconds(times.predicted_s)}, measured {seconds(times.measured_s)} ({many}):"
         f" {percent(times.error)}, {verdict} at {limit}.",
         f"A single op is missed by {percent(found.median_op_error, '')} in the median. The clocks of the"
         f" ranks agree to {found.clock_residual_s * 1e6:.0f} us.",
+        *[alone] * (repeats == 1),
     ]
 
 
@@ -81,7 +88,7 @@ def _group_row(name: str, group: Group) -> list[str]:
     times = group.times
     return [
         name, str(group.ops), seconds(times.predicted_s), seconds(times.measured_s),
-        percent(times.error), percent(group.median_error, ""),
+        _error(times), percent(group.median_error if times.predicted_s else None, ""),
     ]  # fmt: skip
 
 
@@ -117,7 +124,7 @@ def worst_table(found: Comparison) -> Table:
     rows = [
         [
             op.span.id, str(op.span.rank), op.span.call, f"{op.span.nbytes:,}" * (op.span.nbytes > 0),
-            _ms(op.times.predicted_s), _ms(op.times.measured_s), percent(op.times.error),
+            _ms(op.times.predicted_s), _ms(op.times.measured_s), _error(op.times),
         ]
         for op in found.worst()
     ]  # fmt: skip

@@ -113,26 +113,36 @@ def test_other_ops_are_not_compared(graph: ScheduleGraph) -> None:
         compare(predicted, [])
 
 
+FIXED_S = 2.0
 Fault = Callable[[ScheduleGraph], Trace]
-FAULTS: dict[str, Fault] = {
-    "a link twice too fast": lambda g: run(g, Topology.uniform(2, bandwidth_bytes_per_s=2.0)),
-    "no fixed cost of a call": lambda g: run(g, costs=UnitCosts(fixed_s=0.0)),
-    "compute a fifth too slow": lambda g: run(g, costs=UnitCosts(unit_s=1.2, fixed_s=1.0)),
+FAULTS: dict[str, tuple[float, Fault]] = {
+    "a link twice too fast": (
+        1 + 6 * (5 + 2 + 2),
+        lambda g: run(
+            g, Topology.uniform(2, bandwidth_bytes_per_s=2.0), UnitCosts(fixed_s=FIXED_S)
+        ),
+    ),
+    "no fixed cost of a call": (1 + 6 * (5 + 4), lambda g: run(g, costs=UnitCosts(fixed_s=0.0))),
+    "compute a third too slow": (
+        4 / 3 * (1 + 6 * 5) + 6 * (2 + 4),
+        lambda g: run(g, costs=UnitCosts(unit_s=4 / 3, fixed_s=FIXED_S)),
+    ),
 }
+"""What is predicted, in seconds, and how."""
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_the_simulator_fails_the_gate(graph: ScheduleGraph, fault: str) -> None:
-    """The measured run has links of 1 B/s and calls that cost 1 s more: 1 + 6 x (5 + 1 + 4) = 61 s.
-
-    Twice as fast: 1 + 6 x 8 = 49 s (here without the fixed cost missing: 1 + 6 x (5 + 0 + 2) = 43).
-    No fixed cost: 1 + 6 x 9 = 55 s, 9.8 % too little.
-    """
-    measured = run(graph, costs=UnitCosts(fixed_s=1.0)).expanded()
-    assert measured.makespan_s == 61
-    right = compare(run(graph, costs=UnitCosts(fixed_s=1.0)), [measured])
+    """The measured run has links of 1 B/s and calls that cost 2 s more: 1 + 6 x (5 + 2 + 4) = 67 s. Links
+    twice as fast give 18 % too little, and so does no fixed cost; slow compute gives 15 % too much."""
+    measured = run(graph, costs=UnitCosts(fixed_s=FIXED_S)).expanded()
+    assert measured.makespan_s == 67
+    right = compare(run(graph, costs=UnitCosts(fixed_s=FIXED_S)), [measured])
     assert right.within(0.0)
-    assert not compare(FAULTS[fault](graph), [measured]).within(0.09)
+    expected_s, predict = FAULTS[fault]
+    wrong = compare(predict(graph), [measured])
+    assert wrong.latency.predicted_s == pytest.approx(expected_s)
+    assert not wrong.within(0.10)
 
 
 def facts(found: Comparison) -> dict[str, Any]:
@@ -153,8 +163,27 @@ def test_the_text_has_both_times(graph: ScheduleGraph) -> None:
     found = compare(predicted, [slower(predicted, 1.25)])
     said = comparison_report.text(found, facts(found))
     assert "Predicted 55.0 s, measured 68.8 s (one run): -20.0%, failed at 10.0%." in said
+    assert "One run does not show how far runs lie apart" in said
+    found = compare(predicted, [slower(predicted, 1.25)] * 2)
+    assert "One run" not in comparison_report.text(found, facts(found))
     permute = next(line for line in said.splitlines() if line.startswith("permute"))
     assert permute.split() == ["permute", "12", "48.0", "s", "60.0", "s", "-20.0%", "20.0%"]
+
+
+def test_what_is_predicted_to_take_no_time_has_no_error(graph: ScheduleGraph) -> None:
+    predicted = run(graph)
+    spans = tuple(
+        span._replace(kind="host", busy_s=0.0) if span.name.startswith("beside") else span
+        for span in predicted.expanded().spans
+    )
+    longer = tuple(
+        span._replace(busy_s=2.0) if span.kind == "host" else span  # as they were
+        for span in spans
+    )
+    made, seen = (Trace(each, predicted.makespan_s) for each in (spans, longer))
+    rows = {row[0]: row[1:] for row in comparison_report.kind_table(compare(made, [seen]))[1]}
+    assert rows["host"] == ["6", "0 s", "12.0 s", "-", "-"]
+    assert rows["permute"][-2:] == ["+0.0%", "0.0%"]
 
 
 def test_the_page_shows_both_timelines_on_one_axis(graph: ScheduleGraph, tmp_path: Path) -> None:

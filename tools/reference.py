@@ -151,6 +151,7 @@ def record(kind: type[Any]) -> str:
 
 SMALL = ("--topology", "nvlink8-h100", "--model", "sd21", "--format", "json")
 MACHINES = "list: of each machine its ranks, and what `paradiff env` says there"
+LOST = "number: share of a transfer's time that compute beside it loses; null in one process"
 KINDS_OF_KERNEL = "; ".join(
     f"`{kind}`: {', '.join(f'`{dim}`' for dim in dims)}" for kind, dims in KERNEL_DIMS.items()
 )
@@ -178,6 +179,7 @@ RESULTS: Sequence[Answer] = (
         {"by_kind": "KIND", "by_call": "CALL", "topology.nodes": "HOST"},
         {
             "machines": MACHINES,
+            "measured.compute_lost_beside_a_transfer": LOST,
             "topology.links": f"list: {record(topology.Link)}",
             "topology.collectives": f"list: {record(topology.CollectiveTable)}",
         },
@@ -188,6 +190,7 @@ RESULTS: Sequence[Answer] = (
         {"works": "WORK"},
         {
             "calls": f"list of [{', '.join(f'`{name}`' for name in CallTime._fields)}]",
+            "lost": LOST,
             "packing": "list of [bytes, seconds]",
             "kernels": "list of [kind, dimensions, "
             + ", ".join(f"`{name}`" for name in measured.Row._fields) + "]",
@@ -205,6 +208,7 @@ RESULTS: Sequence[Answer] = (
                 "--strategy", "parastep=2,warmup=1", "--strategy", "asyncdiff=2,warmup=1",
                 "--samples", "6", "--format", "json"),
         {"results[].per_step": "METRIC", "results[].final": "METRIC", "versions": "LIBRARY"},
+        {"prompt": "text, or null"},
     ),
 )  # fmt: skip
 MODEL_FILE = Answer(

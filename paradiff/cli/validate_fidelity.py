@@ -153,6 +153,20 @@ def fidelity(
         typer.echo(words.text(report))
 
 
+def _scores(given: Mapping[str, Any]) -> Mapping[str, Score]:
+    """LPIPS and CLIP, where their weights were given. Raises ValueError."""
+    if given["lpips"] is None and given["clip"] is None:
+        return {}
+    from paradiff.executor.perceptual import CLIP, LPIPS
+
+    found: dict[str, Score] = {}
+    if given["lpips"] is not None:
+        found["lpips"] = LPIPS(given["lpips"], given["device"])
+    if given["clip"] is not None:
+        found |= CLIP(given["clip"], given["prompt"], given["device"]).scores()
+    return found
+
+
 def _measured(given: Mapping[str, Any]) -> Report:
     """Everything that was asked for, run and compared.
 
@@ -163,11 +177,12 @@ def _measured(given: Mapping[str, Any]) -> Report:
     from paradiff.strategies import Infeasible
 
     try:
+        scores = _scores(given)
         measuring = _Measuring(given)
         cases = measuring.cases()
         batches = given["samples"] // measuring.bench.job.batch
         with progress("running", enabled=given["format_"] == "table") as advance:
-            found = words.measure(cases, batches, measuring.run, measuring.scores(), advance)
+            found = words.measure(cases, batches, measuring.run, scores, advance)
         return measuring.report(found)
     except Infeasible as error:
         leave_with(INFEASIBLE, str(error))
@@ -256,18 +271,6 @@ class _Measuring:
 
         seen: Seen = look(self._prepared(case, number))
         return seen
-
-    def scores(self) -> Mapping[str, Score]:
-        """LPIPS and CLIP, where their weights were given. Raises ValueError."""
-        from paradiff.executor.perceptual import CLIP, LPIPS
-
-        found: dict[str, Score] = {}
-        device = self.given["device"]
-        if self.given["lpips"] is not None:
-            found["lpips"] = LPIPS(self.given["lpips"], device)
-        if self.given["clip"] is not None:
-            found |= CLIP(self.given["clip"], self.given["prompt"], device).scores()
-        return found
 
     # ---------------------------------------------------------------------------- the report
 

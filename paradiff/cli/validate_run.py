@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 120.0
 WORKLOAD = ("height", "width", "frames", "steps", "batch")
+OLD_RUNS = re.compile(r"measured-\d+\.json\.gz")
+"""Of an earlier command, which may have had more repeats."""
 ELSEWHERE = {
     "compile_": False, "kernels": None, "guidance_scale": None, "embeddings": None, "prompt": None,
     "image": None, "negative_prompt": "",
@@ -225,7 +228,7 @@ def _conclude(
     if target is not None:
         graph, profile = prepared.graph, prepared.pipeline.network.profile
         seen = tracks.in_one_process if backend is None else tracks.measured
-        with staged(target) as folder:
+        with staged(target, OLD_RUNS) as folder:
             write_chrome_trace(found.predicted, folder / "predicted.json.gz", watched)
             for number, trace in enumerate(runs, 1):
                 file = folder / f"measured-{number}.json.gz"

@@ -9,6 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from paradiff.cli import app
+from paradiff.executor.fidelity import Bench
+from paradiff.executor.job import Job
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
@@ -46,6 +48,19 @@ def test_strategies_warm_ups_samplers_and_files(tmp_path: Path) -> None:
     assert (stale["n_gpus"], stale["synchronous_steps"], stale["max_staleness_steps"]) == (4, 1, 1)
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("<figure>") == 8
+
+
+def test_weights_of_scores_are_looked_at_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def too_early(_: Job) -> Bench:
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(Bench, "of", too_early)
+    for option in ("--lpips", "--clip"):
+        done = run("--model", "small-dit", option, str(tmp_path))
+        assert done.exit_code == 2, done.output
+        assert str(tmp_path) in done.stderr
 
 
 def test_what_is_stale_is_the_default_and_random_weights_are_said() -> None:

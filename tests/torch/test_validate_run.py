@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from analysis.tracks import UNWATCHED
 from paradiff.cli import app
 from paradiff.cli.measure_here import measure_here
+from paradiff.config import ConfigError
 from paradiff.dependencies import validate
 from paradiff.executor.job import Job, prepare
 from paradiff.executor.measure_calls import Call, chain, grid
@@ -115,17 +116,52 @@ def test_one_process_takes_turns(
 ) -> None:
     """All ranks in one process: nothing overlaps, so the prediction is the sum of the works."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    done = here(*SMALL, "--strategy", "cfg=2", "--repeats", "1", *ANY, "--format", "json")
+    (tmp_path / "out").mkdir()
+    for name in ("measured-1.json.gz", "measured-5.json.gz", "mine.txt"):
+        (tmp_path / "out" / name).touch()
+    command = (
+        *SMALL,
+        "--strategy",
+        "cfg=2",
+        "--repeats",
+        "1",
+        "--output-dir",
+        str(tmp_path / "out"),
+    )
+    done = here(*command, *ANY, "--format", "json")
     assert done.exit_code == 0, done.output
     answer = json.loads(done.output)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {*answer["files"], "mine.txt"}, "runs of an earlier command are gone"
+    assert "measured-5.json.gz" not in answer["files"]
     assert answer["how"] == "all ranks in one process, in turn"
     assert answer["predicted_s"] == pytest.approx(answer["by_kind"]["compute"]["predicted_s"])
+
+
+def test_the_gate_fails_for_a_machine_that_is_kept_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Six times as long as measured passes here, whatever else the machine does; works that are kept as
+    thirty times as long as they are do not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = (*SMALL, "--strategy", "cfg=2", "--repeats", "1", "--max-error", "5")
+    right = here(*command)
+    assert right.exit_code == 0, right.output
+    assert "One run does not show" in right.stdout
+    (file,) = tmp_path.glob("paradiff/measured/*.json")
+    kept = json.loads(file.read_text())
+    kept["works"] = {key: [30 * s for s in each] for key, each in kept["works"].items()}
+    file.write_text(json.dumps(kept))
+    wrong = here(*command)
+    assert wrong.exit_code == 1, wrong.output
+    assert "allowed: 500.0% (--max-error)" in wrong.stderr
 
 
 def test_works_are_timed_once_for_all_that_have_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A longer run has no work that a shorter one lacks; a broken file is said, not used."""
+    """A longer run has no work that a shorter one lacks; a broken file is said, not used, and measured
+    over where that is asked for."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     job = Job(source="tiny-pixart-alpha", spec="serial", height=128, width=128, steps=2)
     prepared = prepare(job)
@@ -135,7 +171,13 @@ def test_works_are_timed_once_for_all_that_have_them(
     assert measure_here(job, longer, again=False).new == 0
     (file,) = tmp_path.glob("paradiff/measured/*.json")
     assert json.loads(file.read_text())["about"]["torch"] == torch.__version__
+    whole = file.read_text()
+    for broken in (whole[:-9], whole.replace("paradiff.", "other.", 1), "[]"):
+        file.write_text(broken)
+        with pytest.raises(ConfigError, match=rf"{file.name}: no measurements of a machine"):
+            measure_here(job, prepared)
     assert measure_here(job, prepared, again=True).new == first.new
+    assert json.loads(file.read_text())["works"].keys() == json.loads(whole)["works"].keys()
 
 
 def _fields(job: Job) -> dict[str, Any]:
