@@ -133,8 +133,8 @@ FAULTS: dict[str, tuple[float, Fault]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_the_simulator_fails_the_gate(graph: ScheduleGraph, fault: str) -> None:
-    """The measured run has links of 1 B/s and calls that cost 2 s more: 1 + 6 x (5 + 2 + 4) = 67 s. Links
-    twice as fast give 18 % too little, and so does no fixed cost; slow compute gives 15 % too much."""
+    """The measured run has links of 1 B/s and calls that cost 2 s more: 1 + 6 x (5 + 2 + 4) = 67 s.
+    Links twice as fast give 18 % too little, and so does no fixed cost; slow compute 15 % too much."""
     measured = run(graph, costs=UnitCosts(fixed_s=FIXED_S)).expanded()
     assert measured.makespan_s == 67
     right = compare(run(graph, costs=UnitCosts(fixed_s=FIXED_S)), [measured])
