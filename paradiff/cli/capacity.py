@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from simulator.topology import Topology
     from simulator.traffic import RequestClass
 
+MOST = 1e6
+"""Requests a second, and burstiness; the least is one over it."""
+
 
 def capacity(
     topology: Annotated[
@@ -157,8 +160,8 @@ def capacity(
         if (request_rate is None) == (trace is None):
             raise ConfigError("give one of --request-rate R and --trace FILE")
         for name, value in (("--request-rate", request_rate), ("--burstiness", burstiness)):
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name} {value:g}: must be more than zero, and finite")
+            if value is not None and not 1 / MOST <= value <= MOST:
+                raise ConfigError(f"{name} {value:g}: allowed: {1 / MOST:g} to {MOST:g}")
         arrivals = None if trace is None else load_trace(trace, classes)
         demand = Demand(
             traffic=traffic_of(classes, request_rate, burstiness, arrivals),
