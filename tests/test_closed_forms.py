@@ -21,6 +21,7 @@ from paradiff.trace import check_trace
 from simulator.costs import CostModel
 from simulator.engine import simulate
 from simulator.gpu import load_gpu
+from simulator.partition import Partition
 from simulator.topology import Topology
 
 ROWS, WIDTH, BLOCKS, ELEMENT = 16, 4, 4, 2
@@ -252,6 +253,22 @@ def test_uneven_stages_against_an_event_recurrence(stages: str, ratio: float) ->
         end = free[n - 1]
     spec = f"pipefusion={n},patches={m},stages={stages}"
     assert denoise_s(spec, X / m / c, steps) == exactly(end)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.9, 2.5])
+@pytest.mark.parametrize("stages", ["1:3", "3:1", "2:1:1", "1:1:2"])
+@pytest.mark.parametrize("m", [2, 4])
+def test_period_of_uneven_stages(stages: str, m: int, ratio: float) -> None:
+    """max(M tau_d, M c, sum of tau_d + N c): the stage, the link, or the way of one patch around, of
+    which N - 1 messages go forward and one goes back. What ``partition`` minimises."""
+    counts = [int(c) for c in stages.split(":")]
+    tau = [FORWARD * c / BLOCKS / m for c in counts]
+    c = ratio * FORWARD / len(counts) / m
+    around = Partition(max(*tau, c), sum(tau) + len(counts) * c, tuple(counts), ())
+    period = max(m * max(tau), m * c, sum(tau) + len(counts) * c)
+    spec = f"pipefusion={len(counts)},patches={m},stages={stages}"
+    assert step_s(spec, X / m / c if c else float("inf")) == exactly(period)
+    assert around.period_s(m) == exactly(period)
 
 
 @pytest.mark.parametrize(("m", "ratio"), [(4, 0.1), (4, 0.6), (4, 2.0), (2, 0.5)])
