@@ -301,6 +301,22 @@ def test_asyncdiff_stride_2_round() -> None:
     assert two == exactly(FORWARD / n + moved / bandwidth)
 
 
+def test_asyncdiff_round_of_two_branches() -> None:
+    """Half of one branch + 2 X e + guidance + scheduler: the cycle of the last component's rank.
+
+    Its prediction X e goes to its twin at once. Into its link comes meanwhile the boundary's hidden
+    state (8 channels to the latent's 4), so that the twin's takes twice as long and the hidden state
+    is there before the scheduler is done. The broadcast of the prediction goes out of the other side.
+    """
+    toy, bandwidth = toys.transformer(), 6.0
+    branch = toy.denoiser.flops({**SHAPE, "t": 6})
+    glue = sum(toy.stages[s].flops(SHAPE) for s in ("guidance", "scheduler"))
+    moved = 2 * 4 * ROWS * WIDTH * ELEMENT
+    for dp in ("", "data=2,"):
+        step = step_s(f"{dp}cfg=2,asyncdiff=2,warmup=1", bandwidth, toy)
+        assert step == exactly(branch / 2 + moved / bandwidth + glue)
+
+
 @pytest.mark.parametrize("p", [2, 4])
 def test_parastep_cycle(p: int) -> None:
     """T_F + (p-1) t_recv + t_bcast for p steps: the predictions meet on rank 0's link (14.3)."""
@@ -390,6 +406,7 @@ BOTH = (
     "asyncdiff=3,warmup=1",
     "asyncdiff=2,stride=2,warmup=1",
     "asyncdiff=2,stride=2,warmup=2",
+    "cfg=2,asyncdiff=2,stride=2,warmup=2",
     "parastep=4,warmup=1",
     "cfg=2,parastep=2,warmup=1",
     "parastep=2,patch=2,warmup=1",
