@@ -145,6 +145,7 @@ def test_every_way_to_queue_gives_an_answer() -> None:
         (["--request-rate", "1", "--slo", "fast"], "not a percentile"),
         (["--request-rate", "1", "--slo", "p99=3s"], "given twice"),
         (["--request-rate", "1", "--price", "pcie8=-9 USD"], "money out of range ('-9 USD')"),
+        (["--request-rate", "1", "--price", "pcie8=0 USD"], "money out of range ('0 USD')"),
         (["--request-rate", "1", "--price", "pcie8=9 EUR"], "unknown money unit 'EUR'"),
         (["--request-rate", "1", "--price", "pcie9=9 USD"], "no such box"),
         (["--request-rate", "1", "--topology", "pcie8"], "two boxes are called 'pcie8'"),
