@@ -27,6 +27,7 @@ from simulator.costs import (
     ComputeCost,
     CostModel,
     StageSeconds,
+    chip_of,
 )
 from simulator.gpu import load_gpu
 from simulator.kernels import (
@@ -42,6 +43,7 @@ from simulator.kernels import (
     conv_s,
     gemm_s,
     padded,
+    placed_s,
     stream_s,
 )
 from simulator.tables import Table, lender, measured_gemms
@@ -115,6 +117,30 @@ def test_attention_waves_closed_form() -> None:
     for heads, expected in ((200, 1.0), (201, 1 + ALONE / 2), (300, 1 + ALONE / 2), (301, 2.0)):
         seconds = attention_s(fast, 1, heads, 64, 1024, 128, 128, 2)
         assert seconds == pytest.approx(ATTENTION_FIXED_S + expected * tile_s, rel=1e-12)
+
+
+def test_the_last_block_is_placed_when_the_waves_before_the_last_are_done() -> None:
+    """Of 200 CTAs all have a place at once, of 201 to 400 the last after one wave, of 401 after two."""
+    tile_s = 64 * 1024 * 4 * 128 / (2e12 * 0.8 / 2) + ATTENTION_CTA_S
+    for heads, waves in ((200, 0), (201, 1), (400, 1), (401, 2)):
+        found_s = placed_s(CHIP, 1, heads, 64, 1024, 128, 128)
+        assert found_s == pytest.approx(waves * tile_s, rel=1e-12)
+
+
+def test_only_a_block_of_a_ring_keeps_a_collective_out() -> None:
+    """An eighth of PixArt at 2048 px: 2 x 16 heads x 2048 / 64 rows on 2 x 92 places are six waves, of
+    which five are over when the last CTA is placed. Other work is many kernels, between which a
+    collective gets its SMs. Calibrated, it takes longer."""
+    costs = model(PIXART, "l20", dtype="fp16")
+    at = next(i for i, _ in PIXART.denoiser.points("kv"))
+    part = latent(PIXART, 2048, 2)._replace(r=32, k=32)
+    block = Work("denoiser", ((at, at + 1),), part, blocks=8)
+    cost = costs.compute(block, 0)
+    chip = chip_of(load_gpu("l20"), "fp16")
+    assert cost.placed_s == pytest.approx(placed_s(chip, 2, 16, 2048, 2048, 72, 72), rel=1e-12)
+    assert 0.5 * cost.device_s < cost.placed_s < cost.device_s
+    assert costs.compute(block._replace(blocks=1), 0).placed_s == 0
+    assert replace(costs, device_scale=2.0).compute(block, 0).placed_s == 2 * cost.placed_s
 
 
 def test_fewer_heads_lose_waves() -> None:

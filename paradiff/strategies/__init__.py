@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from paradiff.graph import ScheduleGraph
 from paradiff.profiles import Profile
@@ -30,14 +30,12 @@ from paradiff.strategies.tiling import tiled_decode
 __all__ = [
     "AXES",
     "STRATEGIES",
-    "Alike",
     "Facts",
     "Infeasible",
     "Spec",
     "SpecError",
     "Workload",
     "build",
-    "build_alike",
     "candidate_specs",
     "facts",
     "parse_spec",
@@ -61,11 +59,9 @@ class Strategy:
     """One pass or step strategy: its emitter, its parameters (name -> pattern), what it promises.
 
     ``exact(options, steps)`` and ``synchronous(options, steps)``: whether the result is that of one GPU,
-    and how many steps read nothing old. ``along``: the mesh axis that its degree is of; ``ranks`` that
-    this axis has for a degree; ``staged``: they hold different layers; ``axes`` that go with it, and why
-    no others (``alone``); ``alike``: ranks that share tokens or weights, and those of both branches, do
-    the same; ``passes`` that a step strategy may run each step on; ``streams``: a rank may begin the
-    next request before this one ends.
+    and how many steps read nothing old. ``along``: the mesh axis that its degree is of; ``ranks`` it
+    takes beside those of the mesh; ``axes`` that go with it; ``passes`` that a step strategy may run
+    each step on; ``streams``: a rank may begin the next request before this one ends.
     """
 
     emit: Callable[[Builder, Options], None]
@@ -73,11 +69,8 @@ class Strategy:
     exact: Callable[[Options, int], bool] = _nothing_left_out
     synchronous: Callable[[Options, int], int] = _all
     along: Literal["pp", "step"] | None = None
-    ranks: Callable[[Options, int], int] = lambda _, degree: degree
-    staged: bool = False
-    alike: bool = False
+    ranks: Callable[[Options, int], int] = lambda _, degree: 1
     axes: frozenset[str] = frozenset({"cfg", "data"})
-    alone: str = "a strip is one rank's, with all weights and heads"
     passes: frozenset[str] = frozenset()
     streams: bool = False
 
@@ -103,7 +96,6 @@ STRATEGIES: Mapping[str, Strategy] = {
         {"cache": INTEGER, "skip": COUNTS},
         lambda o, t: not _reuses(o),
         lambda o, t: 1 if _reuses(o) else t,
-        alike=True,
         axes=SEQUENCE,
     ),
     "patch": Strategy(patch, {"mode": "sync|naive"}, along="pp"),
@@ -139,8 +131,6 @@ STRATEGIES: Mapping[str, Strategy] = {
         lambda o, t: int(o.get("patches", o["pipefusion"])) == 1 or _warmup(1)(o, t) == t,
         _warmup(1),
         along="pp",
-        staged=True,
-        alike=True,
         axes=SEQUENCE,
     ),
     "asyncdiff": Strategy(
@@ -148,11 +138,8 @@ STRATEGIES: Mapping[str, Strategy] = {
         {"warmup": INTEGER, "stride": "1|2", "cuts": f"published|balanced|{COUNTS}"},
         lambda o, t: _warmup(9)(o, t) == t,
         _warmup(9),
-        along="pp",
         ranks=lambda o, degree: degree + int(o.get("stride", "1")) - 1,
-        staged=True,
-        alike=True,
-        alone="a component is one rank's, and what it hands on is whole",
+        axes=frozenset(),
     ),
     "parastep": Strategy(
         parastep,
@@ -160,25 +147,14 @@ STRATEGIES: Mapping[str, Strategy] = {
         lambda o, t: _one_left(o, t) and _nothing_left_out(o, t),
         _warmup(5),
         along="step",
-        alike=True,
         axes=SEQUENCE,
         passes=frozenset({"patch"}),
     ),
     "streambatch": Strategy(
-        streambatch,
-        along="step",
-        alike=True,
-        axes=SEQUENCE,
-        passes=frozenset({"patch"}),
-        streams=True,
+        streambatch, along="step", axes=SEQUENCE, passes=frozenset({"patch"}), streams=True
     ),
     "batchstep": Strategy(
-        batchstep,
-        {"warmup": INTEGER},
-        _one_left,
-        _warmup(5),
-        axes=frozenset({"data"}),
-        alone="one rank predicts its steps as one batch, both branches in it",
+        batchstep, {"warmup": INTEGER}, _one_left, _warmup(5), axes=frozenset({"data"})
     ),
 }
 AXES = ("cfg", "data", "ulysses", "ring", "tensor")
@@ -217,8 +193,7 @@ class Spec:
     def mesh(self) -> Mesh:
         """Degrees in xDiT's order."""
         along = {
-            STRATEGIES[name].along: STRATEGIES[name].ranks(self.options, self.degree(name))
-            for name in self.options.keys() & STRATEGIES
+            STRATEGIES[name].along: self.degree(name) for name in self.options.keys() & STRATEGIES
         }
         return Mesh(
             tp=self.degree("tensor"),
@@ -233,7 +208,7 @@ class Spec:
     @property
     def n_gpus(self) -> int:
         """Ranks that the spec takes."""
-        return self.mesh.size
+        return self.mesh.size * self.strategy.ranks(self.options, self.degree(self.name))
 
     def narrower(self, gpus: int) -> str | None:
         """The widest axis made as wide as ``gpus`` allow, as ``name=degree``; None where none can be."""
@@ -321,41 +296,17 @@ def facts(spec: Spec, workload: Workload) -> Facts:
 
 def build(spec: Spec, profile: Profile, workload: Workload) -> ScheduleGraph:
     """The schedule of ``spec``. Raises Infeasible with the reason and the nearest legal choice."""
-    builder, graph = _emitted(spec, profile, workload, alike=False)
-    return _placed(graph, spec, profile.share(spec.mesh.tp), builder.element_bytes)
-
-
-class Alike(NamedTuple):
-    """A schedule of one rank of each kind: the fields of ``simulator.symmetry.Quotient``."""
-
-    graph: ScheduleGraph
-    members: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
-    representative: tuple[int, ...]
-
-
-def build_alike(spec: Spec, profile: Profile, workload: Workload) -> Alike | None:
-    """``build`` without the ops of ranks that do the same as another; None where the mesh does not say
-    which these are. Raises Infeasible."""
-    rearranged = {*PLACES, *DECODE, *spec.strategy.passes} & spec.options.keys()
-    if rearranged or not spec.strategy.alike or len(set(spec.mesh.kinds())) == spec.mesh.size:
-        return None
-    builder, graph = _emitted(spec, profile, workload, alike=True)
-    return Alike(graph, tuple(builder.members), builder.kinds)
-
-
-def _emitted(
-    spec: Spec, profile: Profile, workload: Workload, *, alike: bool
-) -> tuple[Builder, ScheduleGraph]:
     _check_axes(spec, profile)
     try:
-        builder = Builder(profile, workload, spec.mesh, alike)
+        builder = Builder(profile, workload, spec.mesh)
     except ValueError as error:
         raise Infeasible(str(error)) from error
     check_tensor(builder)
     spec.strategy.emit(builder, spec.options)
     meta = {"model": profile.name, "spec": spec.text}
     meta |= {k: str(getattr(workload, k)) for k in workload.__dataclass_fields__}
-    return builder, builder.graph(meta)
+    share = profile.share(spec.mesh.tp)
+    return _placed(builder.graph(meta), spec, share, builder.element_bytes)
 
 
 def _placed(
@@ -373,8 +324,8 @@ def _placed(
         graph = stored_in_fp8(graph)
     if "hsdp" in weights:
         lanes = [lane for groups in spec.mesh.step_groups() for group in groups for lane in group]
-        staged = spec.strategy.staged
-        groups = [ranks for lane in lanes for ranks in (lane.groups if staged else [lane.ranks])]
+        stages = spec.name == "pipefusion"
+        groups = [ranks for lane in lanes for ranks in (lane.groups if stages else [lane.ranks])]
         tp = spec.mesh.tp
         together = [ranks[share::tp] for ranks in groups for share in range(tp)]
         if max(map(len, together)) == 1:
@@ -389,19 +340,12 @@ def _placed(
     return graph
 
 
-def _legal_parts(spec: Spec) -> list[str]:
-    """The parts of ``spec`` but for axes that its strategy has not, and their parameters."""
-    axes = set(AXES) - spec.strategy.axes
-    gone = axes.union(*(AXIS_PARAMETERS.get(axis, ()) for axis in axes))
-    return [f"{key}={value}" for key, value in spec.options.items() if key not in gone]
-
-
 def _check_axes(spec: Spec, profile: Profile) -> None:
     for axis in AXES:
         if spec.degree(axis) > 1 and axis not in spec.strategy.axes:
             raise Infeasible(
-                f"{axis} inside {spec.name}: {spec.strategy.alone}",
-                ",".join(_legal_parts(spec)),
+                f"{axis} inside {spec.name} is not defined by its authors; {spec.name} runs alone",
+                f"{spec.name}={spec.degree(spec.name)}",
             )
     if spec.degree("cfg") > 1:
         if profile.geometry.guidance != "cfg":
