@@ -58,8 +58,8 @@ class Row:
 
     @property
     def machine(self) -> tuple[str, ...]:
-        """The words that say which machine it was."""
-        return self.source, words(self["gpu"]), words(self["interconnect"])
+        """The words that say which machine it was; behind a semicolon they say how it was used."""
+        return self.source, words(self["gpu"]), words(self["interconnect"].partition(";")[0])
 
     @property
     def source(self) -> str:
