@@ -150,7 +150,7 @@ def attention_s(
 ) -> float:
     """Seconds of flash attention: CTAs of 64 query rows of one head, two to an SM.
 
-    A grid smaller than the chip splits the keys (flash-decoding); fewer heads per GPU, as Ulysses
+    A grid of at most half the chip splits the keys (flash-decoding); fewer heads per GPU, as Ulysses
     leaves, lose whole waves.
     """
     if min(batch, heads, q, keys) <= 0:
@@ -194,9 +194,7 @@ def _grid(chip: Chip, batch: int, heads: int, q: int, keys: int, dim: int, value
     rate = chip.sm_flops * (WIDE_ATTENTION if wide else chip.attention * softmax_share(chip, dim))
     slots = 2 * chip.sms
     ctas = batch * heads * -(-q // ROWS)
-    split = 1
-    if ctas < 0.8 * slots:
-        split = max(1, min(slots // ctas, keys // SPLIT_BLOCK))
+    split = max(1, min(slots // ctas, keys // SPLIT_BLOCK))
     shared_s = ROWS * -(-keys // split) * flops_per_score / (rate / 2) + ATTENTION_CTA_S
     return _Grid(ctas * split, slots, shared_s)
 

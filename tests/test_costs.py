@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from toys import transformer
 
 from paradiff.graph import Op, Shape, Work
-from paradiff.profiles import Kernel, Profile, Segment, Stage, load_profile, parse_expr
+from paradiff.profiles import Kernel, Profile, Segment, Stage, Total, load_profile, parse_expr
 from simulator.costs import (
     GAP,
     GRAPH_LAUNCH_NODES,
@@ -34,7 +34,6 @@ from simulator.kernels import (
     ALONE,
     ATTENTION_CTA_S,
     ATTENTION_FIXED_S,
-    GEMM_BANDWIDTH,
     GEMM_FIXED_S,
     PROLOGUE_K,
     TILE_EFFICIENCY,
@@ -165,12 +164,85 @@ def test_gemm_tile_closed_form() -> None:
     assert gemm_s(CHIP, 1, 2561, 1280, 4096, 2) > 1.2 * gemm_s(CHIP, 1, 2560, 1280, 4096, 2)
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "tile", "share"),
+    [
+        (2560, 1280, 256 * 128, 0.97),
+        (1280, 1280, 128 * 128, 0.90),
+        (1280, 640, 128 * 64, 0.84),
+        (640, 640, 64 * 64, 0.82),
+    ],
+)
+def test_each_tile_has_its_share_of_the_rate(m: int, n: int, tile: int, share: float) -> None:
+    """Exactly 100 tiles of one size at k = 256, which is too short to split: one wave of
+    2 tm tn (k + 148) at that share of 2 TFLOP/s. With a larger tile half of the SMs or more would idle,
+    with a smaller one there are two waves or more; the bytes take less."""
+    assert gemm_s(CHIP, 1, m, n, 256, 2) == pytest.approx(
+        1e-6 + 2 * tile * (256 + 148) / (share * 2e12), rel=1e-12
+    )
+
+
+def test_a_k_split_adds_a_pass_over_partial_sums() -> None:
+    """One tile of 64 x 64 and k = 25600 on 100 SMs: split into 100 of k = 256, which is the least.
+
+    8192 (256 + 148) / 1.64e12 = 2.018 us (the bytes: 6.56 MB at 0.86 x 4 TB/s, 1.907 us), then 1.6 us
+    for the second launch and 100 fp32 partial sums of 4096 elements, written and read, at three times
+    the memory's rate as they lie in the L2: 8 x 100 x 4096 / 12 TB/s = 0.273 us. In one piece: 129 us.
+    """
+    chip = CHIP._replace(memory_bytes_per_s=4e12)
+    loop_s, pass_s = 8192 * 404 / 1.64e12, 1.6e-6 + 8 * 100 * 4096 / 12e12
+    assert gemm_s(chip, 1, 64, 64, 25600, 2) == pytest.approx(1e-6 + loop_s + pass_s, rel=1e-12)
+
+
 def test_gemm_memory_roofline() -> None:
     """k = 8: 3 FLOPs a byte; the time is the bytes over the operand bandwidth."""
     m = n = 16384
     seconds = gemm_s(CHIP, 1, m, n, 8, 2)
-    expected = 2 * (m * 8 + 8 * n + m * n) / (1e12 * GEMM_BANDWIDTH)
+    expected = 2 * (m * 8 + 8 * n + m * n) / (1e12 * 0.86)
     assert seconds == pytest.approx(GEMM_FIXED_S + expected, rel=1e-12)
+
+
+def test_the_share_of_the_softmax_falls_with_the_head_dimension() -> None:
+    """An SM of 2.176 TFLOP/s does F = 1280 FLOPs a clock of 1.7 GHz, so d0 = 0.5 F / 64 = 10. The
+    chip's 0.8 of the matmul rate was seen at 128: 128/138 of a limit, of which 64 reaches 64/74 and 256
+    256/266. 200 blocks are one shared wave, and half of an SM is a block's."""
+    chip = CHIP._replace(sm_flops=2.176e12, memory_bytes_per_s=math.inf)
+    for dim, share in ((64, 64 / 74), (128, 128 / 138), (256, 256 / 266)):
+        rate = 2.176e12 * 0.8 * share / (128 / 138)
+        block_s = 64 * 1024 * 4 * dim / (rate / 2) + 1e-6
+        assert attention_s(chip, 1, 200, 64, 1024, dim, dim, 2) == pytest.approx(
+            5.8e-6 + block_s, rel=1e-12
+        )
+
+
+def test_heads_wider_than_flash_kernels_reach_047_of_the_matmul_rate() -> None:
+    """320 wide there is no flash kernel: 56/114 on L20 and 82/168 on RTX 4090, a little less as fitted
+    (0.47), whatever flash attention reaches; nor does padding or the softmax's share apply."""
+    for seen in (0.8, 0.5):
+        chip = CHIP._replace(memory_bytes_per_s=math.inf, attention=seen)
+        block_s = 64 * 1024 * 4 * 320 / (2e12 * 0.47 / 2) + 1e-6
+        assert attention_s(chip, 1, 200, 64, 1024, 320, 320, 2) == pytest.approx(
+            5.8e-6 + block_s, rel=1e-12
+        )
+
+
+def test_a_grid_of_half_the_chip_splits_the_keys() -> None:
+    """100 blocks on 200 places: two parts of 1024 keys, a shared wave of 512; 50 make four of 256. 101
+    leave no room for two parts: a wave of all the keys. 1280 keys on 3 blocks could make 66 parts, but a
+    part has 128 keys at least: ten, 30 blocks, each alone on its SM, which takes 0.9 of a shared one."""
+    fast = CHIP._replace(memory_bytes_per_s=math.inf)
+
+    def block_s(keys: int) -> float:
+        return 64 * keys * 4 * 128 / (2e12 * 0.8 / 2) + 1e-6
+
+    for heads, keys, expected in (
+        (50, 1024, block_s(256)),
+        (100, 1024, block_s(512)),
+        (101, 1024, block_s(1024)),
+        (3, 1280, 0.9 * block_s(128)),
+    ):
+        seconds = attention_s(fast, 1, heads, 64, keys, 128, 128, 2)
+        assert seconds == pytest.approx(5.8e-6 + expected, rel=1e-12)
 
 
 def test_streams_pay_bytes_above_a_floor_and_less_inside_l2() -> None:
@@ -185,6 +257,19 @@ def test_convolution_reads_its_input_once_and_eager_changes_the_layout() -> None
     layout_s = stream_s(CHIP, 2 * elements, 2) + stream_s(CHIP, 2 * m * n, 2)
     assert eager - compiled == pytest.approx(layout_s)
     assert compiled > gemm_s(CHIP, 1, m, n, k, 2)
+
+
+def test_a_convolution_is_a_gemm_at_08_of_the_rate() -> None:
+    """100 tiles of 256 x 128, k = 320 x 9, bytes for nothing: 2 tm tn (2880 + 148) at 0.97 x 0.8 x 2
+    TFLOP/s. With k = 8 bytes decide: input, output and weights once, at 0.86 of 1 TB/s."""
+    fast = CHIP._replace(memory_bytes_per_s=math.inf)
+    assert conv_s(fast, 2560, 1280, 2880, 10**6, 2, False) == pytest.approx(
+        1e-6 + 65536 * (2880 + 148) / (0.97 * 0.8 * 2e12), rel=1e-12
+    )
+    moved = 2 * (3 * 16384 + 16384 * 16384 + 8 * 16384)
+    assert conv_s(CHIP, 16384, 16384, 8, 3 * 16384, 2, False) == pytest.approx(
+        1e-6 + moved / 0.86e12, rel=1e-12
+    )
 
 
 def test_a_collective_on_24_of_132_sms_doubles_a_one_wave_gemm() -> None:
@@ -268,6 +353,34 @@ def test_host_time_by_runtime() -> None:
     assert compiled.host_s < eager.host_s / 2
     assert compiled.device_s < eager.device_s == graph.device_s
     assert graph.host_s == pytest.approx(GRAPH_LAUNCH_NODES * 1e-6)
+
+
+@pytest.mark.parametrize(("ends_in_matmul", "kept"), [(False, 3), (True, 2)])
+def test_compiled_keeps_the_largest_of_what_moves_bytes(ends_in_matmul: bool, kept: int) -> None:
+    """Q, K, V by one kind of launch and an output projection: H = 2. Of six launches that move bytes
+    the H + 1 = 3 largest stay, H = 2 where nothing follows the last matmul; they cost what they did."""
+    sizes = [3 * 10**7, 10**7, 6 * 10**7, 5 * 10**7, 2 * 10**7, 4 * 10**7]
+    heavy = [kernel("gemm", 3, 1, 4096, 320, 320), kernel("gemm", 1, 1, 4096, 320, 1280)]
+    streams = [kernel("elementwise", 1, elements) for elements in sizes]
+    total = Total("sum", parse_expr("1")) if ends_in_matmul else None
+
+    def cost(kernels: list[Kernel], runtime: str) -> ComputeCost:
+        base = transformer(1)
+        segment = Segment("s", tuple(kernels), 0, parse_expr("1"), total=total)
+        stage = replace(base.denoiser, segments=(segment,), cuts=())
+        profile = replace(base, stages={"denoiser": stage})
+        return model(profile, "l40", runtime=runtime).compute(Work("denoiser", ((0, 1),), SHAPE), 0)
+
+    largest = [kernel("elementwise", 1, elements) for elements in sorted(sizes)[-kept:]]
+    assert cost(heavy + streams, "compiled").launches == 4 + kept
+    assert cost(heavy + streams, "eager").launches == 4 + 6
+    assert cost(heavy + streams, "compiled").device_s == pytest.approx(
+        cost(heavy + largest, "eager").device_s, rel=1e-12
+    )
+
+
+def kernel(kind: Any, count: int, *dims: int) -> Kernel:
+    return Kernel(kind, count, tuple(parse_expr(str(d)) for d in dims))
 
 
 def test_a_small_patch_is_bound_by_its_host() -> None:

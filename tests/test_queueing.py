@@ -93,6 +93,18 @@ def test_intervals_of_batch_means_cover_the_closed_form(name: str) -> None:
     assert np.mean([e.value for e in intervals]) == pytest.approx(exact, rel=0.03)
 
 
+def test_the_warm_up_of_a_cold_start_is_left_out() -> None:
+    """A server that takes 1 s starts idle. 20 gaps of 0.5 s: from each request to the next the wait
+    grows by 0.5 s, from 0 to 20 x 0.5 = 10 s. Then gaps of 1 s: it stays there. The first tenth is just
+    what is not typical: without it 10 s and no spread, with it (95 + 1800) / 200 = 9.475 s."""
+    gaps_s = np.array([0.5] * 20 + [1.0] * 179)
+    requests = Requests.at(np.append(0.0, np.cumsum(gaps_s)), np.zeros(200, dtype=np.int64))
+    wait_s = recursion(fixed(1, (1.0,)), requests).start_s - requests.arrival_s
+    assert wait_s.mean() == pytest.approx(9.475)
+    assert steady(wait_s).tolist() == [10.0] * 180
+    assert batch_means(wait_s) == Estimate(10.0, 10.0, 10.0)
+
+
 def test_random_routing_makes_each_server_an_mm1() -> None:
     """A Poisson stream dealt out at random is a Poisson stream at each server (M/D/1 here, S = 1)."""
     system, exact = fixed(4, (1.0,), "random"), RHO / (2 * (1 - RHO))
