@@ -159,9 +159,8 @@ def attention_s(
         return 2.0 * batch * heads * q * keys * (dim + value_dim) / chip.matmul_flops
     grid = _grid(chip, batch, heads, q, keys, dim, value_dim)
     full, rest = divmod(grid.ctas, grid.slots)
-    busy_s = full * grid.shared_s
-    if rest:
-        busy_s += grid.shared_s * (ALONE / 2 if rest <= chip.sms else 1.0)
+    last = ALONE / 2 if rest <= chip.sms else 1.0
+    busy_s = grid.shared_s * (full + (last if rest else 0.0))
     moved = batch * heads * itemsize * (q * (dim + value_dim) + keys * (dim + value_dim))
     return ATTENTION_FIXED_S + max(busy_s, moved / chip.memory_bytes_per_s)
 

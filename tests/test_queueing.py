@@ -142,6 +142,14 @@ def test_one_sided_bound_and_interval() -> None:
     assert upper_bound([5.0]) == 5.0
 
 
+def test_batch_means_in_closed_form() -> None:
+    """200 values: 20 left out, 20 batches of 9. The value k all over batch k: mean 9.5, variance of the
+    means (20^2 - 1)/12 x 20/19 = 35, and Student's t with 19 degrees is 2.0930."""
+    values = np.concatenate([np.full(20, 1e6), np.repeat(np.arange(20.0), 9)])
+    half = 2.0930 * math.sqrt(35 / 20)
+    assert batch_means(values) == pytest.approx((9.5, 9.5 - half, 9.5 + half), abs=1e-4)
+
+
 # ------------------------------------------------------------------------------------ event by event
 
 
