@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from analysis.comparison import Both, Comparison, Group
-from analysis.page import Chart, above, axis, bars, figure, render
+from analysis.page import Chart, axis, bars, figure, render
 from analysis.text import plain, seconds
 from analysis.timeline import lanes, timeline, windows, within
 from paradiff.graph import ScheduleGraph
@@ -184,8 +184,8 @@ def _charts(graph: ScheduleGraph, found: Comparison, facts: Mapping[str, Any]) -
             name,
             f"Timelines: {heading}",
             f"Steps {steps[0]} to {steps[-1]} as predicted and below as measured (the run with the"
-            f" median latency), a row for each rank and stream, both from the begin of these steps on."
-            f" Drag to zoom in, double-click to zoom out.{limit}",
+            " median latency), a row for each rank and stream, both from the begin of these steps"
+            f" on.{limit}",
             timeline(graph, runs),
             height_rem=9 + 1.4 * rows,
         )
@@ -213,5 +213,5 @@ def _ranks(found: Comparison) -> dict[str, Any]:
         for k, (key, label) in enumerate(shown.items())
     ]
     drawn = figure(traces, axis("seconds"), {"autorange": "reversed", "type": "category"})
-    drawn["layout"] |= {"barmode": "stack", "legend": above()}
+    drawn["layout"] |= {"barmode": "stack"}
     return drawn

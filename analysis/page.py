@@ -96,14 +96,6 @@ def bars(name: str, y: Sequence[Any], x: Sequence[float], k: int, **more: Any) -
     return shape | {"marker": marker, "hovertemplate": "%{y}: " + name + " %{x:.3g}"} | more
 
 
-def above() -> Figure:
-    """A legend at the top of a high chart, where its end is far away."""
-    return {
-        "orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "xanchor": "left",
-        "traceorder": "normal",
-    }  # fmt: skip
-
-
 def rule(axis: str, at: float, text: str) -> Figure:
     """A thin line across the plot, its name at the top or at the left."""
     other = "y" if axis == "x" else "x"

@@ -22,7 +22,6 @@ from analysis.page import (
     SYMBOLS,
     Chart,
     Figure,
-    above,
     axis,
     bars,
     figure,
@@ -81,7 +80,7 @@ def page(
         sentences=sentences,
         ranked=words.table(plan, len(plan.ranked)),
         left=words.LEFT,
-        unable=[(c.spec, c.reason or "", c.nearest or "") for c in plan.rejected],
+        unable=[(c.spec, *_why_not(c)) for c in plan.rejected],
         bounded=[(c.spec, words.seconds(c.bound_s)) for c in plan.bounded],
         shares=[f"{share:.1%} {basis}" for basis, share in shares.items()],
         kernels=list(sources.kernel_tables(model)),
@@ -96,6 +95,12 @@ def page(
         ),
         command=shlex.join(["paradiff-plan", *options]),
     )
+
+
+def _why_not(candidate: Candidate) -> tuple[str, str]:
+    """The reason without the nearest that can run, and that."""
+    reason, nearest = candidate.reason or "", candidate.nearest or ""
+    return reason.removesuffix(f"; nearest: {nearest}"), nearest
 
 
 def _nothing(plan: Plan) -> str:
@@ -201,7 +206,7 @@ def _time(ranked: Sequence[Candidate]) -> Figure:
         }
     )  # fmt: skip
     drawn = figure(traces, axis("seconds"), _ranks_axis(ranked, [c.spec for c in ranked]))
-    drawn["layout"] |= {"barmode": "stack", "legend": above()}
+    drawn["layout"] |= {"barmode": "stack"}
     return drawn
 
 
@@ -235,7 +240,7 @@ def _memory(best: CloseUp, first: Candidate, capacity_bytes: int) -> Figure:
     ]
     x = axis("GB") | {"range": [0, 1.02 * capacity_bytes / 1e9]}
     drawn = figure(traces, x, {"autorange": "reversed", "type": "category"})
-    drawn["layout"] |= {"barmode": "stack", "legend": above()}
+    drawn["layout"] |= {"barmode": "stack"}
     return drawn
 
 
@@ -251,8 +256,8 @@ def _timelines(place: str, candidate: Candidate, seen: CloseUp) -> Iterator[Char
         yield Chart(
             place + name,
             f"Timeline{' of the runner-up' * bool(place)}: {heading}",
-            f"{candidate.spec}, steps {steps[0]} to {steps[-1]}, a row for each rank and stream. Drag "
-            f"to zoom in, double-click to zoom out.{limit}{alike}",
+            f"{candidate.spec}, steps {steps[0]} to {steps[-1]}, a row for each rank and "
+            f"stream.{limit}{alike}",
             timeline(seen.graph, {"": spans}),
             height_rem=9 + 1.4 * len(lanes(spans)),
         )
@@ -300,7 +305,7 @@ def _topology(box: Topology, used: Mapping[str, float], placement: Sequence[int]
     traces += [_vertices(box, place, placement)]
     hidden = {"visible": False}
     drawn = figure(traces, hidden, hidden)
-    drawn["layout"]["legend"] = above() | {"y": 1.05}
+    drawn["layout"]["legend"] = {"y": 1.05}
     return drawn
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from analysis.page import COLOURS, Figure, above, axis, bars, figure, plain
+from analysis.page import COLOURS, Figure, axis, bars, figure, plain
 from paradiff.graph import Instance, OpKind, ScheduleGraph
 from paradiff.trace import Span, Trace
 
@@ -66,7 +66,7 @@ def timeline(graph: ScheduleGraph, runs: Mapping[str, Sequence[Span]]) -> Figure
     end = max(s.end_s for spans in runs.values() for s in spans)
     x = axis("ms of the request") | {"range": [1e3 * begin, 1e3 * end]}
     whole = figure(traces, x, y)
-    whole["layout"] |= {"barmode": "overlay", "bargap": 0.15, "legend": above()}
+    whole["layout"] |= {"barmode": "overlay", "bargap": 0.15}
     return whole
 
 

@@ -46,7 +46,6 @@ class WorkTime(NamedTuple):
     device_s: float
     contended_s: float
     host_s: float
-    placed_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

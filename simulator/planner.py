@@ -329,13 +329,15 @@ class _Planner:
         return tuple(dict.fromkeys((*candidate_specs(profile, workload, gpus), *tailored)))
 
     def candidates(self, progress: Callable[[int, int], None] | None) -> list[Candidate]:
-        """What becomes of each spec."""
+        """What becomes of each spec; those on most GPUs are tried first, and give bounds something to be
+        held against."""
         specs = self.request.specs or self.specs()
-        results = []
-        for done, text in enumerate(specs):
-            results.append(self.candidate(text))
+        found = {}
+        for text in sorted(specs, key=lambda text: -parse_spec(text).n_gpus):
+            found[text] = self.candidate(text)
             if progress is not None:
-                progress(done + 1, len(specs))
+                progress(len(found), len(specs))
+        results = [found[text] for text in specs]
         if not self.request.specs and not any(c.feasible for c in results):
             results += self.made_to_fit()
         return results

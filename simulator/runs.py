@@ -15,7 +15,7 @@ from analysis.attribution import Breakdown, attribute
 from analysis.intervals import Factors, Part, factors, prices
 from paradiff.graph import ScheduleGraph, traffic
 from paradiff.profiles import Profile
-from paradiff.strategies import Spec, Workload, build, parse_spec
+from paradiff.strategies import Spec, Workload, build, build_alike, parse_spec
 from paradiff.trace import Trace
 from simulator.costs import CostModel, Runtime, Scope, StageSeconds
 from simulator.engine import simulate
@@ -151,7 +151,8 @@ class Runs:
         if "data" in spec.strategy.axes:
             replicas = spec.degree("data")
             spec = replace(spec, options={k: v for k, v in spec.options.items() if k != "data"})
-        schedule = quotient(self.graph(spec))
+        found = build_alike(spec, self.profile, self.workload)
+        schedule = quotient(self.graph(spec)) if found is None else Quotient(*found)
         return schedule if replicas == 1 else schedule.copies(replicas)
 
     def trace(self, text: str, placement: Placement, network: Network) -> Trace:

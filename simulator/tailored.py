@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 
 from paradiff.graph import Shape, Work
@@ -76,19 +77,28 @@ class _Uneven:
             for name, device in self.device.items()
         }
 
-    def cut(self, units: Sequence[str], shape: Shape, *, sends: bool) -> Partition | None:
-        """Blocks over stages of which each runs on one of ``units``; None if these are all alike."""
+    def cut(
+        self, units: Sequence[str], shape: Shape, patches: int | None = None
+    ) -> Partition | None:
+        """Blocks over stages of which each runs on one of ``units``; None if these are all alike. With
+        ``patches``, stages send to the next and the last sends latents to the first."""
         if len(set(units)) == 1:
             return None
         build = Builder(self.profile, self.workload, Mesh())
         out = [build.nbytes(c.out, shape) for c in self.profile.denoiser.cuts]
 
-        def send_s(blocks: int, here: str, there: str) -> float:
-            if not sends:
-                return 0.0
+        latent = build.latent_bytes(shape.r, self.workload.batch)
+
+        def message_s(here: str, there: str, nbytes: int) -> float:
             a, b = self.device[here], self.device[there]
             b = next((d for d, n in enumerate(self.names) if n == there and d != a), b)
-            return self.network.message_s(a, b, out[blocks - 1])
+            return self.network.message_s(a, b, nbytes)
+
+        def send_s(blocks: int, here: str, there: str) -> float:
+            return 0.0 if patches is None else message_s(here, there, out[blocks - 1])
+
+        def loop_s(last: str, first: str) -> float:
+            return message_s(last, first, latent)
 
         held = list(accumulate(self.held_bytes(), initial=0.0))
 
@@ -99,11 +109,13 @@ class _Uneven:
         have = Counter(units)
         ordered = {name: have[name] for name in self.device if have[name]}
         block_s = self.block_s(shape)
+        after_s = None if patches is None else self.decode_s()
+        find = partial(
+            partition, block_s, ordered, len(units), send_s,
+            after_s=after_s, patches=patches, loop_s=loop_s,
+        )  # fmt: skip
         # where nothing fits as it is, the fastest cut is still the one to offload or shard
-        after_s = self.decode_s() if sends else None
-        return partition(block_s, ordered, len(units), send_s, fits, after_s) or partition(
-            block_s, ordered, len(units), send_s, after_s=after_s
-        )
+        return find(fits=fits) or find()
 
     def decode_s(self) -> dict[str, float]:
         """Kind of GPU -> seconds of the stages after the loop, where the last stage of a pipeline is."""
@@ -164,7 +176,7 @@ class _Uneven:
                 width = n // stages
                 for patches in (stages, 2 * stages):
                     shape = self.shape(patches * width, cfg)
-                    found = self.cut(self.units(stages, width, cfg), shape, sends=True)
+                    found = self.cut(self.units(stages, width, cfg), shape, patches)
                     if found is not None:
                         counts = ":".join(map(str, found.counts))
                         yield (
@@ -178,7 +190,7 @@ class _Uneven:
         computation decides the cuts."""
         warmup = max(1, min(9, self.workload.steps // 5))
         for n in range(2, min(4, len(self.names), self.blocks) + 1):
-            found = self.cut(self.names[:n], self.shape(1), sends=False)
+            found = self.cut(self.names[:n], self.shape(1))
             if found is not None:
                 starts = ":".join(map(str, list(accumulate(found.counts))[:-1]))
                 yield f"asyncdiff={n},stride=1,warmup={warmup},cuts={starts}"

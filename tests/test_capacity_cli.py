@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from pages import HOSTILE, check_is_one_harmless_file, hostile, opened
+from pages import HOSTILE, check_hovers, check_is_one_harmless_file, check_zooms, hostile, opened
 from typer.testing import CliRunner, Result
 
 from paradiff.cli import app
@@ -145,6 +145,7 @@ def test_every_way_to_queue_gives_an_answer() -> None:
         (["--request-rate", "1", "--slo", "fast"], "not a percentile"),
         (["--request-rate", "1", "--slo", "p99=3s"], "given twice"),
         (["--request-rate", "1", "--price", "pcie8=-9 USD"], "money out of range ('-9 USD')"),
+        (["--request-rate", "1", "--price", "pcie8=0 USD"], "money out of range ('0 USD')"),
         (["--request-rate", "1", "--price", "pcie8=9 EUR"], "unknown money unit 'EUR'"),
         (["--request-rate", "1", "--price", "pcie9=9 USD"], "no such box"),
         (["--request-rate", "1", "--topology", "pcie8"], "two boxes are called 'pcie8'"),
@@ -221,17 +222,13 @@ def test_the_page_is_one_file_and_names_are_only_text(report: Path) -> None:
 
 
 def test_the_page_in_a_browser(report: Path) -> None:
-    """Marks in every chart, what lies under a mouse by its number; narrow, wide and dark."""
+    """Marks in every chart, what lies under a mouse by its number, zoom; narrow, wide and dark."""
     for width, scheme in ((1280, "light"), (390, "dark")):
         with opened(report, width, scheme) as page:
             page.wait_for_selector("#utilisation .scatterlayer path.js-line")
             for chart in ("distribution", "load", "cost", "utilisation"):
                 assert page.locator(f"#{chart} .scatterlayer path.js-line").count() >= 1, chart
-            line = page.locator("#utilisation .scatterlayer path.js-line").first
-            line.scroll_into_view_if_needed()
-            box = line.bounding_box()
-            page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-            said = page.wait_for_selector("#utilisation .hoverlayer .hovertext").text_content()
+            said = check_hovers(page)["utilisation"]
             found = re.search(r"([\d.]+) s: (\d+) %", said)
             assert found is not None, said
             drawn = page.evaluate(
@@ -239,3 +236,4 @@ def test_the_page_in_a_browser(report: Path) -> None:
             )
             x, y = pytest.approx(float(found[1]), rel=5e-3), pytest.approx(int(found[2]), abs=0.51)
             assert any((x, y) == tuple(point) for points in drawn for point in points)
+            check_zooms(page, "utilisation")

@@ -21,6 +21,7 @@ from paradiff.trace import check_trace
 from simulator.costs import CostModel
 from simulator.engine import simulate
 from simulator.gpu import load_gpu
+from simulator.partition import Partition
 from simulator.topology import Topology
 
 ROWS, WIDTH, BLOCKS, ELEMENT = 16, 4, 4, 2
@@ -254,6 +255,22 @@ def test_uneven_stages_against_an_event_recurrence(stages: str, ratio: float) ->
     assert denoise_s(spec, X / m / c, steps) == exactly(end)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.9, 2.5])
+@pytest.mark.parametrize("stages", ["1:3", "3:1", "2:1:1", "1:1:2"])
+@pytest.mark.parametrize("m", [2, 4])
+def test_period_of_uneven_stages(stages: str, m: int, ratio: float) -> None:
+    """max(M tau_d, M c, sum of tau_d + N c): the stage, the link, or the way of one patch around, of
+    which N - 1 messages go forward and one goes back. What ``partition`` minimises."""
+    counts = [int(c) for c in stages.split(":")]
+    tau = [FORWARD * c / BLOCKS / m for c in counts]
+    c = ratio * FORWARD / len(counts) / m
+    around = Partition(max(*tau, c), sum(tau) + len(counts) * c, tuple(counts), ())
+    period = max(m * max(tau), m * c, sum(tau) + len(counts) * c)
+    spec = f"pipefusion={len(counts)},patches={m},stages={stages}"
+    assert step_s(spec, X / m / c if c else float("inf")) == exactly(period)
+    assert around.period_s(m) == exactly(period)
+
+
 @pytest.mark.parametrize(("m", "ratio"), [(4, 0.1), (4, 0.6), (4, 2.0), (2, 0.5)])
 def test_skips_share_the_link_of_the_hidden_states(m: int, ratio: float) -> None:
     """Two stages, one skip between them: max(M tau, 2 M c, 2 tau + 3 c) a step.
@@ -282,6 +299,22 @@ def test_asyncdiff_stride_2_round() -> None:
     spec = f"asyncdiff={n},stride=2,warmup=1"
     two = (denoise_s(spec, bandwidth, 41) - denoise_s(spec, bandwidth, 21)) / 10
     assert two == exactly(FORWARD / n + moved / bandwidth)
+
+
+def test_asyncdiff_round_of_two_branches() -> None:
+    """Half of one branch + 2 X e + guidance + scheduler: the cycle of the last component's rank.
+
+    Its prediction X e goes to its twin at once. Into its link comes meanwhile the boundary's hidden
+    state (8 channels to the latent's 4), so that the twin's takes twice as long and the hidden state
+    is there before the scheduler is done. The broadcast of the prediction goes out of the other side.
+    """
+    toy, bandwidth = toys.transformer(), 6.0
+    branch = toy.denoiser.flops({**SHAPE, "t": 6})
+    glue = sum(toy.stages[s].flops(SHAPE) for s in ("guidance", "scheduler"))
+    moved = 2 * 4 * ROWS * WIDTH * ELEMENT
+    for dp in ("", "data=2,"):
+        step = step_s(f"{dp}cfg=2,asyncdiff=2,warmup=1", bandwidth, toy)
+        assert step == exactly(branch / 2 + moved / bandwidth + glue)
 
 
 @pytest.mark.parametrize("p", [2, 4])
@@ -373,6 +406,7 @@ BOTH = (
     "asyncdiff=3,warmup=1",
     "asyncdiff=2,stride=2,warmup=1",
     "asyncdiff=2,stride=2,warmup=2",
+    "cfg=2,asyncdiff=2,stride=2,warmup=2",
     "parastep=4,warmup=1",
     "cfg=2,parastep=2,warmup=1",
     "parastep=2,patch=2,warmup=1",

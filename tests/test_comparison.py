@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import HOSTILE, Scripts, opened
+from pages import HOSTILE, Scripts, check_hovers, opened
 from unit_hardware import UnitCosts, exchange, run
 
 from analysis import comparison_report
@@ -211,3 +211,4 @@ def test_the_page_shows_both_timelines_on_one_axis(graph: ScheduleGraph, tmp_pat
             latest = {name: max(at for row, at in ends if row.startswith(name)) for name, _ in ends}
             assert latest["predicted: rank 0 comm"] == pytest.approx(18e3)
             assert latest["measured: rank 0 comm"] == pytest.approx(22.5e3)
+            assert check_hovers(browser).keys() == {"ranks", "begin", "steady"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pages import opened
+from pages import check_hovers, opened
 
 pytest.importorskip("skimage", reason="scikit-image is part of [run]")
 
@@ -211,6 +211,7 @@ def test_the_page_in_a_browser(tmp_path: Path, width: int, scheme: str) -> None:
     path.write_text(fidelity_html.page(report(), ["validate", "fidelity"]), encoding="utf-8")
     with opened(path, width, scheme) as page:
         assert page.locator(".chart .main-svg").count() > 0
+        assert check_hovers(page)
         assert page.locator("figure img").count() == 8
         assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
 

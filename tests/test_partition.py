@@ -39,12 +39,18 @@ def test_dynamic_programme_equals_all_cuts(data: st.DataObject) -> None:
     }
     room = {k: data.draw(st.integers(1, blocks)) for k in have}
 
+    back = {(a, b): data.draw(st.integers(0, 40)) for a, b in itertools.product(have, have)}
+    patches = data.draw(st.sampled_from([None, 1, stages, 2 * stages]))
+
     def value(counts: tuple[int, ...], kinds: tuple[str, ...]) -> float:
         ends = list(itertools.accumulate(counts))
         starts = [0, *ends[:-1]]
-        work = [sum(block_s[k][i:j]) for k, i, j in zip(kinds, starts, ends, strict=True)]
-        sent = [hops[j, a, b] for j, (a, b) in zip(ends, itertools.pairwise(kinds), strict=False)]
-        return max([*work, *sent])
+        each = [sum(block_s[k][i:j]) for k, i, j in zip(kinds, starts, ends, strict=True)]
+        each += [hops[j, a, b] for j, (a, b) in zip(ends, itertools.pairwise(kinds), strict=False)]
+        if patches is None:
+            return max(each)
+        each.append(back[kinds[-1], kinds[0]])
+        return max(patches * max(each), sum(each))
 
     every = [
         (value(counts, kinds), counts, kinds)
@@ -55,13 +61,19 @@ def test_dynamic_programme_equals_all_cuts(data: st.DataObject) -> None:
         and all(n <= room[k] for k, n in zip(kinds, counts, strict=True))
     ]
     found = partition(
-        block_s, have, stages, lambda j, a, b: hops[j, a, b], lambda i, j, k: j - i <= room[k]
+        block_s,
+        have,
+        stages,
+        lambda j, a, b: hops[j, a, b],
+        lambda i, j, k: j - i <= room[k],
+        patches=patches,
+        loop_s=lambda a, b: back[a, b],
     )
     if not every:
         assert found is None
         return
     assert found is not None
-    assert found.slowest_s == min(every)[0] == value(found.counts, found.kinds)
+    assert found.period_s(patches or 1) == min(every)[0] == value(found.counts, found.kinds)
 
 
 def test_twice_as_fast_takes_twice_the_blocks() -> None:

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import check_is_one_harmless_file, check_numbers, hostile, opened
+from pages import (
+    check_hovers,
+    check_is_one_harmless_file,
+    check_numbers,
+    check_zooms,
+    hostile,
+    opened,
+)
 from typer.testing import CliRunner
 
 from analysis.close_up import close_up
@@ -56,8 +63,8 @@ def test_the_page_is_one_file_and_names_are_only_text(report: Path) -> None:
 
 
 def test_the_page_in_a_browser(report: Path) -> None:
-    """Marks in every chart; what the bars add up to is the plan's; sorting, filter, hover by keyboard
-    and mouse; narrow, wide and dark."""
+    """Marks in every chart; what the bars add up to is the plan's; sorting, filter and zoom by keyboard,
+    hover in every chart; narrow, wide and dark."""
     data = json.loads((report.parent / "plan.json").read_text())
     ranked = [c for c in data["candidates"] if c["feasible"]]
     for width, scheme in ((1280, "light"), (390, "dark")):
@@ -86,11 +93,10 @@ def test_the_page_in_a_browser(report: Path) -> None:
             )
             assert (_lightness(ink) > _lightness(paper)) == (scheme == "dark")
             check_numbers(browser, "staleness", [c["latency_s"] for c in ranked])
-            bar = browser.locator("#begin .barlayer .point path").first
-            bar.scroll_into_view_if_needed()
-            bar.hover(force=True)
-            browser.wait_for_selector("#begin .hoverlayer .hovertext")
-            assert "reads" in browser.locator("#begin .hoverlayer").text_content()
+            said = check_hovers(browser)
+            assert "reads" in said["begin"]
+            assert said.keys() >= {*BARS, "pareto", "staleness", "gpus", "sizes", "topology"}
+            check_zooms(browser, "begin")
 
 
 def _lightness(colour: str) -> int:
@@ -157,9 +163,10 @@ def test_a_plan_without_a_candidate_is_a_page_of_reasons(tmp_path: Path) -> None
                 "ring=4",
                 "serial",
             ]
-            assert all(
-                "GiB" in text for text in reasons.locator("td:nth-child(2)").all_inner_texts()
-            )
+            why = reasons.locator("td:nth-child(2)").all_inner_texts()
+            assert all("GiB" in text and "nearest" not in text for text in why)
+            near = reasons.locator("td:nth-child(3)").all_inner_texts()
+            assert any(spec.startswith("ring=4,") for spec in near)
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left == {"plan.json", "report.html"}
 

@@ -168,6 +168,24 @@ def test_asyncdiff_stride_2_with_even_warm_up_replays_first() -> None:
         assert reads.of_step(rank, 6, "noise", call="scheduler") == {(1, 5)}
 
 
+@pytest.mark.parametrize("rest", ["warmup=1", "warmup=2,stride=2", "warmup=1,stride=2"])
+def test_asyncdiff_reads_the_same_in_each_branch(rest: str) -> None:
+    """With twins for the other branch: the hidden states of the own branch and of the same steps; a
+    scheduler step takes what both branches predicted in the step that it would take alone."""
+    alone, mesh = (Reads(graph_of(DIT, f"{m}asyncdiff=3,{rest}")) for m in ("", "data=2,cfg=2,"))
+    ranks = 4 if "stride" in rest else 3
+
+    def of(lane: int, found: set[tuple[int, int]]) -> set[tuple[int, int]]:
+        return {(place + lane * ranks, step) for place, step in found}
+
+    for s, lane, place in itertools.product(range(9), range(4), range(ranks)):
+        rank = lane * ranks + place
+        assert mesh.of_step(rank, s, "hidden") == of(lane, alone.of_step(place, s, "hidden"))
+        taken = alone.of_step(place, s, "noise", call="scheduler")
+        both = of(lane, taken) | of(lane ^ 1, taken)
+        assert mesh.of_step(rank, s, "noise", call="scheduler") == both, (s, rank)
+
+
 @pytest.mark.parametrize(("p", "w"), [(2, 1), (4, 2), (3, 5), (4, 7), (2, 8)])
 def test_parastep_reuses_its_own_noise_until_its_turn(p: int, w: int) -> None:
     """Section 14.2 by direct statement: own[k] is what rank k last evaluated, or its warm-up."""

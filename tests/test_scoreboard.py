@@ -145,9 +145,6 @@ def test_the_best_of_several_is_asked_for_where_the_source_reports_it() -> None:
         ({"gpu": "GeForce RTX 4090"}, ("pcie8-l40s-alltoall", "rtx4090")),
         ({"gpu": "RTX A5000-24GB", "interconnect": "NVLink bridge (pairs)", "n_gpus": "4"},
          ("pcie4-a5000", "a5000")),
-        ({"gpu": "RTX A6000", "interconnect": "NVLink bridge (pairs)"}, ("pcie8-a6000", "a6000")),
-        ({"gpu": "NVIDIA A5000", "interconnect": "NVLink"}, ("pcie8-a6000", "a5000")),
-        ({"gpu": "RTX A6000", "interconnect": "NVLink", "n_gpus": "4"}, ("pcie4-a5000", "a6000")),
         ({"gpu": "H20-96GB", "interconnect": "NVLink (inferred)"}, ("nvlink8-h20", "h20")),
         ({"gpu": "A100-PCIE-40GB", "interconnect": "", "n_gpus": "4"}, ("pcie4-a100", "a100-40g")),
         ({"gpu": "Tesla V100-SXM2-32GB", "interconnect": ""}, ("nvlink8-a100", "v100")),
@@ -436,7 +433,7 @@ def sample() -> list[Scored]:
 
 
 def test_the_sample_scores_what_was_reached() -> None:
-    """Whole file when this was written: median 5.5 %, mean 9.1 %, tau 0.88, mean regret 1.8 %, 89 % in
+    """Whole file when this was written: median 6.1 %, mean 9.7 %, tau 0.85, mean regret 1.6 %, 89 % in
     the intervals (docs/validation.md); a fifth of it scatters around that."""
     found = scores(sample())
     assert found.count >= 25

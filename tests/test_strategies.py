@@ -199,6 +199,23 @@ def test_asyncdiff_broadcasts_what_skips_over_a_boundary() -> None:
     assert names == {"bcast.block0", "bcast.block1", "bcast.block3", "bcast.eps"}
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_asyncdiff_bytes_of_each_branch(stride: int) -> None:
+    """A branch of its own halves what is broadcast, boundary and prediction; then the twins send each
+    other X e before every scheduler step. Replicas add nothing."""
+    rest = f"asyncdiff=2,warmup=1,stride={stride}"
+    alone, both, many = (
+        graph_of(DIT, f"{mesh}{rest}").bytes_by_call() for mesh in ("", "cfg=2,", "data=3,cfg=2,")
+    )
+    ranks = 1 + stride
+    for rank in range(6 * ranks):
+        assert many[rank] == both[rank % (2 * ranks)]
+        calls = both[rank % (2 * ranks)]
+        assert calls["broadcast"][1] == alone[rank % ranks]["broadcast"][1] / 2
+        assert calls["all_gather"][1] == STEPS * LATENT
+        assert set(calls) == {"broadcast", "all_gather"}
+
+
 def test_ring_inside_pipefusion_pays_once_a_patch() -> None:
     """The ring turns the whole local cache in every micro-step (section 15.2)."""
     whole = graph_of(DIT, "pipefusion=2,ring=2,patches=1,warmup=1").bytes_by_call()[0]["ring"][1]

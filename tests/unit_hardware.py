@@ -25,7 +25,6 @@ class UnitCompute:
     device_s: float
     contended_s: float
     host_s: float
-    placed_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,7 @@ def _boxes(
             shown = ", ".join(nearest(name, names))
             raise ConfigError(f"--price {item}: no such box ({name!r}), allowed: {shown}")
         try:
-            given[name] = parse_quantity(text, "money", minimum=0.0)
+            given[name] = parse_quantity(text, "money", minimum=math.ulp(0.0))
         except ValueError as error:
             raise ConfigError(f"--price {item}: {error}") from None
     boxes = []

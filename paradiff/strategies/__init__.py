@@ -7,10 +7,11 @@ then parameters. ``STRATEGIES`` says which parameters each knows. A strategy is 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from paradiff.graph import ScheduleGraph
 from paradiff.profiles import Profile
@@ -30,12 +31,14 @@ from paradiff.strategies.tiling import tiled_decode
 __all__ = [
     "AXES",
     "STRATEGIES",
+    "Alike",
     "Facts",
     "Infeasible",
     "Spec",
     "SpecError",
     "Workload",
     "build",
+    "build_alike",
     "candidate_specs",
     "facts",
     "parse_spec",
@@ -59,9 +62,11 @@ class Strategy:
     """One pass or step strategy: its emitter, its parameters (name -> pattern), what it promises.
 
     ``exact(options, steps)`` and ``synchronous(options, steps)``: whether the result is that of one GPU,
-    and how many steps read nothing old. ``along``: the mesh axis that its degree is of; ``ranks`` it
-    takes beside those of the mesh; ``axes`` that go with it; ``passes`` that a step strategy may run
-    each step on; ``streams``: a rank may begin the next request before this one ends.
+    and how many steps read nothing old. ``along``: the mesh axis that its degree is of; ``ranks`` that
+    this axis has for a degree; ``staged``: they hold different layers; ``axes`` that go with it, and why
+    no others (``alone``); ``alike``: ranks that share tokens or weights, and those of both branches, do
+    the same; ``passes`` that a step strategy may run each step on; ``streams``: a rank may begin the
+    next request before this one ends.
     """
 
     emit: Callable[[Builder, Options], None]
@@ -69,8 +74,11 @@ class Strategy:
     exact: Callable[[Options, int], bool] = _nothing_left_out
     synchronous: Callable[[Options, int], int] = _all
     along: Literal["pp", "step"] | None = None
-    ranks: Callable[[Options, int], int] = lambda _, degree: 1
+    ranks: Callable[[Options, int], int] = lambda _, degree: degree
+    staged: bool = False
+    alike: bool = False
     axes: frozenset[str] = frozenset({"cfg", "data"})
+    alone: str = "a strip is one rank's, with all weights and heads"
     passes: frozenset[str] = frozenset()
     streams: bool = False
 
@@ -96,6 +104,7 @@ STRATEGIES: Mapping[str, Strategy] = {
         {"cache": INTEGER, "skip": COUNTS},
         lambda o, t: not _reuses(o),
         lambda o, t: 1 if _reuses(o) else t,
+        alike=True,
         axes=SEQUENCE,
     ),
     "patch": Strategy(patch, {"mode": "sync|naive"}, along="pp"),
@@ -131,6 +140,8 @@ STRATEGIES: Mapping[str, Strategy] = {
         lambda o, t: int(o.get("patches", o["pipefusion"])) == 1 or _warmup(1)(o, t) == t,
         _warmup(1),
         along="pp",
+        staged=True,
+        alike=True,
         axes=SEQUENCE,
     ),
     "asyncdiff": Strategy(
@@ -138,8 +149,11 @@ STRATEGIES: Mapping[str, Strategy] = {
         {"warmup": INTEGER, "stride": "1|2", "cuts": f"published|balanced|{COUNTS}"},
         lambda o, t: _warmup(9)(o, t) == t,
         _warmup(9),
+        along="pp",
         ranks=lambda o, degree: degree + int(o.get("stride", "1")) - 1,
-        axes=frozenset(),
+        staged=True,
+        alike=True,
+        alone="a component is one rank's, and what it hands on is whole",
     ),
     "parastep": Strategy(
         parastep,
@@ -147,14 +161,25 @@ STRATEGIES: Mapping[str, Strategy] = {
         lambda o, t: _one_left(o, t) and _nothing_left_out(o, t),
         _warmup(5),
         along="step",
+        alike=True,
         axes=SEQUENCE,
         passes=frozenset({"patch"}),
     ),
     "streambatch": Strategy(
-        streambatch, along="step", axes=SEQUENCE, passes=frozenset({"patch"}), streams=True
+        streambatch,
+        along="step",
+        alike=True,
+        axes=SEQUENCE,
+        passes=frozenset({"patch"}),
+        streams=True,
     ),
     "batchstep": Strategy(
-        batchstep, {"warmup": INTEGER}, _one_left, _warmup(5), axes=frozenset({"data"})
+        batchstep,
+        {"warmup": INTEGER},
+        _one_left,
+        _warmup(5),
+        axes=frozenset({"data"}),
+        alone="one rank predicts its steps as one batch, both branches in it",
     ),
 }
 AXES = ("cfg", "data", "ulysses", "ring", "tensor")
@@ -181,11 +206,6 @@ class Spec:
         return [part for part in self.options.get(key, "").split("+") if part]
 
     @property
-    def tile(self) -> int | None:
-        """Latent rows and columns of a tile of ``vae=tiled``; None: what the class of the VAE takes."""
-        return int(self.options["tile"]) if "tile" in self.options else None
-
-    @property
     def strategy(self) -> Strategy:
         return STRATEGIES[self.name]
 
@@ -193,7 +213,8 @@ class Spec:
     def mesh(self) -> Mesh:
         """Degrees in xDiT's order."""
         along = {
-            STRATEGIES[name].along: self.degree(name) for name in self.options.keys() & STRATEGIES
+            STRATEGIES[name].along: STRATEGIES[name].ranks(self.options, self.degree(name))
+            for name in self.options.keys() & STRATEGIES
         }
         return Mesh(
             tp=self.degree("tensor"),
@@ -208,7 +229,7 @@ class Spec:
     @property
     def n_gpus(self) -> int:
         """Ranks that the spec takes."""
-        return self.mesh.size * self.strategy.ranks(self.options, self.degree(self.name))
+        return self.mesh.size
 
     def narrower(self, gpus: int) -> str | None:
         """The widest axis made as wide as ``gpus`` allow, as ``name=degree``; None where none can be."""
@@ -296,17 +317,41 @@ def facts(spec: Spec, workload: Workload) -> Facts:
 
 def build(spec: Spec, profile: Profile, workload: Workload) -> ScheduleGraph:
     """The schedule of ``spec``. Raises Infeasible with the reason and the nearest legal choice."""
+    builder, graph = _emitted(spec, profile, workload, alike=False)
+    return _placed(graph, spec, profile.share(spec.mesh.tp), builder.element_bytes)
+
+
+class Alike(NamedTuple):
+    """A schedule of one rank of each kind: the fields of ``simulator.symmetry.Quotient``."""
+
+    graph: ScheduleGraph
+    members: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
+    representative: tuple[int, ...]
+
+
+def build_alike(spec: Spec, profile: Profile, workload: Workload) -> Alike | None:
+    """``build`` without the ops of ranks that do the same as another; None where the mesh does not say
+    which these are. Raises Infeasible."""
+    rearranged = {*PLACES, *DECODE, *spec.strategy.passes} & spec.options.keys()
+    if rearranged or not spec.strategy.alike or len(set(spec.mesh.kinds())) == spec.mesh.size:
+        return None
+    builder, graph = _emitted(spec, profile, workload, alike=True)
+    return Alike(graph, tuple(builder.members), builder.kinds)
+
+
+def _emitted(
+    spec: Spec, profile: Profile, workload: Workload, *, alike: bool
+) -> tuple[Builder, ScheduleGraph]:
     _check_axes(spec, profile)
     try:
-        builder = Builder(profile, workload, spec.mesh)
+        builder = Builder(profile, workload, spec.mesh, alike)
     except ValueError as error:
         raise Infeasible(str(error)) from error
     check_tensor(builder)
     spec.strategy.emit(builder, spec.options)
     meta = {"model": profile.name, "spec": spec.text}
     meta |= {k: str(getattr(workload, k)) for k in workload.__dataclass_fields__}
-    share = profile.share(spec.mesh.tp)
-    return _placed(builder.graph(meta), spec, share, builder.element_bytes)
+    return builder, builder.graph(meta)
 
 
 def _placed(
@@ -317,15 +362,15 @@ def _placed(
     if spec.options.get("vae") == "split":
         graph = split_decode(graph, profile, spec.mesh.dp, dtype)
     elif "vae" in spec.options:
-        graph = tiled_decode(graph, profile, spec.tile, dtype)
+        graph = tiled_decode(graph, profile, int(spec.options.get("tile", "64")), dtype)
     weights, offload = spec.places("weights"), spec.places("offload")
     param_bytes = 1 if "fp8" in weights else element_bytes
     if "fp8" in weights:
         graph = stored_in_fp8(graph)
     if "hsdp" in weights:
         lanes = [lane for groups in spec.mesh.step_groups() for group in groups for lane in group]
-        stages = spec.name == "pipefusion"
-        groups = [ranks for lane in lanes for ranks in (lane.groups if stages else [lane.ranks])]
+        staged = spec.strategy.staged
+        groups = [ranks for lane in lanes for ranks in (lane.groups if staged else [lane.ranks])]
         tp = spec.mesh.tp
         together = [ranks[share::tp] for ranks in groups for share in range(tp)]
         if max(map(len, together)) == 1:
@@ -340,12 +385,19 @@ def _placed(
     return graph
 
 
+def _legal_parts(spec: Spec) -> list[str]:
+    """The parts of ``spec`` but for axes that its strategy has not, and their parameters."""
+    axes = set(AXES) - spec.strategy.axes
+    gone = axes.union(*(AXIS_PARAMETERS.get(axis, ()) for axis in axes))
+    return [f"{key}={value}" for key, value in spec.options.items() if key not in gone]
+
+
 def _check_axes(spec: Spec, profile: Profile) -> None:
     for axis in AXES:
         if spec.degree(axis) > 1 and axis not in spec.strategy.axes:
             raise Infeasible(
-                f"{axis} inside {spec.name} is not defined by its authors; {spec.name} runs alone",
-                f"{spec.name}={spec.degree(spec.name)}",
+                f"{axis} inside {spec.name}: {spec.strategy.alone}",
+                ",".join(_legal_parts(spec)),
             )
     if spec.degree("cfg") > 1:
         if profile.geometry.guidance != "cfg":
@@ -359,13 +411,14 @@ def _check_axes(spec: Spec, profile: Profile) -> None:
 
 
 def candidate_specs(profile: Profile, workload: Workload, max_gpus: int) -> Iterator[str]:
-    """Specs worth comparing on up to ``max_gpus``: powers of two, and the widest legal degree.
+    """Specs worth comparing on up to ``max_gpus``: powers of two, every product of them on the mesh of
+    up to PRODUCTS GPUs, of more those with Ulysses; and the widest legal degree of each axis.
 
     Illegal powers of two are yielded too: that they are illegal, and why, is part of the answer.
     """
     yield "serial"
-    powers = [n for n in (2, 4, 8, 16, 32, 64) if n <= max_gpus]
-    for cfg in (1, 2) if profile.geometry.guidance == "cfg" and max_gpus > 1 else (1,):
+    powers = [n for n in POWERS if n <= max_gpus]
+    for cfg in _branches(profile, max_gpus):
         prefix = "cfg=2," if cfg == 2 else ""
         if cfg == 2:
             yield "cfg=2"
@@ -378,16 +431,28 @@ def candidate_specs(profile: Profile, workload: Workload, max_gpus: int) -> Iter
         yield f"data={max_gpus}"
         if workload.steps >= max_gpus:
             yield f"streambatch={max_gpus}"
-    yield from _replicated(profile, max_gpus)
+    yield from _replicated(profile, workload, max_gpus)
 
 
-def _replicated(profile: Profile, max_gpus: int) -> Iterator[str]:
+POWERS = (2, 4, 8, 16, 32, 64)
+PRODUCTS = 16
+
+
+def _branches(profile: Profile, max_gpus: int) -> tuple[int, ...]:
+    """Degrees of cfg: branches that ranks can take apart."""
+    return (1, 2) if profile.geometry.guidance == "cfg" and max_gpus > 1 else (1,)
+
+
+def _replicated(profile: Profile, workload: Workload, max_gpus: int) -> Iterator[str]:
     """Replicas of what fits where one GPU does not hold the model, or of what wastes least."""
     for n in [n for n in (2, 4) if 2 * n <= max_gpus]:
+        data = f"data={max_gpus // n}"
         if n == 2 and profile.geometry.guidance == "cfg":
-            yield f"cfg=2,data={max_gpus // 2}"
+            yield f"cfg=2,{data}"
+        yield f"tensor={n},{data}"
+        yield f"asyncdiff={n},stride=1,warmup={_asyncdiff_warmup(workload, 1)},{data}"
         if profile.kind == "transformer":
-            yield f"pipefusion={n},patches={2 * n},warmup=1,data={max_gpus // n}"
+            yield f"pipefusion={n},patches={2 * n},warmup=1,{data}"
 
 
 def _strip_specs(profile: Profile, workload: Workload, n: int) -> Iterator[str]:
@@ -398,25 +463,34 @@ def _strip_specs(profile: Profile, workload: Workload, n: int) -> Iterator[str]:
     yield f"distrifusion={n},warmup={warmup}"
 
 
+def _groups(n: int) -> Iterator[str]:
+    """How ``n`` ranks, a power of two, may share weights, heads and keys: parts of a spec."""
+    degrees = [1, *(p for p in POWERS if p <= n)]
+    for tensor, ulysses in itertools.product(degrees, degrees):
+        if tensor * ulysses > n:
+            continue
+        ring = n // tensor // ulysses
+        if n <= PRODUCTS or tensor == 1 or tensor == n or (ring == 1 and tensor <= 4):
+            axes = {"tensor": tensor, "ulysses": ulysses, "ring": ring}
+            yield ",".join(f"{axis}={degree}" for axis, degree in axes.items() if degree > 1)
+
+
 def _pass_specs(profile: Profile, workload: Workload, n: int) -> Iterator[str]:
     """All passes on exactly ``n`` GPUs, a power of two."""
     yield from _strip_specs(profile, workload, n)
-    yield f"tensor={n}"
     if profile.kind == "unet":
+        yield f"tensor={n}"
         return
-    for tensor in [t for t in (2, 4) if 2 * t <= n]:
-        yield f"tensor={tensor},ulysses={n // tensor}"
-    for ulysses in [u for u in (1, 2, 4, 8, 16, 32, 64) if u <= n]:
-        ring = n // ulysses
-        axes = [f"ulysses={ulysses}"] * (ulysses > 1) + [f"ring={ring}"] * (ring > 1)
-        yield ",".join(axes)
+    yield from _groups(n)
     blocks = len(profile.denoiser.cuts)
     for stages in [s for s in (2, 4, 8, 16) if s <= min(n, blocks)]:
-        sequence = f",ulysses={n // stages}" if stages < n else ""
         uneven = blocks % stages or len({c.hi - c.lo for c in profile.denoiser.cuts}) > 1
         balance = ",stages=balanced" if uneven else ""
-        for patches in (stages, 2 * stages):
-            yield f"pipefusion={stages}{sequence},patches={patches}{balance},warmup=1"
+        many = [f"ulysses={n // stages}"] if stages < n else [""]
+        groups = _groups(n // stages) if n <= PRODUCTS else many
+        for group, patches in itertools.product(groups, (stages, 2 * stages)):
+            inside = f",{group}" if group else ""
+            yield f"pipefusion={stages}{inside},patches={patches}{balance},warmup=1"
 
 
 def _widest(profile: Profile, workload: Workload, room: int, powers: list[int]) -> Iterator[str]:
@@ -440,23 +514,35 @@ def _widest(profile: Profile, workload: Workload, room: int, powers: list[int]) 
             yield f"ring={strips}"
 
 
+def _asyncdiff_warmup(workload: Workload, stride: int) -> int:
+    """9 as published, at most a fifth of the steps; odd where rounds are of two steps."""
+    room = max(1, workload.steps // 5)
+    return max(1, min(9, room if stride == 1 else room - (room + 1) % 2))
+
+
 def _step_specs(
     profile: Profile, workload: Workload, max_gpus: int, widths: list[int]
 ) -> Iterator[str]:
-    """AsyncDiff with the published component counts, ParaStep alone and on pairs, its steps as a batch;
-    warm-up at most a fifth of the steps."""
-    room = max(1, workload.steps // 5)
-    for stride in (1, 2):
-        for components in (2, 3, 4):
-            if components + stride - 1 <= max_gpus:
-                warmup = min(9, room) if stride == 1 else min(9, room - (room + 1) % 2)
-                yield f"asyncdiff={components},stride={stride},warmup={max(1, warmup)}"
-    warmup = min(5, room)
+    """AsyncDiff with the published component counts, ParaStep on groups of one to four, its steps as a
+    batch; warm-up at most a fifth of the steps."""
+    branches = _branches(profile, max_gpus)
+    for cfg, stride, components in itertools.product(branches, (1, 2), (2, 3, 4)):
+        if cfg * (components + stride - 1) <= max_gpus:
+            warmup = _asyncdiff_warmup(workload, stride)
+            prefix = "cfg=2," if cfg == 2 else ""
+            yield f"{prefix}asyncdiff={components},stride={stride},warmup={warmup}"
+    warmup = min(5, max(1, workload.steps // 5))
     for n in [n for n in widths if workload.steps - warmup >= n]:
-        yield f"parastep={n},warmup={warmup}"
-        if 2 * n <= max_gpus:
-            guided = profile.geometry.guidance == "cfg"
-            if guided or profile.kind == "transformer":
-                yield f"{'cfg' if guided else 'ulysses'}=2,parastep={n},warmup={warmup}"
+        for cfg, inside in itertools.product(branches, (1, 2, 4)):
+            gpus = cfg * inside * n
+            if gpus > max_gpus or (gpus > PRODUCTS and inside > 2 - (cfg > 1)):
+                continue
+            if profile.kind == "unet":
+                axes = ["tensor", "patch"]
+            else:
+                axes = ["tensor", "ulysses", "ring"] if gpus <= PRODUCTS else ["ulysses"]
+            for group in [f"{axis}={inside}" for axis in axes] if inside > 1 else [""]:
+                parts = ["cfg=2"] * (cfg == 2) + [group] * (group != "")
+                yield ",".join([*parts, f"parastep={n},warmup={warmup}"])
     if workload.steps - warmup >= 2:
         yield f"batchstep=2,warmup={warmup}"

@@ -1,7 +1,8 @@
 """Step level: AsyncDiff (arXiv 2406.06911).
 
 Decides which rank evaluates which part of the network for which step. Rules as in the reference code
-(STRATEGIES section 13).
+(STRATEGIES section 13). Each guidance branch may have ranks of its own (section 15): all of them then
+exchange predictions with their twins of the other branch before a scheduler step.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 
 from paradiff.graph import Ref
 from paradiff.profiles import Cut
-from paradiff.strategies.builder import Builder, Infeasible, Options, balanced_owners
-from paradiff.strategies.passes import noise, whole_rows
+from paradiff.strategies.builder import Builder, Infeasible, Lane, Options, Tags, balanced_owners
+from paradiff.strategies.passes import finish_run, noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +98,21 @@ def _unet_modules(
 
 @dataclass(frozen=True)
 class AsyncDiff:
-    """One request on ``components + stride - 1`` ranks; ``cache`` holds every module's last output."""
+    """One request on ``components + stride - 1`` ranks of each guidance branch, which stand at the same
+    *places* of their lanes; ``cache`` holds every module's last output."""
 
     build: Builder
     components: tuple[Component, ...]
     stride: int
+    lanes: tuple[Lane, ...]
 
     @property
-    def ranks(self) -> range:
-        return range(len(self.components) + self.stride - 1)
+    def ranks(self) -> list[int]:
+        return [rank for lane in self.lanes for rank in lane.ranks]
 
     @property
     def last(self) -> int:
-        """Rank of the last component; the extra rank of stride 2 evaluates it once more."""
+        """Place of the last component; the extra rank of stride 2 evaluates it once more."""
         return len(self.components) - 1
 
     @property
@@ -117,9 +120,20 @@ class AsyncDiff:
         """Bytes of a network output."""
         return self.build.latent_bytes(self.build.rows, self.build.call_batch)
 
+    def tags(self, lane: Lane) -> Tags:
+        """Tags of a forward on the whole latent."""
+        return lane.tags((0, self.build.rows))
+
     def output(self, rank: int, step: int, name: str = "eps") -> Ref:
-        """Network output of ``step`` on ``rank``."""
+        """Network output of ``step`` on ``rank``, of its branch."""
         return noise(self.build, rank, self.nbytes, step, name)
+
+    def prediction(self, rank: int, step: int, name: str = "eps") -> Ref:
+        """Network output of ``step`` of all branches, on ``rank``."""
+        if len(self.lanes) == 1:
+            return self.output(rank, step, name)
+        size = self.nbytes * len(self.lanes)
+        return noise(self.build, rank, size, step, f"{name}_all")
 
     def cached(self, rank: int, step: int, component: int | None = None) -> list[Ref]:
         """Outputs of all modules (of one component) as computed in ``step``, held on ``rank``."""
@@ -137,79 +151,105 @@ class AsyncDiff:
         a replay; the references do it although it brings nothing new) only their owner writes them.
         """
         build = self.build
-        for rank in self.ranks:
-            held: list[Ref] = []
-            if keep and not shared:
-                held = self.cached(rank, 0)
-            elif keep and rank <= self.last:
-                held = self.cached(rank, 0, rank)
-            build.compute(
-                "full",
-                rank,
-                "denoiser",
-                build.shape(build.rows),
-                call="forward",
-                reads=[build.x(rank), build.text(rank)],
-                writes=[self.output(rank, 0), *held],
-                tags=whole_rows(build),
-            )
-            build.update(rank, [self.output(rank, 0)], [build.x(rank, 1)])
+        for lane in self.lanes:
+            for place, rank in enumerate(lane.ranks):
+                held: list[Ref] = []
+                if keep and not shared:
+                    held = self.cached(rank, 0)
+                elif keep and place <= self.last:
+                    held = self.cached(rank, 0, place)
+                build.compute(
+                    "full",
+                    rank,
+                    "denoiser",
+                    build.shape(build.rows),
+                    call="forward",
+                    reads=[build.x(rank), build.text(rank)],
+                    writes=[self.output(rank, 0), *held],
+                    tags=self.tags(lane),
+                )
+        self.advance(0, 0)
 
     def broadcast(self, step: int, version: int) -> None:
         """Every module's output of ``version``, owner by owner, blocking, on one channel."""
-        for c in range(len(self.components)):
-            receivers = [r for r in self.ranks if r != c]
-            for i, (name, size) in enumerate(self.components[c].modules):
-                self.build.collective(
-                    "broadcast",
-                    f"bcast.{name}",
-                    [c, *receivers],
-                    size,
-                    [self.cached(c, version, c)[i]],
-                    [self.cached(r, version, c)[i] for r in receivers],
-                    step=step,
-                    channel="world",
-                )
+        for c, component in enumerate(self.components):
+            for i, (name, size) in enumerate(component.modules):
+                for lane in self.lanes:
+                    owner = lane.ranks[c]
+                    receivers = [r for r in lane.ranks if r != owner]
+                    self.build.collective(
+                        "broadcast",
+                        f"bcast.{name}",
+                        [owner, *receivers],
+                        size,
+                        [self.cached(owner, version, c)[i]],
+                        [self.cached(r, version, c)[i] for r in receivers],
+                        step=step,
+                        channel="world",
+                    )
 
     def run_component(
-        self, c: int, rank: int, step: int, read: int, *, keep: bool, ahead: int = 0
+        self, c: int, place: int, step: int, read: int, *, keep: bool, ahead: int = 0
     ) -> None:
-        """Component c on ``rank`` with all other modules' outputs of step ``read``, at the timestep
+        """Component c at ``place`` with all other modules' outputs of step ``read``, at the timestep
         of ``ahead`` steps later."""
         build = self.build
-        writes = self.cached(rank, step, c) if keep else []
-        if c == self.last:
-            writes = [*writes, self.output(rank, step, "eps_own")]
-        build.compute(
-            f"component{c}",
-            rank,
-            "denoiser",
-            build.shape(build.rows),
-            ranges=self.components[c].ranges,
-            call="forward",
-            step=step,
-            reads=[build.x(rank, step), build.text(rank), *self.cached(rank, read)],
-            writes=writes,
-            tags=(*whole_rows(build), *([("timestep", str(ahead))] if ahead else [])),
-        )
+        for lane in self.lanes:
+            rank = lane.ranks[place]
+            writes = self.cached(rank, step, c) if keep else []
+            if c == self.last:
+                writes = [*writes, self.output(rank, step, "eps_own")]
+            build.compute(
+                f"component{c}",
+                rank,
+                "denoiser",
+                build.shape(build.rows),
+                ranges=self.components[c].ranges,
+                call="forward",
+                step=step,
+                reads=[build.x(rank, step), build.text(rank), *self.cached(rank, read)],
+                writes=writes,
+                tags=(*self.tags(lane), *([("timestep", str(ahead))] if ahead else [])),
+            )
 
     def share_output(self, source: int, step: int, computed: int, name: str = "eps") -> None:
-        """The prediction that ``source`` computed in step ``computed`` goes to all ranks, as ``name``,
-        and all take scheduler step ``step`` with it."""
-        others = [r for r in self.ranks if r != source]
-        self.build.collective(
-            "broadcast",
-            f"bcast.{name}",
-            [source, *others],
-            self.nbytes,
-            [self.output(source, computed, "eps_own")],
-            [self.output(r, computed, name) for r in others],
-            step=step,
-            channel="world",
-        )
+        """The prediction computed at place ``source`` in step ``computed`` goes to all ranks of its
+        branch, as ``name``, and all take scheduler step ``step`` with it."""
+        for lane in self.lanes:
+            owner = lane.ranks[source]
+            others = [r for r in lane.ranks if r != owner]
+            self.build.collective(
+                "broadcast",
+                f"bcast.{name}",
+                [owner, *others],
+                self.nbytes,
+                [self.output(owner, computed, "eps_own")],
+                [self.output(r, computed, name) for r in others],
+                step=step,
+                channel="world",
+            )
+        self.advance(step, computed, name, source)
+
+    def advance(self, step: int, computed: int, name: str = "eps", source: int = -1) -> None:
+        """Scheduler step ``step`` on all ranks with the prediction of ``computed``, once both branches
+        have it; each holds that of its own as ``name``, at place ``source`` as it was computed."""
+        for place, twins in enumerate(zip(*(lane.ranks for lane in self.lanes), strict=True)):
+            own = "eps_own" if place == source else name
+            held = [self.output(rank, computed, own) for rank in twins]
+            if len(twins) > 1:
+                both = [self.prediction(rank, computed, name) for rank in twins]
+                self.build.collective(
+                    "all_gather", f"{name}_all", twins, self.nbytes, held, both, step=step
+                )
+                held = both
+            for rank, eps in zip(twins, held, strict=True):
+                self.build.update(rank, [eps], [self.build.x(rank, step + 1)], step=step)
+
+    def replay(self) -> None:
+        """The step after an even warm-up takes the prediction of the one before again."""
+        self.broadcast(0, -1)
         for rank in self.ranks:
-            held = self.output(rank, computed, "eps_own" if rank == source else name)
-            self.build.update(rank, [held], [self.build.x(rank, step + 1)], step=step)
+            self.build.update(rank, [self.prediction(rank, -1)], [self.build.x(rank, 1)])
 
     def round(self) -> None:
         """Stride 1: broadcast the outputs of the step before, compute, share the prediction."""
@@ -242,22 +282,25 @@ def asyncdiff(build: Builder, options: Options) -> None:
             f"warmup={min(max(1, warmup), steps)}",
         )
     owners = owners_of(build, int(options["asyncdiff"]), options.get("cuts", "published"))
-    run = AsyncDiff(build, tuple(components_of(build, owners)), stride)
-    build.encode(run.ranks)
+    components = tuple(components_of(build, owners))
+    runs = [AsyncDiff(build, components, stride, lanes) for lanes in build.mesh.replicas()]
+    build.encode()
     with build.section("warmup", 0, warmup - 1):
-        run.warmup(keep=False)
+        for run in runs:
+            run.warmup(keep=False)
     with build.section("warmup_last", warmup - 1):
-        run.warmup(keep=warmup < steps, shared=stride == 1 or warmup % 2 == 0)
+        for run in runs:
+            run.warmup(keep=warmup < steps, shared=stride == 1 or warmup % 2 == 0)
     if stride == 1:
         with build.section("rounds", warmup, steps - warmup):
-            run.round()
+            for run in runs:
+                run.round()
     else:
-        _double_rounds(build, run, warmup, steps)
-    with build.section("decode", steps):
-        build.decode(0, [build.x(0)])
+        _double_rounds(build, runs, warmup, steps)
+    finish_run(build, steps)
 
 
-def _double_rounds(build: Builder, run: AsyncDiff, warmup: int, steps: int) -> None:
+def _double_rounds(build: Builder, runs: Sequence[AsyncDiff], warmup: int, steps: int) -> None:
     """Rounds at odd steps, replays at even ones; an even warm-up is followed by a replay of itself.
 
     The first round reads the warm-up's caches, the others those of two steps before.
@@ -266,12 +309,13 @@ def _double_rounds(build: Builder, run: AsyncDiff, warmup: int, steps: int) -> N
     start = warmup + lead
     pairs, tail = divmod(steps - start, 2)
     with build.section("replay", warmup, lead):
-        run.broadcast(0, -1)
-        for rank in run.ranks:
-            build.update(rank, [run.output(rank, -1)], [build.x(rank, 1)])
-    with build.section("first", start, min(1, pairs)):
-        run.double_round(-1 - lead, replay=True)
-    with build.section("rounds", start + 2, pairs - 1, stride=2):
-        run.double_round(-2, replay=True)
-    with build.section("tail", start + 2 * pairs, tail):
-        run.double_round(-2 if pairs else -1 - lead, replay=False)
+        for run in runs:
+            run.replay()
+    for name, first, count, read, replay in (
+        ("first", start, min(1, pairs), -1 - lead, True),
+        ("rounds", start + 2, pairs - 1, -2, True),
+        ("tail", start + 2 * pairs, tail, -2 if pairs else -1 - lead, False),
+    ):
+        with build.section(name, first, count, stride=2 if name == "rounds" else 1):
+            for run in runs:
+                run.double_round(read, replay=replay)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from paradiff.graph import Buffer, BufferKind, Op, OpKind, Ref, ScheduleGraph, Section, Shape, Work
@@ -90,6 +90,15 @@ class Mesh:
     def size(self) -> int:
         return self.tp * self.sp * self.pp * self.cfg * self.step * self.dp
 
+    def kinds(self) -> tuple[int, ...]:
+        """For each rank the lowest at its place of the pass and step axes: of one group that shares
+        weights and tokens, of both branches and of all replicas."""
+        inner, branches = self.tp * self.sp, self.cfg * self.pp
+        return tuple(
+            inner * (r // inner % self.pp + branches * (r // inner // branches % self.step))
+            for r in range(self.size)
+        )
+
     def group(self, group: int, cfg: int, pp: int) -> tuple[int, ...]:
         """Ranks at the coordinates (``group``: of all step groups of all replicas): ``tp`` is the
         fastest, then ``sp``, inside which the ulysses index is."""
@@ -144,19 +153,32 @@ def widest_strips(rows: int, unit: int, most: int) -> int:
     return max((n for n in range(2, most + 1) if rows % (n * unit) == 0), default=1)
 
 
+Ranks = tuple[int, ...]
+
+
 @dataclass
 class Builder:
-    """Collects buffers and ops. All ``step`` arguments are relative to the section's iteration."""
+    """Collects buffers and ops. All ``step`` arguments are relative to the section's iteration.
+
+    ``alike``: ranks of one of the mesh's ``kinds`` do the same at the same time, and only the ops of the
+    first of each are kept. Transfers of one step and name between ranks of the same kinds are then one
+    op, of those ranks of theirs that are kept; ``members`` has, of each section's ops, the ranks of all.
+    """
 
     profile: Profile
     workload: Workload
     mesh: Mesh
+    alike: bool = False
+    members: list[tuple[tuple[Ranks, ...], ...]] = field(default_factory=list)
     _buffers: dict[str, Buffer] = field(default_factory=dict)
     _sections: list[Section] = field(default_factory=list)
     _ops: list[Op] | None = None
+    _stand_for: list[list[Ranks]] = field(default_factory=list)
+    _places: dict[tuple[int | None, str, Ranks], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         w = self.workload
+        self.kinds = self.mesh.kinds() if self.alike else tuple(range(self.mesh.size))
         self.element_bytes = DTYPE_BYTES[w.dtype]
         self.latent = self.profile.latent_shape(w.height, w.width, w.frames, w.batch)
         self.rows = self.latent["r"]
@@ -219,11 +241,20 @@ class Builder:
     @contextmanager
     def section(self, name: str, first: int, count: int = 1, stride: int = 1) -> Iterator[None]:
         """Ops emitted inside repeat ``count`` times (nothing is kept where that is 0)."""
-        self._ops = []
+        self._ops, self._stand_for, self._places = [], [], {}
         yield
         if count > 0 and self._ops:
             self._sections.append(Section(name, first, count, stride, tuple(self._ops)))
+            self.members.append(tuple(map(tuple, self._stand_for)))
         self._ops = None
+
+    def keeps(self, rank: int) -> bool:
+        """Whether the ops of ``rank`` are kept."""
+        return self.kinds[rank] == rank
+
+    def kept(self, ranks: Sequence[int]) -> list[int]:
+        """Those of ``ranks`` whose ops are kept."""
+        return [rank for rank in ranks if self.kinds[rank] == rank] if self.alike else [*ranks]
 
     def buffer(
         self,
@@ -256,8 +287,18 @@ class Builder:
         nbytes: int = 0,
         tags: Tags = (),
     ) -> None:
-        """Append an op to the section in hand."""
+        """Append an op to the section in hand, or let one there stand for it."""
         assert self._ops is not None, "emit inside a section"
+        every = tuple(ranks)
+        if self.alike:
+            ranks = self.kept(every)
+            if not ranks and len(every) == 1:
+                return
+            reads, writes = self._on_kept(reads), self._on_kept(writes)
+            key = (step, name.partition("@")[0], tuple([self.kinds[rank] for rank in every]))
+            if len(every) > 1 and self._stands(key, every, ranks, reads, writes):
+                return
+        self._stand_for.append([every])
         self._ops.append(
             Op(
                 name=name,
@@ -273,6 +314,34 @@ class Builder:
                 tags=tags,
             )
         )
+
+    def _on_kept(self, refs: Iterable[Ref]) -> list[Ref]:
+        return [ref for ref in refs if self.keeps(self._buffers[ref.buffer].rank)]
+
+    def _stands(
+        self,
+        key: tuple[int | None, str, Ranks],
+        every: Ranks,
+        mine: Sequence[int],
+        reads: Sequence[Ref],
+        writes: Sequence[Ref],
+    ) -> bool:
+        """Whether an earlier op of the section, of this ``key``, stands for one of the ranks ``every``;
+        ``mine`` of them are kept."""
+        assert self._ops is not None
+        at = self._places.setdefault(key, len(self._ops))
+        if at == len(self._ops):
+            return False
+        self._stand_for[at].append(every)
+        if mine:
+            op = self._ops[at]
+            self._ops[at] = replace(
+                op,
+                ranks=(*op.ranks, *mine),
+                reads=(*op.reads, *reads),
+                writes=(*op.writes, *writes),
+            )
+        return True
 
     def compute(
         self,
@@ -291,6 +360,8 @@ class Builder:
         copies: Copies = NO_COPIES,
     ) -> None:
         """A compute op on ``rank``: the whole stage, or the given segment ranges of it."""
+        if not self.keeps(rank):
+            return
         whole = ((0, len(self.profile.stages[stage].segments)),)
         self.emit(
             f"{name}@r{rank}",
@@ -377,7 +448,6 @@ class Builder:
 
     def encode(
         self,
-        ranks: Sequence[int],
         spans: Callable[[int], Sequence[tuple[int, int]]] | None = None,
         starts: Callable[[int], bool] = lambda rank: True,
     ) -> None:
@@ -387,12 +457,11 @@ class Builder:
         of each part that the rank has to do with. ``starts``: whether a rank draws noise at all.
         """
         shape = self.shape(self.rows, batch=self.workload.batch * self.branches)
-        world = max(len(ranks), self.mesh.size)
         with self.section("encode", 0):
-            for rank in ranks:
+            for rank in range(self.mesh.size):
                 for stage in self.stages(before=True):
                     self.compute(stage, rank, stage, shape, step=None)
-                replica = (("replica", str(rank * self.mesh.dp // world)),)
+                replica = (("replica", str(rank * self.mesh.dp // self.mesh.size)),)
                 rows = [(0, self.rows)] if spans is None else spans(rank)
                 whole = [None] if spans is None else range(len(rows))
                 tag = ("rows", "+".join(f"{a}-{b}" for a, b in rows))
@@ -429,6 +498,8 @@ class Builder:
         x: Sequence[Ref] = (),
     ) -> None:
         """Guidance, then the scheduler, on ``rank``: network output and latent (``x``) to the next."""
+        if not self.keeps(rank):
+            return
         shape = self.shape(self.rows if rows is None else rows, batch=self.workload.batch)
         current = x or [self.x(rank, step)]
         if self.branches == 2 and "guidance" in self.profile.stages:
@@ -446,8 +517,8 @@ class Builder:
     def graph(self, meta: Mapping[str, str]) -> ScheduleGraph:
         """The finished schedule."""
         return ScheduleGraph(
-            world_size=1 + max(r for s in self._sections for op in s.ops for r in op.ranks),
-            buffers=tuple(self._buffers.values()),
+            world_size=self.mesh.size,
+            buffers=tuple(b for b in self._buffers.values() if self.keeps(b.rank)),
             sections=tuple(self._sections),
             meta=tuple(sorted(meta.items())),
         )
@@ -513,6 +584,7 @@ class Forward:
 
     def __post_init__(self) -> None:
         self._at = self.lo
+        self.kept = self.build.kept(self.ranks)
         tp = self.build.mesh.tp
         self.shapes = [shape for shape in self.shapes for _ in range(tp)]
         if tp > 1:
@@ -520,7 +592,8 @@ class Forward:
 
     def need(self, rank: int, *refs: Ref) -> None:
         """Refs that the next op on ``rank`` reads."""
-        self._reads.setdefault(rank, []).extend(refs)
+        if self.build.keeps(rank):
+            self._reads.setdefault(rank, []).extend(refs)
 
     def then(self, emit: Callable[[], None], *, now: bool) -> None:
         """Call ``emit`` now, or right after the next op: what it emits must follow that op's reads."""
@@ -554,7 +627,7 @@ class Forward:
         size = total.elements(self.shapes[0]._asdict()) * itemsize
 
         def refs(sub: int) -> dict[int, list[Ref]]:
-            buffers = {r: build.buffer("partial", r, size, "hidden") for r in self.ranks}
+            buffers = {r: build.buffer("partial", r, size, "hidden") for r in self.kept}
             version = 2 * layer + sub
             return {r: [Ref(b, self.step, None, False, version)] for r, b in buffers.items()}
 
@@ -568,12 +641,12 @@ class Forward:
                 name,
                 group,
                 size,
-                [ref for r in group for ref in parts[r]],
-                [ref for r in group for ref in sums[r]],
+                [ref for r in build.kept(group) for ref in parts[r]],
+                [ref for r in build.kept(group) for ref in sums[r]],
                 step=self.step,
                 channel="tensor",
             )
-        for rank in self.ranks:
+        for rank in self.kept:
             self.need(rank, *sums[rank])
 
     def _compute(self, stop: int, writes: Mapping[int, Sequence[Ref]]) -> None:
@@ -588,6 +661,8 @@ class Forward:
         )
         name = f"{segments[self._at - 1].name}/end" if ended else segments[self._at].name
         for rank, shape, tags in zip(self.ranks, self.shapes, self.tags, strict=True):
+            if not self.build.keeps(rank):
+                continue
             self.build.compute(
                 f"{name}{self.tag}",
                 rank,

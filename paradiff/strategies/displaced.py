@@ -311,7 +311,7 @@ def _displaced(build: Builder, options: Options, name: str, bucket: str) -> None
     sent = () if mode == "no_sync" else (*kinds, *(("kv",) if sender else ()))
     steady = None if mode in ("separate_gn", "no_sync") else norm
     stale = strip_copies(build, joined[0], fresh=False, sent=sent, norm=steady)
-    build.encode(range(build.mesh.size))
+    build.encode()
     for phase, first, count in phases(steps, sync):
         with build.section(phase, first, count):
             for lanes in build.mesh.replicas():

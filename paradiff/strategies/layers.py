@@ -157,10 +157,10 @@ def attend(
     if sp.ulysses > 1:
         qkv.to_heads()
     else:
-        forward.run(at, {r: qkv.own(r) for r in forward.ranks})
-        for rank in forward.ranks:
+        forward.run(at, {r: qkv.own(r) for r in forward.kept})
+        for rank in forward.kept:
             forward.need(rank, *qkv.own(rank))
-    for rank in forward.ranks:
+    for rank in forward.kept:
         forward.need(rank, *(cache or {}).get(rank, ()))
     if sp.ring > 1 and sp.rotate == "p2p":
         qkv.rotate(rows, keys, cache)
@@ -255,8 +255,8 @@ class _Exchange:
                 name,
                 group,
                 nbytes,
-                [self.ref(source, r, size=nbytes) for r in group],
-                [self.ref(target, r, size=nbytes) for r in group],
+                [self.ref(source, r, size=nbytes) for r in self.build.kept(group)],
+                [self.ref(target, r, size=nbytes) for r in self.build.kept(group)],
                 step=self.forward.step,
                 channel="ulysses",
             )
@@ -281,7 +281,7 @@ class _Exchange:
     def to_heads(self) -> None:
         """Tokens to heads: one all-to-all each for Q, K and V."""
         size = self.token_bytes
-        ranks = self.forward.ranks
+        ranks = self.forward.kept
         self.forward.run(self.at, {r: [self.ref(n, r, size=size) for n in "qkv"] for r in ranks})
         for n in "qkv":
             self.all_to_all(n, size, n, f"{n}h")
@@ -290,7 +290,7 @@ class _Exchange:
 
     def to_tokens(self) -> None:
         """Heads back to tokens; replicated text heads are gathered."""
-        size, ranks = self.token_bytes, self.forward.ranks
+        size, ranks = self.token_bytes, self.forward.kept
         self.all_to_all("o", size, "o", "ot")
         text = self.text_heads_bytes
         if text:
@@ -312,7 +312,7 @@ class _Exchange:
         """The attention segment itself, in one op a rank."""
         dense = self.forward.shapes
         self.forward.shapes = shapes
-        self.forward.run(self.at + 1, {r: self.outputs(r) for r in self.forward.ranks})
+        self.forward.run(self.at + 1, {r: self.outputs(r) for r in self.forward.kept})
         self.forward.shapes = dense
 
     def block_bytes(self, keys: int) -> int:
@@ -339,13 +339,16 @@ class _Exchange:
                 name,
                 group,
                 size,
-                [ref for r in group for ref in self.block(r, cache)],
-                [self.ref("kvall", r, size=(self.sp.ring - 1) * size) for r in group],
+                [ref for r in self.build.kept(group) for ref in self.block(r, cache)],
+                [
+                    self.ref("kvall", r, size=(self.sp.ring - 1) * size)
+                    for r in self.build.kept(group)
+                ],
                 step=self.forward.step,
                 channel="ring",
                 tags=self.cached(cache),
             )
-        for rank in self.forward.ranks:
+        for rank in self.forward.kept:
             self.forward.need(rank, self.ref("kvall", rank, size=(self.sp.ring - 1) * size))
 
     def rotate(self, rows: int, keys: int, cache: Cache | None) -> None:
@@ -372,8 +375,8 @@ class _Exchange:
                     "ring",
                     group,
                     f"ring.{'-'.join(map(str, group))}",
-                    reads=[ref for r in group for ref in block(j, r)],
-                    writes=[ref for r in group for ref in block(j + 1, r)],
+                    reads=[ref for r in self.build.kept(group) for ref in block(j, r)],
+                    writes=[ref for r in self.build.kept(group) for ref in block(j + 1, r)],
                     step=self.forward.step,
                     nbytes=size,
                     tags=self.cached(cache),
@@ -386,7 +389,8 @@ class _Exchange:
                 heads=sp.ulysses,
             )
             for rank, tags in zip(self.forward.ranks, self.forward.tags, strict=True):
-                self._block(name, j, rank, share, block(j, rank) if j else [], tags)
+                if self.build.keeps(rank):
+                    self._block(name, j, rank, share, block(j, rank) if j else [], tags)
         self.forward.skip(self.at + 1)
 
     def _block(

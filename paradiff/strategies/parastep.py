@@ -215,7 +215,7 @@ def parastep(build: Builder, options: Options) -> None:
     degree, warmup = plan_cycles(build, "parastep", options)
     predict = (strip_pass if "patch" in options else whole_pass)(build, options)
     runs = [ParaStep(build, groups, predict) for groups in build.mesh.step_groups()]
-    build.encode(range(build.mesh.size))
+    build.encode()
     in_cycles(build, degree, warmup, runs)
     finish_run(build, build.workload.steps)
 
@@ -224,7 +224,7 @@ def batchstep(build: Builder, options: Options) -> None:
     """ParaStep's cycle as one batch on one device: p latents, each at its own timestep."""
     degree, warmup = plan_cycles(build, "batchstep", options)
     runs = [BatchStep(build, degree, lanes[0].ranks[0]) for lanes in build.mesh.replicas()]
-    build.encode(range(build.mesh.size), lambda _: [(0, build.rows)] * degree)
+    build.encode(lambda _: [(0, build.rows)] * degree)
     in_cycles(build, degree, warmup, runs)
     with build.section("decode", build.workload.steps):
         for run in runs:

@@ -153,7 +153,7 @@ def whole_pass(build: Builder, options: Options) -> Predict:
 
 def every_step(build: Builder, predict: Predict) -> None:
     """The denoising loop of a pass that keeps nothing from step to step."""
-    build.encode(range(build.mesh.size))
+    build.encode()
     with build.section("steps", 0, build.workload.steps):
         for lanes in build.mesh.replicas():
             for rank, eps in predict(lanes, 0, build.x).items():

@@ -158,7 +158,7 @@ def pipefusion(build: Builder, options: Options) -> None:
     pipe = plan_pipeline(build, options)
     steps, last = build.workload.steps, build.workload.steps - 1
     mesh = build.mesh
-    build.encode(range(mesh.size), lambda rank: pipe.shares(rank // mesh.tp % mesh.sp))
+    build.encode(lambda rank: pipe.shares(rank // mesh.tp % mesh.sp))
     middle = min(pipe.warmup, last)
     for name, first, count, emit in (
         ("warmup", 0, middle, warmup_step),
@@ -388,6 +388,8 @@ class Stages:
         forward = Forward(build, ranks, shapes, lo, hi, tags, label, p or 0, copies=copies)
         older: dict[int, list[Ref]] = {}
         for j, rank in enumerate(ranks):
+            if not build.keeps(rank):
+                continue
             forward.need(rank, *self.inputs(lane, d, j, p))
             older[rank] = (
                 []
@@ -398,7 +400,7 @@ class Stages:
                 ]
             )
         if pipe.sp.degree == 1:
-            for rank in ranks:
+            for rank in forward.kept:
                 forward.need(rank, *older[rank])
         else:
             for at in forward.points("kv"):
@@ -408,6 +410,7 @@ class Stages:
             {
                 rank: [*self.outputs(lane, d, j, p), *self.cache(d, rank, self.parts(p), 0)]
                 for j, rank in enumerate(ranks)
+                if build.keeps(rank)
             },
         )
 

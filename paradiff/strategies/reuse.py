@@ -141,7 +141,7 @@ def whole(build: Builder, options: Options) -> None:
             "tensor=1",
         )
     reuse = Reuse(build, plan_sequence(build, options, 1), fresh, kept)
-    build.encode(range(build.mesh.size))
+    build.encode()
     last = 0
     for number, (first, count, stride, computed) in enumerate(
         runs_of(options, build.workload.steps)

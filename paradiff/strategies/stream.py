@@ -24,7 +24,7 @@ def streambatch(build: Builder, options: Options) -> None:
     ranks = [[[r for lane in group for r in lane.ranks] for group in groups] for groups in replicas]
     size = build.latent_bytes(build.rows, build.workload.batch)
     first_group = {rank for groups in ranks for rank in groups[0]}
-    build.encode(range(build.mesh.size), starts=first_group.__contains__)
+    build.encode(starts=first_group.__contains__)
     for d in range(degree):
         first, last = strip(steps, degree, d)
         with build.section(f"hop{d}", first, int(d > 0)):

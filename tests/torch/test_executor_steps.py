@@ -141,6 +141,14 @@ def test_last_round_of_stride_two_keeps_its_timestep(name: str, warmup: int) -> 
     assert plain.relative(ours, expected) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["sd21", "svd", "sd3-medium", "cogvideox-2b"])
+@pytest.mark.parametrize("rest", ["warmup=1", "warmup=1,stride=2", "warmup=2,stride=2"])
+def test_components_of_each_branch_change_nothing(name: str, rest: str) -> None:
+    """Ranks of their own for the guidance branches, which exchange predictions before each step."""
+    together = latent(name, f"asyncdiff=3,{rest},cuts=balanced")
+    assert plain.relative(latent(name, f"cfg=2,asyncdiff=3,{rest},cuts=balanced"), together) < 1e-10
+
+
 @pytest.mark.parametrize("name", plain.NAMES + plain.OTHERS)
 def test_components_that_only_warm_up_are_exact(name: str) -> None:
     assert plain.relative(latent(name, "asyncdiff=2,warmup=5"), reference(name)) < 1e-10
