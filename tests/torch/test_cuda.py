@@ -86,6 +86,21 @@ def test_one_rank_over_nccl(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "image-0.png").is_file()
 
 
+def test_a_plan_runs_on_the_gpu_that_it_names(tmp_path: Path) -> None:
+    plan = ["plan", "--topology", "pcie8", "--model", "sd21", "--strategy", "serial", "--steps", "2",
+            "--output-dir", str(tmp_path / "plan")]  # fmt: skip
+    assert CliRunner().invoke(app, plan).exit_code == 0
+    (file,) = (tmp_path / "plan").glob("*.plan.yaml")
+    arguments = ["run", str(file), "--device", "cuda", "--launch", "1"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    absent = torch.cuda.device_count()
+    file.write_text(re.sub(r"placement: .*", f"placement: [{absent}]", file.read_text()))
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2, done.output
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_memory_of_the_device_that_ends_is_named(tmp_path: Path) -> None:
     with spoilt_rank(tmp_path, "cuda", "x.new_empty(1 << 50)") as (_, end):
         message = end()
