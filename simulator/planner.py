@@ -5,9 +5,9 @@ the order. Building, pricing and simulating happen elsewhere; this file only ask
 
 Placement. Every spec is simulated with rank r on device r. Those that could become the first (they
 would without all their waiting and exposed communication) are then simulated on up to TRIES other
-placements: of the classes that the box's automorphisms leave, those whose transfers (and, on a box of
-several GPU models, compute) look shorter; for the first itself also those that look at most SLACK
-times as long.
+placements: of the classes that the box's automorphisms leave, all where they are FEW, otherwise those
+whose transfers (and, on a box of several GPU models, compute) look shorter; for the first itself also
+those that look at most SLACK times as long.
 
 Bounds. Where only the ``top`` best are asked for, a candidate is not simulated if its lower bound
 (``simulator.bounds``) is worse than the ``top``-th so far, and, if it is exact, than the best exact
@@ -61,6 +61,8 @@ CURRENCY = "USD"
 TRIES = 6
 """Placements simulated besides the first; one where the ranks are more than MAX_GPUS, as simulating
 sixty-four takes seconds."""
+FEW = 24
+"""Where a box has so few classes of placements, all are simulated: any four GPUs."""
 SLACK = 1.2
 WORTH = 1e-3
 """Share of the latency that waiting and exposed communication must have for other placements to be
@@ -529,11 +531,14 @@ class _Planner:
     def _best_placement(
         self, text: str, first: Run, choices: Sequence[Placement], slack: float
     ) -> Run:
-        """The fastest of a run and those of its promising other placements."""
+        """The fastest of a run and those of its other placements, of many only the promising ones."""
         best, schedule = first, self.runs.built(text).schedule
-        slowest = self.runs.slowest_rank_s(schedule.graph) if self.runs.mixed else None
-        limit = TRIES if schedule.world_size <= MAX_GPUS else 1
-        for placement in promising(self.runs.wire, schedule, choices, limit, slowest, slack):
+        small, others = schedule.world_size <= MAX_GPUS, choices
+        if len(choices) > FEW or not small:
+            slowest = self.runs.slowest_rank_s(schedule.graph) if self.runs.mixed else None
+            limit = TRIES if small else 1
+            others = promising(self.runs.wire, schedule, choices, limit, slowest, slack)
+        for placement in others:
             other = self.runs.run(text, placement)
             if other.latency_s < best.latency_s * (1 - 1e-9):
                 best = other

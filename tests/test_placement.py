@@ -8,7 +8,7 @@ from itertools import permutations
 
 import networkx as nx
 import pytest
-from toys import transformer
+from toys import divided, transformer
 from unit_hardware import UnitCosts, random_box
 
 from analysis import text
@@ -20,7 +20,7 @@ from simulator.collectives import Lowering
 from simulator.engine import simulate
 from simulator.network import Network
 from simulator.placement import Wire, axis_orders, classes, placements, promising
-from simulator.planner import Plan, Request, plan
+from simulator.planner import WORTH, Plan, Request, plan
 from simulator.symmetry import whole
 from simulator.topology import Link, Node, Topology, load_topology
 
@@ -186,6 +186,47 @@ def planned(model: str, box: Topology, spec: str) -> Plan:
     return plan(
         Request(profile=profile, topology=box, workload=workload, gpus=len(box.gpus), specs=(spec,))
     )
+
+
+ALONE = (
+    "ulysses=2",
+    "cfg=2,ulysses=2",
+    "cfg=2,ring=2",
+    "tensor=2,ring=2",
+    "pipefusion=2,patches=4,warmup=1",
+    "cfg=2,pipefusion=2,patches=4,warmup=1",
+    "pipefusion=4,patches=4,warmup=1",
+    "ring=4",
+    "cfg=2,distrifusion=2,warmup=1",
+    "cfg=2,asyncdiff=2,warmup=1",
+    "ulysses=2,parastep=2,warmup=1",
+)
+
+
+@pytest.mark.parametrize("seed", [5, 23, 47])
+@pytest.mark.parametrize("slower", [1.0, 0.03, 0.003])
+def test_the_planner_finds_the_best_of_all_permutations(seed: int, slower: float) -> None:
+    """Four GPUs on random links, each spec alone: no permutation is faster by more than what the planner
+    does not look for (``WORTH``). On links where transfers take nothing, as long as the computation, or
+    most of the time."""
+    box = random_box(seed)
+    links = (
+        replace(link, bandwidth_bytes_per_s=slower * link.bandwidth_bytes_per_s)
+        for link in box.links
+    )
+    box = replace(box, profiles=("unit",) * len(box.gpus), links=tuple(links))
+    workload = Workload(height=16, width=4, frames=1, steps=6)
+    assert len(box.gpus) == 4
+    for spec in ALONE:
+        request = Request(
+            profile=divided(transformer()), topology=box, workload=workload, gpus=4, specs=(spec,)
+        )
+        runs = request.runs()
+        (found,) = plan(request, runs=runs).ranked
+        every = permutations(range(4), found.n_gpus)
+        best_s = min(runs.run(spec, placement).latency_s for placement in every)
+        assert found.latency_s is not None
+        assert found.latency_s * (1 - WORTH) <= best_s, spec
 
 
 FAST_PAIRS = load_topology("pcie4-a5000", ["gpu=h100-sxm"])
