@@ -58,8 +58,8 @@ class Row:
 
     @property
     def machine(self) -> tuple[str, ...]:
-        """The words that say which machine it was."""
-        return self.source, words(self["gpu"]), words(self["interconnect"])
+        """The words that say which machine it was; behind a semicolon they say how it was used."""
+        return self.source, words(self["gpu"]), words(self["interconnect"].partition(";")[0])
 
     @property
     def source(self) -> str:
@@ -119,54 +119,83 @@ class Rule(Strict):
     """What a text means in which ``match`` is found; or, ``reason``, why a row with it is left out."""
 
     match: Match
+    """A regular expression; the words are lower case, other characters spaces."""
     means: str = ""
+    """What such rows mean."""
     reason: str | None = None
+    """Why such rows are left out."""
 
 
 class BoxRule(Strict):
     """The box of rows with this link, a GPU that ``gpu`` matches, and at most ``gpus`` of them."""
 
     link: LinkKind
+    """What joins the GPUs."""
     gpu: Match = ""
+    """A regular expression; left out, any GPU."""
     gpus: int
+    """The largest run that it holds for."""
     topology: str
+    """The box."""
     set: tuple[str, ...] = ()
+    """What is changed in it, as by ``--set``."""
 
 
 class OptionRule(Strict):
     """Parameters of a spec that has ``axis`` where ``match`` is found."""
 
     match: Match
+    """A regular expression, in strategy and parameters."""
     axis: str
+    """The part of a spec that it is for."""
     add: str
+    """What the spec gets."""
 
 
 class WarmupRule(Strict):
     """Warm-up steps of ``axis`` for models that match, where a row does not say."""
 
     axis: str
+    """The part of a spec that it is for."""
     model: Match = ""
+    """A regular expression; left out, any model."""
     steps: int
+    """Synchronous steps before the stale ones."""
 
 
 class Rules(Strict):
     """The schema of ``hardware_profiles/published/rules.yaml``. In each list the first match decides."""
 
     gpus: tuple[Rule, ...]
+    """Column ``gpu`` to a GPU profile."""
     models: tuple[Rule, ...]
+    """Column ``model`` to a model."""
     dtypes: tuple[Rule, ...]
+    """Column ``precision`` to a precision."""
     runtimes: tuple[Rule, ...]
+    """Notes, strategy and parameters to how kernels are launched."""
     scopes: tuple[Rule, ...]
+    """Tag ``scope=`` of the notes to what the clock covered."""
     attention: tuple[Rule, ...]
+    """Notes to the kernel behind attention."""
     links: tuple[Rule, ...]
+    """Column ``interconnect`` to what joins the GPUs."""
     sxm: tuple[str, ...]
+    """GPUs that NVLink joins where a row does not say."""
     boxes: tuple[BoxRule, ...]
+    """Link, GPU and size to a box."""
     refused: tuple[Rule, ...]
+    """Strategies and parameters that nothing here stands for."""
     axes: tuple[Rule, ...]
+    """Column ``strategy`` to parts of a spec."""
     degrees: dict[str, str]
+    """Names of degrees in parameters to parts of a spec."""
     options: tuple[OptionRule, ...]
+    """Words of strategy or parameters to parameters of a spec."""
     warmup: tuple[WarmupRule, ...]
+    """Synchronous steps where a row does not say."""
     patches: tuple[int, ...]
+    """Tried where a row does not say how many: the best counts."""
 
     @model_validator(mode="after")
     def _known(self) -> Rules:

@@ -385,20 +385,26 @@ class _Choice(NamedTuple):
     published_s: float
 
 
+def _spec(each: Scored) -> tuple[str, int]:
+    assert each.case is not None
+    assert each.calibrated is not None
+    return each.calibrated.spec, each.case.n_gpus
+
+
 def _choices(
-    rows: Sequence[Scored], place: Callable[[Scored], Hashable]
+    rows: Sequence[Scored],
+    place: Callable[[Scored], Hashable],
+    own: Callable[[Scored], Hashable] = _spec,
 ) -> dict[tuple[str, ...], list[_Choice]]:
-    """Ids of the rows of one place -> its specs."""
+    """Ids of the rows of one place -> its specs, or whatever ``own`` tells apart."""
     groups: dict[Hashable, list[Scored]] = defaultdict(list)
     for each in rows:
         groups[place(each)].append(each)
     found = {}
     for members in groups.values():
-        specs: dict[tuple[str, int], list[Scored]] = defaultdict(list)
+        specs: dict[Hashable, list[Scored]] = defaultdict(list)
         for each in members:
-            assert each.case is not None
-            assert each.calibrated is not None
-            specs[each.calibrated.spec, each.case.n_gpus].append(each)
+            specs[own(each)].append(each)
         found[tuple(each.row["id"] for each in members)] = [
             _Choice(
                 _mean([each.calibrated.seconds for each in runs if each.calibrated]),
@@ -417,6 +423,25 @@ def _comparable(each: Scored) -> Hashable:
 def kendall_tau(rows: Sequence[Scored]) -> float:
     """Pooled tau-b within groups of one place; see the module docstring."""
     return _tau(_choices(rows, _comparable).values())
+
+
+def widest_tau(rows: Sequence[Scored]) -> tuple[float, float]:
+    """Kendall tau over all pairs of one model, resolution and box, whatever their numbers of steps and
+    runtimes: of specs, and of every row by itself."""
+
+    def place(each: Scored) -> Hashable:
+        assert each.case is not None
+        size = each.case.workload.height, each.case.workload.width
+        return each.case.model, size, each.case.topology, each.case.overrides
+
+    def spec(each: Scored) -> Hashable:
+        return _spec(each), _comparable(each)
+
+    def row(each: Scored) -> Hashable:
+        return each.row["id"]
+
+    specs, single = (_tau(_choices(rows, place, own).values()) for own in (spec, row))
+    return specs, single
 
 
 def _tau(groups: Iterable[Sequence[_Choice]]) -> float:

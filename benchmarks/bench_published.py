@@ -24,6 +24,7 @@ from analysis.scoreboard import (
     score,
     scores,
     tau_of_the_truth,
+    widest_tau,
     worst,
 )
 from analysis.text import plain
@@ -31,12 +32,13 @@ from analysis.validation_report import LEFT, gpu_table, row_table, source_table,
 from paradiff.config import find
 
 WORST = {
-    "median_ape_calibrated": 0.07, "mape_calibrated": 0.105, "median_ape_zero_shot": 0.12,
+    "median_ape_calibrated": 0.065, "mape_calibrated": 0.10, "median_ape_zero_shot": 0.12,
     "mean_regret": 0.02,
 }  # fmt: skip
-LEAST_TAU, LEAST_COVERED, COVERAGE = 0.85, 0.90, (0.80, 0.97)
+"""A little above what was reached. Asked is 0.08, 0.12, nothing and 0.025, tau 0.87, one GPU 0.15."""
+LEAST_TAU, LEAST_COVERED, COVERAGE = 0.88, 0.90, (0.80, 0.97)
 ONE_GPU_MEDIAN, ONE_GPU_NEAR = 0.10, 0.90
-LEFT_OUT = 0.085, 0.115, 0.025
+LEFT_OUT = 0.08, 0.11, 0.025
 """Median error, mean error and mean regret of what is left without any one source."""
 
 
@@ -50,6 +52,11 @@ def order(scored: Sequence[Scored]) -> Iterator[str]:
             if e.calibrated is not None
         ]
         yield "wrong order: " + ", ".join(about)
+    specs, single = widest_tau(rows)
+    yield (
+        "Kendall tau of all pairs of one model, resolution and box:"
+        f" {specs:.3f} of specs, {single:.3f} of single rows"
+    )
     spread, pairs = repeat_spread(rows)
     yield (
         f"one spec measured twice ({pairs} pairs): {spread:.1%} from the truth; at that, latencies known"

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 from paradiff.graph import Op, Shape, Work
 from paradiff.profiles import Kernel, Profile, Segment, Stage
 from simulator.gpu import AttentionFigure, Gpu
-from simulator.kernels import Chip, attention_s, conv_s, gemm_s, stream_s
+from simulator.kernels import Chip, attention_s, conv_s, gemm_s, placed_s, stream_s
 from simulator.measured import Estimate, KernelTable, measured_on
 from simulator.tables import Table, lender
 
@@ -90,7 +90,8 @@ about 2 x 200 GB/s of 2-3.4 TB/s. PCIe rings take less."""
 
 class ComputeCost(NamedTuple):
     """Price of a compute op. ``contended_s``: the same while a collective that uses SMs runs beside
-    it. ``low_s``, ``high_s``: nominal 90 % interval of ``device_s``. ``host_s``: to issue it."""
+    it. ``low_s``, ``high_s``: nominal 90 % interval of ``device_s``. ``host_s``: to issue it.
+    ``placed_s``: until its blocks leave an SM to a collective that is launched with it."""
 
     device_s: float
     contended_s: float
@@ -99,6 +100,7 @@ class ComputeCost(NamedTuple):
     low_s: float
     high_s: float
     provenance: Provenance
+    placed_s: float = 0.0
 
 
 class _Sum(NamedTuple):
@@ -276,6 +278,7 @@ class CostModel:
             low_s=low,
             high_s=high,
             provenance="calibrated" if self.is_calibrated and in_loop else _provenance(total),
+            placed_s=self._pricers[gpu.name].placed_s(work) * scale,
         )
 
     def bases(self) -> Iterator[Basis]:
@@ -418,6 +421,21 @@ class _Pricer:
         if self.runtime == "cuda-graph":
             launches = GRAPH_LAUNCH_NODES * len(work.ranges)
         return _Sum(*(value * repeat for value in total))._replace(launches=launches * repeat)  # type: ignore[arg-type]
+
+    def placed_s(self, work: Work) -> float:
+        """Seconds until the grid of a ring's block has been placed; 0 for work of many kernels, between
+        any two of which a collective finds its SMs."""
+        if work.blocks == 1 or self.chip.ideal:
+            return 0.0
+        stage = self.profile.stages[work.stage]
+        bound, total_s = stage.bind(work.shape._asdict()), 0.0
+        for segment in (s for lo, hi in work.ranges for s in stage.segments[lo:hi]):
+            for kernel in segment.kernels:
+                if kernel.kind == "attention":
+                    sizes = kernel.sizes(bound)
+                    share = placed_s(self.chip, *sizes) / self._model("attention", self.chip, sizes)
+                    total_s += share * self._heavy(kernel, sizes).device_s
+        return total_s
 
     def permute_s(self, nbytes: float) -> float:
         """Seconds of a kernel that reads and writes ``nbytes`` in another order."""

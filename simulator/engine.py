@@ -63,7 +63,8 @@ class ComputeTime(Protocol):
     """What a compute op costs, in seconds.
 
     ``device_s`` with all SMs, ``contended_s`` while a transfer that uses SMs is active all along,
-    ``host_s`` for the host to issue the launches.
+    ``host_s`` for the host to issue the launches, ``placed_s`` until a transfer that is launched
+    after it can get an SM.
     """
 
     @property
@@ -72,6 +73,8 @@ class ComputeTime(Protocol):
     def contended_s(self) -> float: ...
     @property
     def host_s(self) -> float: ...
+    @property
+    def placed_s(self) -> float: ...
 
 
 class Costs(Protocol):
@@ -152,6 +155,7 @@ class _Plan:
     """The flows of a transfer; None where nothing takes time to drain."""
     host: tuple[tuple[int, float], ...]
     uses_sms: bool
+    placed_s: float = 0.0
     edges: tuple[int, ...] = ()
     """Predecessors from the third iteration on: handles relative to the iteration's first."""
     roots: tuple[int, ...] = ()
@@ -329,6 +333,10 @@ class _Engine:
         """Per rank: when its host last delayed an op."""
         self._sms = [0] * graph.world_size
         """Per rank: active transfers that use SMs."""
+        self._full_s = [-inf] * graph.world_size
+        """Per rank: until when blocks of a computation take every SM that gets free."""
+        self._fills = False
+        """Whether any computation does."""
         self._computing: list[dict[int, _Task]] = [{} for _ in ranks]
         """Per rank: computations whose speed depends on transfers."""
         self.alive: dict[int, _Task] = {}
@@ -377,7 +385,7 @@ class _Engine:
 
     def plan(self, op: Op, members: Members) -> _Plan:
         """Cost and lowering of ``op``, and of those it stands for."""
-        device_s = contended_s = head_s = issue_s = 0.0
+        device_s = contended_s = head_s = issue_s = placed_s = 0.0
         bundle = None
         transfer = op.kind in TRANSFERS
         if transfer or (op.kind == "host" and op.nbytes):
@@ -389,6 +397,8 @@ class _Engine:
             cost = self._costs.compute(op.work, self._lowering.placement[op.ranks[0]])
             device_s, contended_s = on_grid(cost.device_s), on_grid(cost.contended_s)
             issue_s = on_grid(cost.host_s)
+            placed_s = on_grid(min(cost.placed_s, cost.device_s))
+            self._fills = self._fills or placed_s > 0
         return _Plan(
             op=op,
             device_s=device_s,
@@ -397,6 +407,7 @@ class _Engine:
             bundle=bundle,
             host=tuple((rank, issue_s) for rank in op.ranks),
             uses_sms=transfer and self.backend.uses_sms,
+            placed_s=placed_s,
         )
 
     def _wire(self, op: Op, members: Members) -> tuple[float, Bundle | None]:
@@ -448,7 +459,7 @@ class _Engine:
         now = self._env.now
         task.ready_s = now
         if task.issue_begin_s <= now:
-            self._start(task)
+            self._launch(task)
             return
         self._host_felt(task)
         task.phase, task.due_s = _ISSUING, task.issue_begin_s
@@ -456,7 +467,27 @@ class _Engine:
 
     def _issue_began(self, alarm: Alarm) -> None:
         self._host_felt(alarm.subject)
-        self._start(alarm.subject)
+        self._launch(alarm.subject)
+
+    def _launch(self, task: _Task) -> None:
+        """Start, but a transfer that needs SMs only after the computations of this instant."""
+        if self._fills and task.plan.uses_sms:
+            task.phase, task.due_s = _ISSUING, self._env.now
+            Alarm(self._env, 0.0, self._place, task)
+        else:
+            self._start(task)
+
+    def _place(self, alarm: Alarm) -> None:
+        """Start a transfer when the blocks that were launched before it have got their SMs. It is ready
+        then: what it waits for is no host."""
+        task: _Task = alarm.subject
+        now = self._env.now
+        free_s = max(self._full_s[rank] for rank in task.plan.op.ranks)
+        if free_s > now:
+            task.ready_s = task.due_s = free_s
+            Alarm(self._env, free_s - now, lambda _: self._start(task), task)
+        else:
+            self._start(task)
 
     def _start(self, task: _Task) -> None:
         plan = task.plan
@@ -466,6 +497,8 @@ class _Engine:
             task.phase, task.mark_s, task.left = _COMPUTING, now, 1.0
             task.pace_s = plan.contended_s if self._sms[rank] else plan.device_s
             task.due_s = now + task.pace_s
+            if plan.placed_s:
+                self._full_s[rank] = now + plan.placed_s
             if plan.contended_s != plan.device_s:
                 self._computing[rank][task.handle] = task
             Alarm(self._env, task.pace_s, self._computed, task)
@@ -578,6 +611,8 @@ class _Engine:
                 times_s += task.drain.left_s(now)
             elif task.phase != _WAITING:
                 times_s.append(task.due_s - now)
+        if self._fills:
+            times_s += [max(full_s - now, 0.0) for full_s in self._full_s]
         leads_s = [clock - now for clock in self._clock_s]
         state = _State(self._feed.iteration, now, times_s, leads_s)
         earlier_states = self._seen.setdefault(tuple(key), [])

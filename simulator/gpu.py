@@ -33,23 +33,31 @@ class Figure(Strict, Generic[Value]):
     """A number in base units, what kind of knowledge it is, and where it comes from."""
 
     value: Value
+    """The number."""
     kind: FigureKind
+    """What kind of knowledge it is."""
     source: str = Field(min_length=1)
+    """Where it comes from."""
 
 
 class AttentionFigure(Figure[FlopPerSecond]):
     """Best forward attention at one head width, FLOP/s of 4*q*k*d per head (half of it if causal)."""
 
     head_dim: Count
+    """Width of a head."""
     kernel: AttentionKernel
+    """The kernel that was timed."""
 
 
 class Rates(Strict):
     """FLOP/s per data type. fp32 means CUDA cores, not TF32."""
 
     fp16: Figure[FlopPerSecond]
+    """Inputs in fp16."""
     bf16: Figure[FlopPerSecond]
+    """Inputs in bf16."""
     fp32: Figure[FlopPerSecond]
+    """Inputs in fp32."""
 
     @property
     def half(self) -> float:
@@ -68,8 +76,11 @@ class Launch(Strict):
     """Host seconds per kernel launch: the floor below which a rank cannot issue work."""
 
     eager: Figure[Seconds]
+    """One by one from Python."""
     compiled: Figure[Seconds]
+    """From code that torch.compile has made."""
     cuda_graph: Figure[Seconds] = Field(alias="cuda-graph")
+    """Replayed as a graph."""
 
     def of(self, runtime: str) -> Figure[Seconds]:
         """The figure for ``runtime``; ValueError naming the allowed ones."""
@@ -83,30 +94,41 @@ class Gpu(Strict):
     """A GPU profile."""
 
     name: Name
+    """What topologies call it."""
     full_name: Name
+    """What its maker calls it."""
     peak: Rates
     """Dense tensor-core peak without sparsity; the roof of every other rate."""
     matmul: Rates
     """Best matrix product seen, FLOP/s: the roof that a cost model should use."""
     attention: tuple[AttentionFigure, ...] = Field(min_length=1)
+    """Best attention seen, by head width and kernel."""
     memory_bandwidth_peak: Figure[BytesPerSecond]
+    """Of the data sheet."""
     memory_bandwidth: Figure[BytesPerSecond]
     """Achievable, bytes read plus bytes written."""
     memory: Figure[Bytes]
+    """Of the device."""
     l2: Figure[Bytes]
+    """Size of the L2 cache."""
     sms: Figure[Count]
+    """Streaming multiprocessors."""
     kernel_floor: Figure[Seconds]
     """Shortest time of any kernel on the device."""
     launch: Launch
+    """Host time per kernel launch."""
     collective_sms: Figure[Count]
     """SMs that a collective's kernels take from overlapped compute."""
     pcie: Figure[Count] | None = None
     """PCIe generation of its sixteen lanes; None where it has none."""
     nvlinks: Figure[Count] | None = None
+    """How many it has; None where it has none."""
     nvlink_bandwidth: Figure[BytesPerSecond] | None = None
     """Of one NVLink, each direction, before what protocol takes."""
     tdp: Figure[Watts]
+    """Thermal design power."""
     price_per_hour: Figure[Dollars] | None = None
+    """Of one GPU; None where nobody prints one."""
 
     @model_validator(mode="after")
     def _below_peak(self) -> Gpu:

@@ -150,28 +150,52 @@ def attention_s(
 ) -> float:
     """Seconds of flash attention: CTAs of 64 query rows of one head, two to an SM.
 
-    A grid smaller than the chip splits the keys (flash-decoding); fewer heads per GPU, as Ulysses
+    A grid of at most half the chip splits the keys (flash-decoding); fewer heads per GPU, as Ulysses
     leaves, lose whole waves.
     """
     if min(batch, heads, q, keys) <= 0:
         return 0.0
     if chip.ideal:
         return 2.0 * batch * heads * q * keys * (dim + value_dim) / chip.matmul_flops
+    grid = _grid(chip, batch, heads, q, keys, dim, value_dim)
+    full, rest = divmod(grid.ctas, grid.slots)
+    last = ALONE / 2 if rest <= chip.sms else 1.0
+    busy_s = grid.shared_s * (full + (last if rest else 0.0))
+    moved = batch * heads * itemsize * (q * (dim + value_dim) + keys * (dim + value_dim))
+    return ATTENTION_FIXED_S + max(busy_s, moved / chip.memory_bytes_per_s)
+
+
+def placed_s(
+    chip: Chip, batch: int, heads: int, q: int, keys: int, dim: int, value_dim: int
+) -> float:
+    """Seconds from the start of :func:`attention_s` until its last CTA has got its place on an SM.
+
+    Until then no CTA of a later launch gets one: blocks are placed in the order of launches (Amert et
+    al., GPU Scheduling on the NVIDIA TX2: Hidden Details Revealed, RTSS 2017).
+    """
+    if chip.ideal or min(batch, heads, q, keys) <= 0:
+        return 0.0
+    grid = _grid(chip, batch, heads, q, keys, dim, value_dim)
+    return (waves(grid.ctas, grid.slots) - 1) * grid.shared_s
+
+
+class _Grid(NamedTuple):
+    """CTAs of an attention, how many run at once, and seconds of one that shares its SM."""
+
+    ctas: int
+    slots: int
+    shared_s: float
+
+
+def _grid(chip: Chip, batch: int, heads: int, q: int, keys: int, dim: int, value_dim: int) -> _Grid:
     wide = max(dim, value_dim) > HEAD_DIMS[-1]
     flops_per_score = 2 * (padded(dim) + padded(value_dim))
     rate = chip.sm_flops * (WIDE_ATTENTION if wide else chip.attention * softmax_share(chip, dim))
     slots = 2 * chip.sms
     ctas = batch * heads * -(-q // ROWS)
-    split = 1
-    if ctas < 0.8 * slots:
-        split = max(1, min(slots // ctas, keys // SPLIT_BLOCK))
+    split = max(1, min(slots // ctas, keys // SPLIT_BLOCK))
     shared_s = ROWS * -(-keys // split) * flops_per_score / (rate / 2) + ATTENTION_CTA_S
-    full, rest = divmod(ctas * split, slots)
-    busy_s = full * shared_s
-    if rest:
-        busy_s += shared_s * (ALONE / 2 if rest <= chip.sms else 1.0)
-    moved = batch * heads * itemsize * (q * (dim + value_dim) + keys * (dim + value_dim))
-    return ATTENTION_FIXED_S + max(busy_s, moved / chip.memory_bytes_per_s)
+    return _Grid(ctas * split, slots, shared_s)
 
 
 def padded(head_dim: int) -> int:

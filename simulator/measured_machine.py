@@ -46,6 +46,7 @@ class WorkTime(NamedTuple):
     device_s: float
     contended_s: float
     host_s: float
+    placed_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

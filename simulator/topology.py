@@ -262,12 +262,15 @@ class NodeFile(Strict):
     """One machine, or as many as ``name`` has names, each with its run of the GPUs."""
 
     name: Names
+    """What the machine is called."""
     gpus: tuple[GpuEntry, ...] = Field(min_length=1)
+    """Its GPUs in device order."""
     host_memory: BytesPerSecond | None = None
     """Loads plus stores, as DMA sees them; without it, no limit."""
     memory_at: tuple[Names, ...] = ()
     """Switches that host memory hangs on."""
     source: str = ""
+    """Where ``host_memory`` is from."""
 
     @model_validator(mode="after")
     def _even(self) -> NodeFile:
@@ -300,12 +303,19 @@ class LinkFile(Strict):
     for each name of the other end."""
 
     ends: tuple[Names, Names]
+    """The GPUs and switches that it joins."""
     kind: str
+    """Free text; what begins with ``nv`` is NVLink."""
     bandwidth: BytesPerSecond
+    """What a large copy reaches: each way, or both together where ``duplex`` is half."""
     latency: Seconds
+    """Of a message of no bytes."""
     duplex: Duplex = "full"
+    """Whether both ways at once have all of the bandwidth."""
     source: str = ""
+    """Where bandwidth and latency are from."""
     bandwidth_back: BytesPerSecond | None = None
+    """From the second end to the first, where that is another."""
 
     @model_validator(mode="after")
     def _even(self) -> LinkFile:
@@ -320,11 +330,15 @@ class CollectiveFile(Strict):
     """A measured table, ``[[size, time], ...]``."""
 
     kind: CollectiveKind
+    """The operation."""
     ranks: int = Field(ge=2)
+    """GPUs that took part."""
     scope: Literal["node", "any"] | tuple[Names, ...] = "node"
     """Groups it holds for: inside one node, any, or these GPUs."""
     source: str = Field(min_length=1)
+    """Who measured it, on what, with what."""
     table: tuple[tuple[Bytes, PositiveSeconds], ...] = Field(min_length=1)
+    """Sizes as nccl-tests prints them, ascending, and the time of each."""
 
     @model_validator(mode="after")
     def _ascending(self) -> CollectiveFile:
@@ -338,18 +352,23 @@ class TopologyFile(Strict):
     """The YAML form of a topology."""
 
     name: Name
+    """What plans and reports call it."""
     gpu: str
     """Profile of every GPU that names none."""
     nodes: tuple[NodeFile, ...] = Field(min_length=1)
+    """Its machines."""
     peer_to_peer: bool
     """Whether PCIe transfers go from GPU to GPU; otherwise through host memory."""
     switches: tuple[Names, ...] = ()
     """Whatever shares bandwidth: PCIe switches, sockets, NVSwitches, network adapters."""
     links: tuple[LinkFile, ...] = ()
+    """Its cables."""
     collectives: tuple[CollectiveFile, ...] = ()
+    """Measured times; they win over the links."""
     price_per_hour: Dollars | None = None
     """Of all of it; left out, the sum of its GPUs' prices."""
     source: str = Field(min_length=1)
+    """Where it is from; its first word says what its numbers rest on."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TopologyFile:

@@ -40,6 +40,7 @@ class RequestClass(Strict):
     steps: Size | None = None
     batch: Size = 1
     deadline: PositiveSeconds | None = None
+    """From arrival to result; without it there is none."""
 
     @property
     def label(self) -> str:
@@ -51,6 +52,7 @@ class MixFile(Strict):
     """The YAML form of a mix."""
 
     models: tuple[RequestClass, ...] = Field(min_length=1)
+    """The classes."""
 
     @model_validator(mode="after")
     def _distinct(self) -> MixFile:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from shipped import profile
 from typer.testing import CliRunner, Result
 
 from paradiff.cli import app
 from paradiff.config import ConfigError
+from paradiff.graph import Shape, Work
 from paradiff.strategies import Workload, build, parse_spec
 from paradiff.trace import Trace, write_chrome_trace
-from simulator.calibrate import Factors, Seen, ceilings, fit, load_trace, observations, scaled
+from simulator.calibrate import (
+    Factors,
+    Seen,
+    _factors,
+    _Predictor,
+    ceilings,
+    fit,
+    load_trace,
+    observations,
+    scaled,
+)
 from simulator.costs import CostModel
 from simulator.engine import simulate
 from simulator.gpu import Gpu, load_gpu
@@ -65,6 +78,34 @@ def test_known_factors_come_back(runs: list[Path]) -> None:
     assert found.factors == pytest.approx(TRUE, rel=0.06)
     assert np.median(np.abs(found.before)) > 0.2  # rates 0.6 to 0.85 of what the profile says
     assert np.median(np.abs(found.held_out)) < 0.06
+
+
+class Inverse(_Predictor):
+    """A device on which each op takes one second at the rate that its trace's number names."""
+
+    def __call__(self, seen: Sequence[Seen], factors: Factors) -> NDArray[np.float64]:
+        return np.array([1 / factors[each.trace] for each in seen])
+
+
+def test_the_fit_term_in_closed_form() -> None:
+    """As many ops at the matmul rate (2 times slower than predicted) as at the attention rate (1.25
+    times), none at the memory's. With x = log f, t = log 1/2 and log 4/5, m the mean of x, each
+    derivative of
+
+        1/2 (x1 - t1)^2 + 1/2 (x2 - t2)^2 + a^2 sum (x - m)^2        (a = 0.02)
+
+    is zero at a^2 (x3 - m) = 0, so the rate that no op tells goes with the two others, x3 = m =
+    (t1 + t2)/2, and (xi - ti) + 2 a^2 (xi - m) = 0: each is drawn to m by 1 / (1 + 2 a^2), 0.08 %."""
+    work = Work("denoiser", ((0, 1),), Shape(b=1, f=1, r=1, w=1, k=1, t=0, s=0, h=0, u=1, j=0))
+    seen = [
+        Seen(number, profile("pixart-alpha"), "bf16", work, seconds)
+        for number, seconds in ((0, 2.0), (1, 1.25), (0, 2.0), (1, 1.25))
+    ]
+    gpu = load_gpu("l40")
+    found = np.log(_factors(seen, gpu, Inverse(gpu, "eager")))
+    told = np.log([1 / 2, 4 / 5])
+    expected = told.mean() + (told - told.mean()) / (1 + 2 * 0.02**2)
+    assert found == pytest.approx([*expected, told.mean()], abs=1e-6)
 
 
 def test_errors_are_of_what_was_held_out() -> None:

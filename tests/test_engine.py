@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 
 import networkx as nx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit_hardware import Graph, UnitCosts, run
+from unit_hardware import Graph, UnitCompute, UnitCosts, run
 
 from paradiff.dependencies import Dependencies
-from paradiff.graph import ScheduleGraph
+from paradiff.graph import ScheduleGraph, Work
 from paradiff.trace import Span, Trace
 from simulator.engine import simulate
 from simulator.topology import Topology
@@ -394,6 +395,27 @@ def test_compute_that_starts_beside_a_transfer_is_slow_at_once() -> None:
     g.op("send", "p2p", "send", (1, 0), "p2p", nbytes=4)
     g.compute("work", 0, 10, contended=20)
     assert spans(run(g.build()))["t000/work@r0", 0].end_s == pytest.approx(12)
+
+
+class Filling(UnitCosts):
+    """The blocks of a computation take every SM for 0.6 of it."""
+
+    def compute(self, work: Work, device: int) -> UnitCompute:
+        return replace(super().compute(work, device), placed_s=0.6 * work.shape.r)
+
+
+def test_a_send_waits_until_blocks_launched_before_it_have_their_sms() -> None:
+    # Both are ready at 0, the send first in order. Its 4 bytes run from 6 to 10 s; by then work has done
+    # 6/10 + 4/20, and the rest takes 2 s: 12 s. gloo needs no SM: from 0 to 4 s.
+    g = Graph(2)
+    g.op("send", "p2p", "send", (0, 1), "p2p", nbytes=4)
+    g.compute("work", 0, 10, contended=20)
+    graph, costs = g.build(), Filling()
+    found = spans(run(graph, costs=costs))
+    assert (found["t000/send", 0].start_s, found["t000/send", 0].end_s) == pytest.approx((6, 10))
+    assert found["t000/send", 0].ready_s == found["t000/send", 0].start_s
+    assert found["t000/work@r0", 0].end_s == pytest.approx(12)
+    assert spans(run(graph, costs=costs, backend="gloo"))["t000/send", 0].end_s == pytest.approx(4)
 
 
 # ------------------------------------------------------------------------------------- shared links

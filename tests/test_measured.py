@@ -20,6 +20,7 @@ from simulator.measured import (
     KernelTable,
     Key,
     Row,
+    _radial,
     append_row,
     begin_table,
     distinct_kernels,
@@ -118,6 +119,19 @@ def test_measured_shapes_answer_for_themselves_others_within_the_range_only() ->
     assert between.time_s == pytest.approx(2e-6 + 2 * 180**3 / 1e11, rel=0.05)
     assert table.estimate((1, 4096, 256, 256)) is None
     assert table.estimate((1, 128, 256, 32)) is None
+
+
+def test_two_rows_are_interpolated_in_closed_form() -> None:
+    """0 at one point and 1 at another, one apart. With the nugget v on the diagonal and w the weights,
+
+        v w1 - w2 + c = 0,  -w1 + v w2 + c = 1,  w1 + w2 = 0:   w1 = -w2 = -1 / (2 (1 + v)),  c = 1/2
+
+    so at the second the curve is 1 - v w2 = 1 - 0.001/2.002, half a thousandth below what was measured,
+    and a quarter of the way c + w1 / 2."""
+    points, values = np.array([[0.0], [1.0]]), np.array([0.0, 1.0])
+    assert _radial(points, values, np.array([1.0])) == pytest.approx(1 - 0.001 / 2.002, abs=1e-12)
+    assert _radial(points, values, np.array([0.5])) == pytest.approx(0.5, abs=1e-12)
+    assert _radial(points, values, np.array([0.25])) == pytest.approx(0.5 - 0.25 / 1.001, abs=1e-12)
 
 
 def test_a_power_law_is_reproduced_exactly() -> None:

@@ -13,8 +13,6 @@ from paradiff.profiles import Profile, load_profile
 from paradiff.strategies import Workload, build, parse_spec
 from simulator.gpu import load_gpu
 from simulator.memory import (
-    NCCL_CONNECTION_BYTES,
-    NCCL_CONNECTIONS,
     PHASES,
     Phase,
     RankMemory,
@@ -53,6 +51,20 @@ def test_serial_parts_in_closed_form() -> None:
     assert memory.activations == 2 * 40 * 2 * 16 * 4
     assert (memory.phase, memory.communicator, memory.context) == ("denoise", 0, 0)
     assert memory.total == sum(memory.parts().values()) == memory.low == memory.high
+
+
+def test_context_slack_and_their_interval_in_closed_form() -> None:
+    """The toy's 2 B x 40 x b r w activations (b = 2) are 10240 B: a tenth more and 0.6 GB in the middle,
+    nothing more and 0.3 GB at the low end, a quarter more and 1.7 GB at the high one."""
+    profile = transformer(3)
+    graph = plan(profile, "serial", TOY)
+    (memory,) = peak_memory(graph, profile, "fp16")
+    (known,) = peak_memory(graph, profile, "fp16", ideal=True)
+    assert known.activations == memory.activations == 10240
+    assert memory.context == pytest.approx(600e6 + 1024)
+    assert memory.total == pytest.approx(known.total + 600e6 + 1024)
+    assert memory.low == pytest.approx(known.total + 300e6)
+    assert memory.high == pytest.approx(known.total + 1700e6 + 2560)
 
 
 def test_the_peak_is_a_maximum_over_phases_not_a_sum() -> None:
@@ -113,8 +125,22 @@ def test_communicators_are_counted_once_for_each_group() -> None:
     """Ulysses over 4: one group however often it is used; 4 channels, two connections each."""
     profile = transformer(3)
     memory = peak_memory(plan(profile, "ulysses=4", TOY), profile, "fp16", channels=4)
-    assert {m.communicator for m in memory} == {4 * NCCL_CONNECTIONS * NCCL_CONNECTION_BYTES}
-    assert pytest.approx(9.2 * 2**20, rel=0.01) == NCCL_CONNECTION_BYTES
+    buffers = 524288 + 4915200 + 4194304  # LL, LL128 and Simple of one connection: 9.2 MiB
+    assert {m.communicator for m in memory} == {4 * 2 * buffers}
+
+
+def test_ranks_that_only_send_open_two_channels() -> None:
+    """PipeFusion of two stages: the first sends patches to the second, which sends its output back, over
+    two channels of each direction's pair, whatever a collective has."""
+    profile = transformer(4)
+    graph = plan(profile, "pipefusion=2,patches=2,warmup=1", TOY)
+    pairs = {op.ranks for s in graph.sections for op in s.ops if op.kind == "p2p"}
+    groups = {op.ranks for s in graph.sections for op in s.ops if op.kind == "collective"}
+    for channels in (4, 8):
+        memory = peak_memory(graph, profile, "fp16", channels=channels)
+        connections = 2 * len(pairs) + 2 * channels * len(groups)
+        assert {m.communicator for m in memory} == {connections * 9633792}
+    assert pairs == {(0, 1), (1, 0)}
 
 
 # -------------------------------------------------------------------------------------- stale buffers

@@ -174,6 +174,22 @@ class TestRoutes:
             "gpu0", "rc0", "gpu1",
         )  # fmt: skip
 
+    def test_the_routing_message_has_one_mebibyte(self) -> None:
+        """At 1 and 2 GB/s it takes 1048.576 and 524.288 us, so the wide way wins with up to 524.288 us
+        more of latency."""
+        for more_s, switch in ((524.2e-6, True), (524.4e-6, False)):
+            network = Network(
+                box(
+                    [
+                        link("gpu0", "gpu1", 1e9),
+                        link("gpu0", "rc0", 2e9, latency_s=more_s),
+                        link("rc0", "gpu1", 2e9 * 1e6),
+                    ],
+                    gpus=2,
+                )
+            )
+            assert ("rc0" in network.route(0, 1).path) == switch
+
     def test_nvlink_pair_beats_pcie(self) -> None:
         links = [*two_sockets().links, link("gpu0", "gpu1", 40.0, kind="nvlink")]
         assert Network(box(links)).route(0, 1).path == ("gpu0", "gpu1")

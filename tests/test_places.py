@@ -13,7 +13,7 @@ from simulator.costs import CostModel
 from simulator.engine import simulate
 from simulator.gpu import load_gpu
 from simulator.memory import RankMemory, peak_memory
-from simulator.network import HOST, HOST_LINK_BYTES_PER_S, Network
+from simulator.network import HOST, Network
 from simulator.topology import Link, Node, Topology, load_topology
 
 TOY = Workload(ROWS, WIDTH, 1, 6, 1, "fp16")
@@ -106,7 +106,7 @@ def test_routes_from_host_memory() -> None:
         (min(link, node.host_memory_bytes_per_s / 8),) * 8
     )
     plain = Network(Topology.uniform(2))
-    assert plain.rates((plain.route(HOST, 1).id,)) == (HOST_LINK_BYTES_PER_S,)
+    assert plain.rates((plain.route(HOST, 1).id,)) == (26e9,)
 
 
 def test_turns_peak_where_the_largest_module_is() -> None:

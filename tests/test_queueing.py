@@ -93,6 +93,18 @@ def test_intervals_of_batch_means_cover_the_closed_form(name: str) -> None:
     assert np.mean([e.value for e in intervals]) == pytest.approx(exact, rel=0.03)
 
 
+def test_the_warm_up_of_a_cold_start_is_left_out() -> None:
+    """A server that takes 1 s starts idle. 20 gaps of 0.5 s: from each request to the next the wait
+    grows by 0.5 s, from 0 to 20 x 0.5 = 10 s. Then gaps of 1 s: it stays there. The first tenth is just
+    what is not typical: without it 10 s and no spread, with it (95 + 1800) / 200 = 9.475 s."""
+    gaps_s = np.array([0.5] * 20 + [1.0] * 179)
+    requests = Requests.at(np.append(0.0, np.cumsum(gaps_s)), np.zeros(200, dtype=np.int64))
+    wait_s = recursion(fixed(1, (1.0,)), requests).start_s - requests.arrival_s
+    assert wait_s.mean() == pytest.approx(9.475)
+    assert steady(wait_s).tolist() == [10.0] * 180
+    assert batch_means(wait_s) == Estimate(10.0, 10.0, 10.0)
+
+
 def test_random_routing_makes_each_server_an_mm1() -> None:
     """A Poisson stream dealt out at random is a Poisson stream at each server (M/D/1 here, S = 1)."""
     system, exact = fixed(4, (1.0,), "random"), RHO / (2 * (1 - RHO))
@@ -128,6 +140,14 @@ def test_one_sided_bound_and_interval() -> None:
     assert upper_bound([1.0, 2.0, 3.0]) == pytest.approx(2 + 2.9200 / math.sqrt(3), abs=1e-4)
     assert mean_interval([5.0]) == Estimate(5.0)
     assert upper_bound([5.0]) == 5.0
+
+
+def test_batch_means_in_closed_form() -> None:
+    """200 values: 20 left out, 20 batches of 9. The value k all over batch k: mean 9.5, variance of the
+    means (20^2 - 1)/12 x 20/19 = 35, and Student's t with 19 degrees is 2.0930."""
+    values = np.concatenate([np.full(20, 1e6), np.repeat(np.arange(20.0), 9)])
+    half = 2.0930 * math.sqrt(35 / 20)
+    assert batch_means(values) == pytest.approx((9.5, 9.5 - half, 9.5 + half), abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------ event by event

@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 from readme import README, ROWS, commands, printed, shipped
@@ -37,3 +39,19 @@ def test_the_scores_are_those_of_the_validation_page() -> None:
     assert numbers.findall(zero) == [*row("zero-shot median error"), *one_gpu, "25"]
     assert re.findall(r"[\d.]+\d", order) == row("Kendall tau") + row("mean regret")
     assert numbers.findall(intervals) == row("interval coverage (width)")
+
+
+def test_every_picture_is_made_by_the_tool_and_the_timeline_is_of_the_strategy_that_is_named() -> (
+    None
+):
+    pytest.importorskip("playwright", reason="playwright is not installed")
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    from pictures import PICTURES, SHOTS, SHOWN
+
+    pages = [README, *(README.parent / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    shown = {
+        name: said for said, name in re.findall(r"!\[([^]]+)\]\(\S*pictures/(\w+)\.png\)", text)
+    }
+    assert shown.keys() == SHOTS.keys() == {file.stem for file in PICTURES.iterdir()}
+    assert f" {SHOWN}:" in shown["timeline"]

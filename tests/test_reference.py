@@ -16,3 +16,12 @@ def test_the_reference_is_current() -> None:
     from reference import PAGE, page
 
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python tools/reference.py"
+
+
+def test_every_key_of_every_file_has_a_meaning() -> None:
+    """Said below the key, or by the option of its name."""
+    from reference import FILES, meaning, nested
+
+    keys = [(m, key) for *_, file in FILES for m in (file, *nested(file)) for key in m.model_fields]
+    assert len(keys) > 120
+    assert all(len(meaning(model, key)) > 5 for model, key in keys)

@@ -13,6 +13,9 @@ import pytest
 
 from analysis.reproductions import NEAR, Figure, load_figures, reproduce, table
 from analysis.scoreboard import Predictor
+from simulator.costs import COLLECTIVE_FIXED_S, MERGE_BYTES
+from simulator.gpu import load_gpu
+from simulator.topology import load_topology
 
 ROOT = Path(__file__).parents[1]
 PREDICTOR = Predictor()
@@ -62,3 +65,40 @@ def test_an_nvswitch_from_its_links_alone(gpu: str) -> None:
         )
     ]
     assert statistics.median(abs(error) for size, error in chosen if size >= 2**26) < 0.35
+
+
+USP = {
+    (8, 8): (57.346, 57.098), (8, 32): (15.229, 14.262), (8, 128): (2.563, 2.586),
+    (4, 32): (28.584, 32.818), (4, 128): (3.217, 4.235),
+}  # fmt: skip
+"""(Ulysses degree, K tokens) -> forwards a second of one causal attention on eight L20, as a basic and
+as a balanced ring behind the all-to-all: 32 heads of 128, 8 of K and V, bf16 (arXiv 2405.07719, table
+3)."""
+
+
+@pytest.mark.parametrize(("degree", "k_tokens"), USP)
+def test_the_all_to_all_of_eight_l20(degree: int, k_tokens: int) -> None:
+    """What a forward takes beyond its FLOPs, merging and 40 us a call is four all-to-alls, of Q, K, V
+    and the result; K and V are a quarter of Q. The last rank of a basic ring of r works on r - 1/2
+    blocks, of a balanced one each on half of r. A balanced ring merges three quarters as much."""
+    gpu, tokens = load_gpu("l20"), 1024 * k_tokens
+    ring = 8 // degree
+    block = 4 * (tokens / ring) ** 2 * 32 / degree * 128
+    merged = (ring - 1) * tokens / ring * 32 / degree * 128 * sum(MERGE_BYTES)
+    rate = gpu.attention_figure(128, "flash2").value
+    left = []
+    for blocks, share, throughput in zip(
+        (ring - 0.5, ring / 2), (1, 0.75), USP[degree, k_tokens], strict=True
+    ):
+        merge_s = share * merged / gpu.memory_bandwidth.value
+        left.append(
+            1 / throughput - blocks * block / rate - merge_s - 4 * COLLECTIVE_FIXED_S["eager"]
+        )
+    q = tokens // 8 * 32 * 128 * 2
+    box = load_topology("pcie8-l20")
+    found = [
+        box.measured_collective("all_to_all", tuple(range(degree)), size) for size in (q, q // 4)
+    ]
+    assert None not in found
+    known_s = sum(2 * each[0] for each in found if each)
+    assert known_s == pytest.approx(statistics.mean(left), rel=0.05)

@@ -328,6 +328,7 @@ class TestShipped:
         an adapter for each way out."""
         pcie = (
             "pcie8-l20 pcie4-l20 pcie4-t4 pcie2-3090 pcie4-a100 pcie8x2 pcie4-a5000 pcie4-l40s-l4"
+            " pcie8-a6000"
         )
         nvlink = "nvlink8-a800 nvlink8-h20 nvlink8-h200 nvlink8x8-h100 nvl72"
         for box in map(load_topology, (*pcie.split(), *nvlink.split())):
@@ -361,13 +362,23 @@ class TestShipped:
         shifted = tuple(network.route(i, (i + 8) % 64).id for i in range(64))
         assert network.rates(shifted) == (47e9,) * 64
 
-    def test_four_l20_share_the_uplink_of_their_switch(self) -> None:
-        """0->1->2->3->0 without peer-to-peer: four flows up and four down 22 GB/s, 5.5 each."""
-        network = Network(load_topology("pcie8-l20", ["peer_to_peer=false"]))
+    def test_without_peers_two_a100_share_the_uplink_of_their_switch(self) -> None:
+        """0->1->0 without peer-to-peer: two flows up and two down 25 GB/s, 12.5 each."""
+        network = Network(load_topology("pcie4-a100", ["peer_to_peer=false"]))
         up = ("gpu0", "plx0", "rc0", "socket0", "rc0", "plx0", "gpu1")
         assert network.route(0, 1).path == up
-        ring = tuple(network.route(i, (i + 1) % 4).id for i in range(4))
-        assert network.rates(ring) == pytest.approx([5.5e9] * 4)
+        both = (network.route(0, 1).id, network.route(1, 0).id)
+        assert network.rates(both) == pytest.approx([12.5e9] * 2)
+
+    def test_rings_over_two_sockets_of_eight_l20(self) -> None:
+        """0->1->...->7->0 goes at the rate of a GPU's port, 23.7 GB/s; of 0->2->4->6->0 and 1->3->5->7->1
+        two flows each way share 33.6 GB/s between the sockets, those inside a socket do not."""
+        network = Network(load_topology("pcie8-l20"))
+        one = tuple(network.route(i, (i + 1) % 8).id for i in range(8))
+        assert network.rates(one) == pytest.approx([23.7e9] * 8)
+        two = tuple(network.route(i, (i + 2) % 8).id for i in range(8))
+        across = [16.8e9 if i in (2, 3, 6, 7) else 23.7e9 for i in range(8)]
+        assert network.rates(two) == pytest.approx(across)
 
     def test_peers_turn_around_below_the_root_complex(self) -> None:
         network = Network(load_topology("pcie4-a100"))
@@ -378,6 +389,9 @@ class TestShipped:
         network = Network(load_topology("pcie4-a5000"))
         assert network.route(2, 3).path == ("gpu2", "gpu3")
         assert network.route(1, 2).path == ("gpu1", "rc0", "gpu2")
+        eight = Network(load_topology("pcie8-a6000"))
+        assert eight.route(6, 7).path == ("gpu6", "gpu7")
+        assert eight.route(1, 4).path == ("gpu1", "rc0", "socket0", "socket1", "rc1", "gpu4")
 
     def test_the_table_of_the_l40s_node_is_attached(self) -> None:
         with_table, without = load_topology("pcie8-l40s-alltoall"), load_topology("pcie8")

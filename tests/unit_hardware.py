@@ -25,6 +25,7 @@ class UnitCompute:
     device_s: float
     contended_s: float
     host_s: float
+    placed_s: float = 0.0
 
 
 @dataclass(frozen=True)

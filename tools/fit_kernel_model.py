@@ -117,9 +117,7 @@ def causal_attention_s(c: Chip, batch: int, seq: int, heads: int, dim: int) -> f
     """
     blocks, sequences, slots = -(-seq // kernels.ROWS), batch * heads, 2 * c.sms
     rate = c.sm_flops * c.attention * kernels.softmax_share(c, dim) / 2
-    split = 1
-    if blocks * sequences < 0.8 * slots:
-        split = max(1, min(slots // (blocks * sequences), seq // kernels.SPLIT_BLOCK))
+    split = max(1, min(slots // (blocks * sequences), seq // kernels.SPLIT_BLOCK))
     flops = 4 * kernels.ROWS * kernels.padded(dim)
     overhead_s = kernels.ATTENTION_CTA_S + DIAGONAL_S
     keys = [min(seq, kernels.ROWS * (i + 1)) + kernels.SPLIT_BLOCK for i in range(blocks)]

@@ -20,6 +20,7 @@ import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -68,6 +69,8 @@ FILES: Sequence[tuple[str, str, type[BaseModel]]] = (
     ("Rules of published runs", "`hardware_profiles/published/rules.yaml`", Rules),
 )
 """Title, where it is, and the model that reads it."""
+OTHERS = {(sweep.SweepFile, "format"): "Of the table that is written."}
+"""Meanings that neither a key nor an option says."""
 RUNS = find("published", "runs", ".csv")
 PUBLISHED = ("DF-006", "DF-007", "DF-008", "DF-009")
 """Rows that are predicted with and without their own latency on one GPU."""
@@ -314,13 +317,10 @@ def name_of(model: type[BaseModel]) -> str:
 
 
 def keys_table(model: type[BaseModel]) -> str:
-    notes = attribute_docs(model)
     rows = []
     for name, info in model.model_fields.items():
         default = "required" if info.is_required() else shown_default(info)
-        rows.append(
-            (f"`{info.alias or name}`", type_text(info), default, sentence(notes.get(name, "")))
-        )
+        rows.append((f"`{info.alias or name}`", type_text(info), default, meaning(model, name)))
     return table(("key", "value", "default", "meaning"), rows)
 
 
@@ -331,8 +331,35 @@ def shown_default(info: FieldInfo) -> str:
     return f"`{json.dumps(default, default=list)}`"
 
 
-def attribute_docs(model: type[BaseModel]) -> dict[str, str]:
+def meaning(model: type[BaseModel], name: str) -> str:
+    """What a key is: the string that follows it in the source, else that of the option of ``paradiff
+    plan`` that has its name, or of which it holds several. Raises LookupError where there is neither."""
+    own = (attribute_docs(kind) for kind in model.__mro__ if "[" not in kind.__name__)
+    options = (plan_options().get(each, "") for each in singulars(name))
+    texts = chain((docs.get(name) for docs in own), options, [OTHERS.get((model, name))])
+    found = next(filter(None, texts), None)
+    if found is None:
+        raise LookupError(f"{model.__name__}.{name}: no string below it says what it means")
+    return sentence(found)
+
+
+def singulars(name: str) -> Sequence[str]:
+    """A key, and what it might be the plural of."""
+    return (name, name.removesuffix("s"), name.removesuffix("es"), re.sub("ies$", "y", name))
+
+
+@cache
+def plan_options() -> Mapping[str, str]:
+    """Option of ``paradiff plan`` -> its help."""
+    command = dict(commands(typer.main.get_command(app), ()))["plan",]
+    return {p.name: p.help for p in command.params}
+
+
+@cache
+def attribute_docs(model: type[Any]) -> dict[str, str]:
     """The string that follows each field in the source."""
+    if not dataclasses.is_dataclass(model) and not issubclass(model, BaseModel):
+        return {}
     body = ast.parse(textwrap.dedent(inspect.getsource(model))).body[0]
     assert isinstance(body, ast.ClassDef)
     found = {}

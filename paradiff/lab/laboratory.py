@@ -64,6 +64,7 @@ class Kernel:
 
     device_s: float
     host_s: float = 0.0
+    placed_s: float = 0.0
 
     @property
     def contended_s(self) -> float:
