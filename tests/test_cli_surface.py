@@ -91,7 +91,7 @@ def test_validate_lab_options() -> None:
     command = typer.main.get_command(app).commands["validate"].commands["lab"]  # type: ignore[attr-defined]
     assert options(command) == {
         "--topology", "--set", "--model", "--strategy", "--height", "--width", "--steps", "--ranks",
-        "--regime", "--repeats", "--max-error", "--format", "--output-dir",
+        "--cells", "--regime", "--repeats", "--max-error", "--format", "--output-dir",
     }  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def laboratory() -> Any:
         predicted = Oracle(box, calibration).predict(profile, cell)
         repeats = [predicted.trace.expanded()] * 2
         results.append(Result(box.name, predicted, compare(predicted.trace, repeats)))
-    return lab_report.to_json(Verdict(tuple(results), 0.1), calibration, 2)
+    return lab_report.to_json(Verdict(tuple(results), 0.1), calibration, 2, {})
 
 
 def models() -> Any:
@@ -204,6 +204,7 @@ RESULTS: Sequence[Answer] = (
         "`paradiff validate lab --format json`, `lab.json`",
         laboratory,
         {"calibration.call_s": "CALL RANKS", "cells[].by_call": "CALL"},
+        {"machine": "object: what `paradiff env` says"},
     ),
     Answer(
         "`paradiff validate fidelity --format json`, `fidelity.json`",

@@ -26,7 +26,7 @@ from paradiff.cli.common import (
 
 if TYPE_CHECKING:
     from paradiff.lab.calibration import Calibration
-    from paradiff.lab.laboratory import Cell, Prediction, Regime, Verdict
+    from paradiff.lab.laboratory import Cell, Regime, Verdict
     from simulator.topology import Topology
 
 TOPOLOGIES = ("lab-star", "lab-trunk")
@@ -58,6 +58,14 @@ def lab(
     height: Annotated[int | None, typer.Option(min=1, help="Pixels; with --strategy.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; with --strategy.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="With --strategy; default: 4.")] = None,
+    cells_: Annotated[
+        Literal["each", "order", "all"],
+        typer.Option(
+            "--cells",
+            help="Each strategy at a size and balance of its own, all on the same work (whose order is"
+            " compared), or both; with --strategy: the given size, all is each.",
+        ),
+    ] = "all",
     ranks: Annotated[
         list[int] | None,
         typer.Option(min=2, help="Only strategies of so many, repeatable; default: 4 and 8."),
@@ -82,12 +90,13 @@ def lab(
     with one_message():
         check_output_dir(output_dir)
         boxes = _boxes(topology or list(TOPOLOGIES), set_ or [])
-        cells = _cells(model, strategy, (height, width, steps), ranks, regime)
+        cells = _cells(model, strategy, (height, width, steps), ranks, regime, cells_)
         _check_machine()
+        from paradiff.executor.machine import facts
         from paradiff.lab import report
 
         verdict, calibration = _ran(boxes, cells, repeats, max_error, format_ == "table")
-        answer = json_text(report.to_json(verdict, calibration, repeats))
+        answer = json_text(report.to_json(verdict, calibration, repeats, facts()))
         if output_dir is not None:
             _write(output_dir, boxes, verdict, calibration, answer)
     typer.echo(answer if format_ == "json" else report.text(verdict), nl=format_ == "table")
@@ -111,10 +120,11 @@ def _cells(
     sizes: tuple[int | None, int | None, int | None],
     ranks: Sequence[int] | None,
     regime: Literal["compute", "communication", "both"],
+    which: Literal["each", "order", "all"],
 ) -> list[Cell]:
     """What is asked for. Raises ConfigError."""
     from paradiff.config import ConfigError
-    from paradiff.lab.cells import MODEL, default_cells
+    from paradiff.lab.cells import MODEL, default_cells, order_cells
     from paradiff.lab.laboratory import BALANCE, Cell
     from paradiff.strategies import parse_spec
 
@@ -122,7 +132,10 @@ def _cells(
     if specs is None:
         if model is not None or any(size is not None for size in sizes):
             raise ConfigError("--model, --height, --width, --steps: need --strategy beside them")
-        cells, wanted = default_cells(regimes), ranks or (4, 8)
+        cells = default_cells(regimes) * (which != "order") + order_cells(regimes) * (
+            which != "each"
+        )
+        wanted = ranks or (4, 8)
     else:
         name = model or MODEL
         defaults = load_model(name).defaults
@@ -131,7 +144,7 @@ def _cells(
             for key, size in zip(("height", "width"), sizes, strict=False)
         )
         cells = [
-            Cell(name, spec, height, width, sizes[2] or 4, each)
+            Cell(name, spec, height, width, sizes[2] or 4, each, which == "order")
             for spec in parsed_specs(specs)
             for each in regimes
         ]
@@ -179,10 +192,7 @@ def _ran(
     try:
         with started() as running, progress("calibrating", enabled=is_shown) as advance:
             calibration = calibrate(running, sizes, advance)
-            predictions: list[list[Prediction]] = []
-            for box in boxes:
-                oracle = Oracle(box, calibration)
-                predictions.append([oracle.predict(profiles[c.model], c) for c in cells])
+            predictions = [Oracle(box, calibration).predict_all(profiles, cells) for box in boxes]
             results = []
             for number, (box, own) in enumerate(zip(boxes, predictions, strict=True)):
                 shown = partial(_advance, advance, number, len(boxes))

@@ -54,6 +54,10 @@ class Calibration:
             return round_s + (n - 2) * max(0.0, round_s - caught_up_s)
         return own_s
 
+    def call(self, op: Op) -> float:
+        """What ``op`` takes with few bytes, in seconds."""
+        return self._of(call_of(op), len(op.ranks))
+
     def _of(self, call: str, n: int) -> float:
         """Of a number of ranks between measured ones: linear between them."""
         known = sorted((ranks, s) for (name, ranks), s in self.call_s.items() if name == call)

@@ -21,7 +21,7 @@ from analysis.tracks import modelled_memory, simulated
 from paradiff.config import ConfigError
 from paradiff.graph import Op, ScheduleGraph, Work, traffic
 from paradiff.lab import namespaces
-from paradiff.lab.calibration import FREE, Calibration
+from paradiff.lab.calibration import Calibration
 from paradiff.lab.ranks import Progress, Ranks, Run
 from paradiff.profiles import Profile
 from paradiff.strategies import Workload, build, parse_spec
@@ -41,6 +41,8 @@ LOOP = ("denoiser", "scheduler", "guidance")
 NOISY = 0.03
 """Spread from which on a cell says little about a prediction."""
 MOST_NOISY = 0.1
+MOST_FIXED = 0.1
+"""Of what the transfers of a cell take alone, what may be no bytes: else its links are too fast."""
 APART = 0.1
 """Measured times that differ by more must be in the predicted order."""
 MEDIAN_SHARE = 0.5
@@ -48,7 +50,9 @@ MEDIAN_SHARE = 0.5
 
 
 class Cell(NamedTuple):
-    """A strategy on a model at a size, and how compute and communication balance."""
+    """A strategy on a model at a size, and how compute and communication balance: in this cell, or
+    (``shared``) in the median of all that do the same work on as many ranks, whose kernels are the same.
+    """
 
     model: str
     spec: str
@@ -56,6 +60,12 @@ class Cell(NamedTuple):
     width: int
     steps: int
     regime: Regime
+    shared: bool = False
+
+    @property
+    def work(self) -> tuple[str, int, int, int]:
+        """What is computed, whatever the strategy."""
+        return self.model, self.height, self.width, self.steps
 
 
 @dataclass(frozen=True)
@@ -102,8 +112,8 @@ class TimedCosts:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A cell on a box, before it runs. ``fixed_share``: of what its transfers take alone, what is no
-    bytes."""
+    """A cell on a box, before it runs. ``fixed_share``: what its calls take with few bytes, over what
+    they take alone on its links (some of the former passes while bytes flow)."""
 
     cell: Cell
     graph: ScheduleGraph
@@ -144,6 +154,16 @@ class Result:
     @property
     def is_noisy(self) -> bool:
         return self.comparison.spread > NOISY
+
+    @property
+    def is_short(self) -> bool:
+        """Calls cost more beside their bytes than is promised for."""
+        return self.prediction.fixed_share > MOST_FIXED
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """What two results have in common whose order says something: all but the strategy."""
+        return self.box, self.ranks, self.cell.regime, self.cell.work, self.prediction.costs.stretch
 
 
 def spread_over(box: Topology, ranks: int) -> tuple[int, ...]:
@@ -190,17 +210,38 @@ class Oracle:
         )
         costs = TimedCosts(CostModel(profile, gpus, size.dtype), self.calibration, fastest)
         idle = replace(costs, stretch=0.0)
-        alone_s = self._run(graph, idle, placement).makespan_s
-        bytes_s = self._run(graph, replace(idle, calibration=FREE), placement).makespan_s
-        if bytes_s <= 0:
+        alone = self._run(graph, idle, placement)
+        if not any(span.busy_s > 0 for span in alone.spans if span.kind in TRANSFERS):
             raise ConfigError(
                 f"{cell.spec}: moves nothing between ranks, there is nothing to compare"
             )
         if stretch is None:
-            stretch = BALANCE[cell.regime] * alone_s / busiest_s(graph, costs, placement)
+            stretch = BALANCE[cell.regime] * alone.makespan_s / busiest_s(graph, costs, placement)
         costs = replace(costs, stretch=stretch)
         trace = self._run(graph, costs, placement)
-        return Prediction(cell, graph, placement, costs, trace, 1 - bytes_s / alone_s)
+        share = fixed_share(graph, alone, self.calibration)
+        return Prediction(cell, graph, placement, costs, trace, share)
+
+    def predict_all(
+        self, profiles: Mapping[str, Profile], cells: Sequence[Cell]
+    ) -> list[Prediction]:
+        """Each of ``cells``, the shared ones with one stretch for all that do the same work on as many
+        ranks. Raises what ``predict`` raises."""
+        found = [self.predict(profiles[cell.model], cell) for cell in cells]
+        own: dict[tuple[object, ...], list[float]] = {}
+        for each in found:
+            if each.cell.shared:
+                own.setdefault(_group(each), []).append(each.costs.stretch)
+        return [
+            self._stretched(each, statistics.median(own[_group(each)]))
+            if each.cell.shared
+            else each
+            for each in found
+        ]
+
+    def _stretched(self, of: Prediction, stretch: float) -> Prediction:
+        costs = replace(of.costs, stretch=stretch)
+        return replace(of, costs=costs, trace=self._run(of.graph, costs, of.placement))
 
     def _run(
         self,
@@ -225,6 +266,21 @@ class Oracle:
         trace = self._run(of.graph, of.costs, of.placement, flows)
         memory = modelled_memory(of.graph, trace, profile)
         return simulated(flows, self.network, whole(of.graph), memory)
+
+
+def fixed_share(graph: ScheduleGraph, alone: Trace, calibration: Calibration) -> float:
+    """Of the time that transfers take without kernels, what they take with few bytes: over all ranks."""
+    ops = {instance.id: instance.op for instance in graph.instances()}
+    busy_s = fixed_s = 0.0
+    for span in alone.expanded().spans:
+        if span.kind in TRANSFERS:
+            busy_s += span.busy_s
+            fixed_s += calibration.call(ops[span.id])
+    return fixed_s / busy_s
+
+
+def _group(of: Prediction) -> tuple[object, ...]:
+    return of.cell.work, of.cell.regime, of.graph.world_size
 
 
 def busiest_s(graph: ScheduleGraph, costs: TimedCosts, placement: Sequence[int]) -> float:
@@ -299,10 +355,10 @@ class Verdict:
         return max(self.quiet, key=lambda result: abs(result.error), default=None)
 
     def pairs(self) -> Iterator[tuple[Result, Result, bool]]:
-        """Strategies of one box, number of ranks and regime whose measured times are APART, the faster
-        first, and whether they were predicted in that order."""
+        """Strategies on the same work, box, number of ranks and kernels whose measured times are APART,
+        the faster first, and whether they were predicted in that order."""
         for a, b in combinations(self.quiet, 2):
-            if (a.box, a.ranks, a.cell.regime) != (b.box, b.ranks, b.cell.regime):
+            if a.alike != b.alike:
                 continue
             first, second = sorted((a, b), key=lambda r: r.comparison.latency.measured_s)
             fast, slow = first.comparison.latency, second.comparison.latency
@@ -321,6 +377,12 @@ class Verdict:
             found.append(
                 f"{self.noisy_share:.0%} of the cells are noisy, allowed: {MOST_NOISY:.0%}"
             )
+        found += [
+            f"{each.cell.spec} on {each.box}: calls cost {each.prediction.fixed_share:.0%} of what its"
+            f" transfers take, allowed: {MOST_FIXED:.0%} (a larger size, slower links)"
+            for each in self.results
+            if each.is_short
+        ]
         allowed = MEDIAN_SHARE * self.max_error
         if self.median_error > allowed:
             found.append(f"median error {self.median_error:.1%}, allowed: {allowed:.1%}")

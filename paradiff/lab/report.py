@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from analysis.text import plain, seconds
 from paradiff.lab.calibration import Calibration
-from paradiff.lab.laboratory import APART, MEDIAN_SHARE, MOST_NOISY, NOISY, Result, Verdict
+from paradiff.lab.laboratory import (
+    APART,
+    MEDIAN_SHARE,
+    MOST_FIXED,
+    MOST_NOISY,
+    NOISY,
+    Result,
+    Verdict,
+)
 
 SCHEMA = "paradiff.validate-lab/1"
-HEADER = ("links", "ranks", "bound by", "strategy", "predicted", "measured", "error", "spread", "")
+HEADER = (
+    "links",
+    "ranks",
+    "bound by",
+    "strategy",
+    "predicted",
+    "measured",
+    "error",
+    "spread",
+    "fixed",
+    "",
+)
 
 
-def to_json(verdict: Verdict, calibration: Calibration, repeats: int) -> dict[str, Any]:
-    """Everything that was found; times in seconds."""
+def to_json(
+    verdict: Verdict, calibration: Calibration, repeats: int, machine: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that was found; times in seconds. ``machine``: what it says of itself."""
     pairs = list(verdict.pairs())
     return {
         "schema": SCHEMA,
@@ -31,8 +52,10 @@ def to_json(verdict: Verdict, calibration: Calibration, repeats: int) -> dict[st
             "worst_error": verdict.max_error,
             "spread": NOISY,
             "noisy_share": MOST_NOISY,
+            "fixed_share": MOST_FIXED,
             "apart": APART,
         },
+        "machine": machine,
         "calibration": calibration.to_json(),
         "cells": [_cell(result) for result in verdict.results],
     }
@@ -44,6 +67,7 @@ def _cell(result: Result) -> dict[str, Any]:
         "topology": result.box,
         "ranks": result.ranks,
         **result.cell._asdict(),
+        "stretch": result.prediction.costs.stretch,
         "placement": list(result.prediction.placement),
         "fingerprint": result.prediction.graph.fingerprint(),
         "predicted_s": found.latency.predicted_s,
@@ -78,7 +102,8 @@ def _row(result: Result) -> list[str]:
         seconds(times.measured_s),
         f"{result.error:+.1%}",
         f"{result.comparison.spread:.1%}",
-        "noisy" if result.is_noisy else "",
+        f"{result.prediction.fixed_share:.1%}",
+        ", ".join(["noisy"] * result.is_noisy + ["short"] * result.is_short),
     ]
 
 
@@ -92,7 +117,10 @@ def _summary(verdict: Verdict) -> Iterator[str]:
         )
     pairs = list(verdict.pairs())
     right = len(pairs) - len(verdict.misordered)
-    yield f"In the predicted order: {right} of {len(pairs)} pairs that differ by more than {APART:.0%}."
+    yield (
+        f"In the predicted order: {right} of {len(pairs)} pairs of strategies on the same work whose"
+        f" times differ by more than {APART:.0%}."
+    )
     yield from (f"Fails: {line}." for line in verdict.failures)
 
 

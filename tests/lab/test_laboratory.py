@@ -19,18 +19,40 @@ from paradiff.cli.common import load_model
 from paradiff.config import ConfigError
 from paradiff.dependencies import validate
 from paradiff.graph import Op
-from paradiff.lab import laboratory, namespaces
+from paradiff.lab import laboratory, namespaces, report
 from paradiff.lab.calibration import CALLS, FREE, Calibration, calibrate, chain
-from paradiff.lab.cells import default_cells
-from paradiff.lab.laboratory import Cell, Oracle, Result, Verdict, network_of, spread_over
+from paradiff.lab.cells import DEFAULT, LEFT_OUT, MODEL, NOT_ORDERED, default_cells, order_cells
+from paradiff.lab.laboratory import (
+    Cell,
+    Oracle,
+    Prediction,
+    Result,
+    Verdict,
+    network_of,
+    spread_over,
+)
 from paradiff.lab.ranks import LaboratoryFailed, Run, ranks, sweep
-from paradiff.strategies import parse_spec
+from paradiff.strategies import AXES, STRATEGIES, parse_spec
 from paradiff.trace import TRANSFERS
 from simulator.topology import load_topology
 
 CALIBRATION = Calibration(
     {(call, n): 1e-3 * n for call in CALLS for n in (2, 4, 8)}, 5e-5, 1e9
 )  # fmt: skip
+STILL_MS = {
+    "p2p": (0.25,) * 3, "permute": (0.3, 0.4, 0.5), "broadcast": (0.25, 0.3, 0.3),
+    "all_gather": (0.4, 1.5, 4.2), "all_reduce": (0.5, 2.1, 6.9), "all_to_all": (0.1, 1.3, 3.7),
+}  # fmt: skip
+STILL = Calibration(
+    {
+        (call, n): 1e-3 * ms
+        for call, row in STILL_MS.items()
+        for n, ms in zip((2, 4, 8), row, strict=True)
+    },
+    5e-5,
+    1e9,
+)
+"""Of 2, 4 and 8 ranks on two cores, three tenths of what was measured under a load of nine."""
 PATCH = Cell("pixart-alpha", "patch=4", 128, 64, 1, "communication")
 
 
@@ -119,27 +141,92 @@ def test_a_prediction_shows_links_that_are_never_more_than_full() -> None:
     assert max(most.values()) == pytest.approx(100)
 
 
+def words(spec: str) -> set[str]:
+    return {word.partition("=")[0] for word in spec.split(",")}
+
+
 def test_default_cells_cover_every_strategy_that_moves_something() -> None:
-    """4 and 8 ranks each have every axis and pass; all cells can be built on the shipped boxes, and
-    bytes are nine tenths of what their transfers take at a millisecond a call."""
-    box = load_topology("lab-star")
-    oracle = Oracle(box, replace(CALIBRATION, call_s=dict.fromkeys(CALIBRATION.call_s, 1e-3)))
+    """4 and 8 ranks each have every axis and strategy but those whose reason is listed. All cells can be
+    built on the shipped boxes, and what calls cost is under a tenth of what their transfers take."""
+    oracle = Oracle(load_topology("lab-star"), STILL)
     names: dict[int, set[str]] = {}
     for cell in default_cells(["communication"]):
         found = oracle.predict(load_model(cell.model), cell)
         spec = parse_spec(cell.spec)
-        names.setdefault(spec.n_gpus, set()).update(
-            word.partition("=")[0] for word in cell.spec.split(",")
-        )
+        names.setdefault(spec.n_gpus, set()).update(words(cell.spec))
         assert found.trace.makespan_s > 0.1, cell
-        if spec.n_gpus <= 4:
-            assert found.fixed_share < 0.15, cell
-    wanted = {
-        "ulysses", "ring", "patch", "distrifusion", "pcpp", "pipefusion", "asyncdiff", "parastep",
-        "tensor", "cfg",
-    }  # fmt: skip
+        assert found.fixed_share < laboratory.MOST_FIXED, cell
+    wanted = (STRATEGIES.keys() | set(AXES)) - LEFT_OUT.keys()
     assert wanted <= names[4]
     assert wanted <= names[8]
+    for spec in ("serial", "data=4", "batchstep=4,warmup=1,data=2"):
+        with pytest.raises(ConfigError, match="moves nothing between ranks"):
+            oracle.predict(load_model(PATCH.model), PATCH._replace(spec=spec, steps=8))
+
+
+@pytest.mark.torch
+def test_what_is_left_out_is_not_what_the_executor_refuses() -> None:
+    pytest.importorskip("torch")
+    from paradiff.executor.interpreter import EXECUTABLE
+
+    assert STRATEGIES.keys() - LEFT_OUT.keys() <= set(EXECUTABLE)
+
+
+def test_cells_that_are_ordered_do_the_same_work_with_the_same_kernels() -> None:
+    """On 4 and on 8 ranks: one size, one number of steps, one stretch for all, the median of their own.
+    (One gather of latents, as with ``mode=naive``, says nothing at this size.)"""
+    oracle, profiles = Oracle(load_topology("lab-star"), STILL), {MODEL: load_model(MODEL)}
+    found = oracle.predict_all(profiles, order_cells(["communication"]))
+    used = set().union(*(words(each.cell.spec) for each in found))
+    covered = set().union(*(words(spec) for spec, *_ in DEFAULT))
+    assert used >= covered - NOT_ORDERED.keys() - {"mode", "rotate"}
+    for n in (4, 8):
+        own = [each for each in found if each.graph.world_size == n]
+        assert len(own) >= 10
+        assert len({(each.cell.work, each.costs.stretch) for each in own}) == 1
+        for each in own:
+            assert each.fixed_share < laboratory.MOST_FIXED, each.cell
+    three = [
+        Cell(MODEL, f"{name}=4", 128, 64, 1, "compute", True)
+        for name in ("ring", "patch", "tensor")
+    ]
+    alone = sorted(oracle.predict(profiles[MODEL], cell).costs.stretch for cell in three)
+    together = oracle.predict_all(profiles, three)
+    assert {each.costs.stretch for each in together} == {alone[1]}
+    assert alone[0] < alone[1] < alone[2]
+
+
+def test_only_results_of_the_same_work_are_ordered() -> None:
+    """Three of one work, of which two were predicted the wrong way round; a fourth took another size, a
+    fifth another stretch: three pairs."""
+    same = verdict(("a", 2.0, 1.0, 0.0), ("b", 1.0, 2.0, 0.0), ("c", 3.0, 3.0, 0.0)).results
+    size, stretch = verdict(("d", 0.5, 9.0, 0.0), ("e", 0.5, 9.0, 0.0)).results
+    size = replace(size, prediction=replace(size.prediction, cell=PATCH._replace(steps=2)))
+    costs = replace(stretch.prediction.costs, stretch=7.0)
+    stretch = replace(stretch, prediction=replace(stretch.prediction, costs=costs))
+    found = Verdict((*same, size, stretch), 0.10)
+    assert [(a.cell.spec, b.cell.spec, right) for a, b, right in found.pairs()] == [
+        ("a", "b", False),
+        ("a", "c", True),
+        ("b", "c", True),
+    ]
+
+
+def test_calls_that_cost_more_than_promised_fail() -> None:
+    """ring: 28 layers shift keys and values three times; a call of few bytes takes 4 ms each time, and a
+    shift on its own takes these beside its bytes."""
+    oracle = Oracle(load_topology("lab-star", ["links.0.bandwidth=400 Mbit/s"]), CALIBRATION)
+    cell = PATCH._replace(spec="ring=4")
+    found = oracle.predict(load_model(cell.model), cell)
+    shift_s = found.costs.calibration.call(op("permute", 4, 1))
+    assert shift_s == pytest.approx(4e-3)
+    times = Times(Latency(1.0, 1.0), 0.0)
+    short = Result("lab-star", found, times)  # type: ignore[arg-type]
+    assert found.fixed_share > 0.3
+    (failure,) = Verdict((short,), 0.10).failures
+    assert failure.startswith("ring=4 on lab-star: calls cost ")
+    assert "allowed: 10%" in failure
+    assert report.text(Verdict((short,), 0.10)).splitlines()[1].endswith("short")
 
 
 # -------------------------------------------------------------------------------------- the verdict
@@ -163,7 +250,7 @@ class Times:
 
 def verdict(*cells: tuple[str, float, float, float]) -> Verdict:
     """Of (spec, predicted, measured, spread) on one box."""
-    oracle = Oracle(load_topology("lab-star"), CALIBRATION)
+    oracle = Oracle(load_topology("lab-star"), STILL)
     plain = oracle.predict(load_model(PATCH.model), PATCH)
     results = tuple(
         Result(
@@ -235,13 +322,34 @@ def rejudged(oracle: Oracle, results: Sequence[Result]) -> Verdict:
     return Verdict(tuple(again), 0.10)
 
 
+FORGOTTEN = 0.15
+"""Of a cell's time, what a simulator without fixed costs must leave out at least."""
+
+
+def latency_bound(calibration: Calibration) -> tuple[Oracle, Prediction]:
+    """A ring on the slowest star where what calls cost beside bytes is FORGOTTEN of all: how fast that
+    is depends on the machine."""
+    cell = PATCH._replace(spec="ring=4")
+    for rate in (50, 100, 200, 400, 800):
+        box = load_topology("lab-star", [f"links.0.bandwidth={rate} Mbit/s"])
+        right = Oracle(box, calibration)
+        found = right.predict(load_model(cell.model), cell)
+        free = without_fixed_costs(right).predict(load_model(cell.model), cell, found.costs.stretch)
+        if free.trace.makespan_s < (1 - FORGOTTEN) * found.trace.makespan_s:
+            return right, found
+    pytest.skip("calls cost next to nothing on this machine")
+
+
+def without_fixed_costs(right: Oracle) -> Oracle:
+    return Oracle(right.box, FREE, right.network)
+
+
 @lab
 @pytest.mark.torch
 def test_predictions_hold_over_real_links_and_faults_show() -> None:
     """Four hosts on a star and on two switches. Then the same runs against faulty simulators: links
-    twice as fast, and calls that cost nothing beside bytes. The latter is judged by a cell of many
-    short calls, which are outside of what the gate promises (a call's fixed cost under a tenth): without
-    it far too fast, with it nearer."""
+    twice as fast, and calls that cost nothing beside bytes (by a cell where they cost much). What is
+    right passes each time, what is wrong does not."""
     pytest.importorskip("torch")
     star, trunk = (load_topology(f"lab-{name}") for name in ("star", "trunk"))
     cells = [
@@ -249,31 +357,31 @@ def test_predictions_hold_over_real_links_and_faults_show() -> None:
         PATCH._replace(spec="ring=4"),
         Cell("pixart-alpha", "pipefusion=4,patches=4,warmup=1", 256, 256, 3, "communication"),
     ]
-    short = Cell("pixart-alpha", "ulysses=4", 64, 64, 1, "communication")
-    results: list[Result] = []
+    counted: list[Result] = []
     with ranks() as running:
         calibration = calibrate(running, [4])
         for box in (star, trunk):
             oracle = Oracle(box, calibration)
-            predictions = [oracle.predict(load_model(c.model), c) for c in (*cells, short)]
-            results += laboratory.measure(box, predictions, running, 3)
-    counted = [r for r in results if r.cell != short]
-    latency = [r for r in results if r.cell == short]
+            predictions = [oracle.predict(load_model(c.model), c) for c in cells]
+            counted += laboratory.measure(box, predictions, running, 3)
+        right, bound = latency_bound(calibration)
+        (latency,) = laboratory.measure(right.box, [bound], running, 5)
     quiet = Verdict(tuple(counted), 0.10).quiet
     assert len(quiet) >= 4, [(r.cell.spec, r.comparison.repeats_s) for r in counted]
-    assert Verdict(quiet, 0.10).failures == []
+    assert abs(worst_of(quiet)) <= 0.10
 
     on_star = [r for r in counted if r.box == star.name]
     twice = tuple(replace(k, bandwidth_bytes_per_s=2 * k.bandwidth_bytes_per_s) for k in star.links)
     faulty = Oracle(star, calibration, network_of(replace(star, links=twice), calibration))
-    assert rejudged(faulty, on_star).failures
+    assert all(r.error < -0.10 for r in rejudged(faulty, on_star).results)
 
-    free = Oracle(star, FREE, network_of(star, calibration))
-    (without,) = rejudged(free, [r for r in latency if r.box == star.name]).results
-    (with_it,) = (r for r in latency if r.box == star.name)
-    assert Verdict((without,), 0.10).failures
-    assert without.error < -0.2
-    assert abs(with_it.error) < abs(without.error)
+    assert abs(latency.error) <= 0.10, latency.comparison.repeats_s
+    (wrong,) = rejudged(without_fixed_costs(right), [latency]).results
+    assert wrong.error < -0.10
+
+
+def worst_of(results: Sequence[Result]) -> float:
+    return max((r.error for r in results), key=abs)
 
 
 def test_scratch_of_the_dead_is_swept_and_nothing_else(

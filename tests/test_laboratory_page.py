@@ -1,0 +1,78 @@
+"""Tables of docs/laboratory.md are those of the runs that are kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+import laboratory_page
+from laboratory_page import KEPT, PAGE, keep, markdown, read
+
+
+def cell(spec: str, error: float, **more: Any) -> dict[str, Any]:
+    return {
+        "topology": "lab-star", "regime": "compute", "ranks": 4, "spec": spec, "height": 128,
+        "width": 64,
+        "steps": 2, "shared": True, "predicted_s": 1 + error, "measured_s": 1.0, "error": error,
+        "spread": 0.01, "noisy": False, "fixed_share": 0.05, "repeats_s": [1.0] * 5,
+    } | more  # fmt: skip
+
+
+def run(*cells: dict[str, Any], ordered: tuple[int, int] = (3, 3)) -> dict[str, Any]:
+    return {
+        "schema": "paradiff.validate-lab/1", "ordered_pairs": list(ordered), "cells": list(cells),
+        "allowed": {"fixed_share": 0.1}, "calibration": {"call_s": {"p2p 2": 2.5e-4}},
+        "machine": {"host": "here", "cpu": "a cpu, 2 logical cores", "torch": "2.13"},
+    }  # fmt: skip
+
+
+def test_the_page_is_made_of_what_is_kept() -> None:
+    tables = markdown(read(KEPT))
+    assert f"<!-- lab -->\n{tables}<!-- end -->" in PAGE.read_text(encoding="utf-8")
+    for name, kept in read(KEPT).items():
+        assert kept["repeats"] >= 5, name
+        assert all({"fixed_share", "repeats_s", "stretch"} <= each.keys() for each in kept["cells"])
+
+
+def test_runs_are_laid_together() -> None:
+    """Two pieces of one part: errors over both, a row for a strategy, pairs added; noisy cells and those
+    of the other part do not count."""
+    one = run(cell("ring=4", 0.02), cell("patch=4", -0.04), ordered=(3, 4))
+    two = run(
+        cell("ring=4", 0.06, regime="communication", fixed_share=0.2),
+        cell("patch=4", 0.5, regime="communication", noisy=True, spread=0.07),
+        cell("tensor=4", 0.3, shared=False),
+    )
+    text = markdown({"one": one, "two": two})
+    own, together = text.split("### All strategies on the same work")
+    assert "`tensor=4`" in own
+    assert "`tensor=4`" not in together
+    assert "4 cells, 5 repeats or more, 3 quiet (widest spread 7.0%)" in together
+    assert "error 4.0% median, 6.0% worst (`ring=4`, lab-star)" in together
+    assert "more than a tenth of the transfers in 1." in together
+    assert "6 of 7 pairs" in together.replace("In the predicted order: ", "")
+    row = "| 4 | `ring=4` | 128 x 64, 2 | 1.02 / 1 s, +2.0% | 1.06 / 1 s, +6.0% | 20.0% |"
+    assert row in together
+    assert "1.5 / 1 s, +50.0%, noisy" in together
+    assert "| one | a cpu, 2 logical cores, torch 2.13 | 0.25 |" in together
+
+
+def test_a_run_is_kept_whole_and_nothing_else_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(laboratory_page, "KEPT", tmp_path / "kept")
+    given = tmp_path / "lab.json"
+    given.write_text(json.dumps(run(cell("ring=4", 0.02))))
+    keep("order", given)
+    (kept,) = read(tmp_path / "kept").values()
+    assert kept == run(cell("ring=4", 0.02)) | {"machine": kept["machine"]}
+    assert "host" not in kept["machine"]
+    given.write_text(json.dumps({"schema": "other"}))
+    with pytest.raises(ValueError, match="schema 'other', allowed: paradiff"):
+        keep("order", given)
