@@ -206,6 +206,11 @@ class Spec:
         return [part for part in self.options.get(key, "").split("+") if part]
 
     @property
+    def tile(self) -> int | None:
+        """Latent rows and columns of a tile of ``vae=tiled``; None: what the class of the VAE takes."""
+        return int(self.options["tile"]) if "tile" in self.options else None
+
+    @property
     def strategy(self) -> Strategy:
         return STRATEGIES[self.name]
 
@@ -362,7 +367,7 @@ def _placed(
     if spec.options.get("vae") == "split":
         graph = split_decode(graph, profile, spec.mesh.dp, dtype)
     elif "vae" in spec.options:
-        graph = tiled_decode(graph, profile, int(spec.options.get("tile", "64")), dtype)
+        graph = tiled_decode(graph, profile, spec.tile, dtype)
     weights, offload = spec.places("weights"), spec.places("offload")
     param_bytes = 1 if "fp8" in weights else element_bytes
     if "fp8" in weights:
