@@ -50,6 +50,7 @@ def run_rank(
     check_executable(graph, network, request)
     validate(graph)
     transport = transport or Distributed(session, graph)
+    session.compare_clocks()
     run = _Run(graph, network, request, session.rank, transport)
 
     def walk(steps: list[Step]) -> list[Span]:
@@ -61,6 +62,7 @@ def run_rank(
 
     result = run.run(walk)
     session.arrive("ran")  # a rank may still decode
+    session.follow_clocks()
     return Result(
         _collected(session, result.latents),
         merged_trace(session, graph, result.trace.spans),

@@ -92,7 +92,7 @@ class Session:
             world_size=place.world_size,
             timeout=timedelta(seconds=timeout_s),
         )
-        session._compare_clocks()
+        session.compare_clocks()
         return session
 
     def leave(self) -> None:
@@ -206,12 +206,13 @@ class Session:
 
     # ------------------------------------------------------------------------------ clocks
 
-    def _compare_clocks(self) -> None:
-        """Offset of this clock to rank 0's, by Cristian's algorithm.
+    def compare_clocks(self) -> None:
+        """Offset of this clock to rank 0's, by Cristian's algorithm; all ranks come here.
 
         Of ``CLOCK_ROUNDS`` questions the one answered fastest counts; half its round trip is what
         remains unknown.
         """
+        self.residual_s = 0.0
         now = torch.zeros(1, dtype=torch.float64)
         for other in range(1, self.world_size):
             for _ in range(CLOCK_ROUNDS):
@@ -228,6 +229,15 @@ class Session:
                     if not self.residual_s or half_s < self.residual_s:
                         self.residual_s = half_s
                         self.offset_s = float(now) - (asked + half_s)
+
+    def follow_clocks(self) -> None:
+        """Compare again, at the end of a run: the offset is the mean of both, and half of what it has
+        drifted meanwhile may be missing at either end."""
+        offset_s, residual_s = self.offset_s, self.residual_s
+        self.compare_clocks()
+        drift_s = abs(self.offset_s - offset_s)
+        self.offset_s = (self.offset_s + offset_s) / 2
+        self.residual_s = max(self.residual_s, residual_s) + drift_s / 2
 
     def next_round(self) -> int:
         """A number that is the same on all ranks and new at each call."""

@@ -1,4 +1,4 @@
-"""One rank of four: calls that are messages on gloo, with uneven, empty and long buffers.
+"""One rank of four: calls that are messages on gloo, with uneven, empty and long buffers; clocks.
 
 Every byte says where it comes from and where it goes, so that a wrong order or a mixed-up piece shows.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from types import SimpleNamespace
 
 import torch
 
+from paradiff.executor import session as sessions
 from paradiff.executor.session import Place, Session
 from paradiff.executor.transports import Channel
 from paradiff.graph import BROADCAST_PIECE, Op, OpKind
@@ -25,6 +28,22 @@ def tensor(source: int, target: int, size: int) -> torch.Tensor:
 def size_of(source: int, target: int) -> int:
     """Uneven; nothing from 0 to 3; long from 1 to 2."""
     return {(0, 3): 0, (1, 2): LONG}.get((source, target), 1000 + 10 * source + target)
+
+
+def clocks_are_followed(session: Session) -> bool:
+    """Clock r is 5 r s ahead when a run begins, and 5.4 r s when it ends."""
+    me, real = session.rank, time.perf_counter
+    ahead = {"s": 5.0 * me}
+    sessions.time = SimpleNamespace(  # type: ignore[assignment]
+        perf_counter=lambda: real() + ahead["s"], monotonic=time.monotonic, sleep=time.sleep
+    )
+    session.compare_clocks()
+    begin = abs(session.offset_s + 5.0 * me) <= session.residual_s
+    ahead["s"] = 5.4 * me
+    session.follow_clocks()
+    middle = abs(session.offset_s + 5.2 * me) <= session.residual_s
+    sessions.time = time
+    return begin and middle and 0.19 * me <= session.residual_s <= 0.25 * me + 0.05
 
 
 def main() -> None:
@@ -56,6 +75,7 @@ def main() -> None:
         both = pair.all_gather(tensor(me, 9, sizes[pair.index]), sizes)
         wanted = [tensor(3, 9, LONG), tensor(1, 9, 9)]
         found["all_gather"] = all(map(torch.equal, both, wanted))
+    found["clocks"] = clocks_are_followed(session)
     said = session.gather_text(json.dumps(found))
     if me == 0:
         sys.stdout.write(json.dumps({"found": [json.loads(text) for text in said]}) + "\n")

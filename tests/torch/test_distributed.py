@@ -59,7 +59,7 @@ def test_spread_attention_agrees_with_diffusers() -> None:
 
 def test_calls_made_of_messages_bring_every_byte_to_its_place() -> None:
     """Exchanges in rounds, broadcasts in pieces, two ranks that gather: uneven, empty and long buffers,
-    ranks in another order than their numbers, every root."""
+    ranks in another order than their numbers, every root. Clocks that drift are followed."""
     (said,) = launched(4, Path(__file__).parent / "ranks_messages.py")
-    assert [len(each) for each in said["found"]] == [13, 14, 13, 14]
+    assert [len(each) for each in said["found"]] == [14, 15, 14, 15]
     assert all(all(each.values()) for each in said["found"]), said

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from analysis.tracks import UNWATCHED
 from paradiff.cli import app
 from paradiff.cli.measure_here import measure_here
-from paradiff.config import ConfigError
+from paradiff.config import ConfigError, available
 from paradiff.dependencies import validate
 from paradiff.executor.job import Job, prepare
 from paradiff.executor.measure_calls import Call, chain, grid
@@ -237,15 +237,29 @@ def test_bad_input_is_one_message(arguments: tuple[str, ...], code: int, said: s
     assert said in done.output
 
 
+CARDS = {
+    "NVIDIA A10": "a10", "NVIDIA A100-SXM4-40GB": "a100-40g", "NVIDIA A100-SXM4-80GB": "a100-80g-sxm",
+    "NVIDIA A100 80GB PCIe": "a100-80g-pcie", "NVIDIA B200": "b200", "NVIDIA H100 80GB HBM3": "h100-sxm",
+    "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA H20": "h20", "NVIDIA H200": "h200", "NVIDIA L4": "l4",
+    "NVIDIA L20": "l20", "NVIDIA L40": "l40", "NVIDIA L40S": "l40s", "NVIDIA RTX A5000": "a5000",
+    "NVIDIA RTX A6000": "a6000", "NVIDIA GeForce RTX 3090": "rtx3090",
+    "NVIDIA GeForce RTX 4090": "rtx4090", "Tesla T4": "t4", "Tesla V100-SXM2-32GB": "v100",
+}  # fmt: skip
+"""What the driver calls a GPU -> its profile."""
+
+
+def test_every_card_has_a_profile() -> None:
+    assert set(CARDS.values()) <= set(available("gpus", ".yaml"))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("spec", ["serial", "ulysses=4"])
 def test_kernel_tables_predict_a_real_model_on_a_gpu(tmp_path: Path, spec: str) -> None:
     """PixArt at full size, one process, ranks one after another: an op within 10 % in the median, a step
-    within 7 %. ``PARADIFF_GPU`` names the profile of the card."""
-    name = os.environ.get("PARADIFF_GPU")
-    if name is None:
-        pytest.skip("PARADIFF_GPU is not set: which profile is this card?")
+    within 7 %."""
+    name = CARDS.get(torch.cuda.get_device_name())
+    assert name is not None, f"{torch.cuda.get_device_name()}: add its profile to CARDS"
     done = here("--model", "pixart-alpha", "--random-weights", "--strategy", spec, "--steps", "4",
                 "--dtype", "fp16", "--device", "cuda", "--gpu", name, *ANY, "--output-dir",
                 str(tmp_path / "out"))  # fmt: skip
