@@ -1,7 +1,8 @@
 """Write docs/reference.md: options of every command, keys of every file, fields of every result.
 
 ``python tools/reference.py``. Options come from the command line's own definitions, keys of files from
-the models that read them, fields of results from small answers that are made here.
+the models that read them, fields of results from small answers that are made here, their meanings from
+``tools/glossary.py``.
 ``tests/test_reference.py`` fails while the page is not what this makes.
 """
 
@@ -24,6 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
+import glossary
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -41,7 +43,16 @@ from paradiff.lab.calibration import CALLS, Calibration
 from paradiff.lab.cells import MODEL
 from paradiff.lab.laboratory import Cell, Oracle, Result, Verdict
 from paradiff.planfile import PlanFile
-from paradiff.profiles import KERNEL_DIMS, load_profile
+from paradiff.profiles import KERNEL_DIMS, Profile, load_profile
+from paradiff.strategies import (
+    AXES,
+    STRATEGIES,
+    Infeasible,
+    SpecError,
+    Workload,
+    build,
+    parse_spec,
+)
 from simulator import lint, measured, measured_network, quality, sweep, topology, traffic
 from simulator.gpu import Gpu
 from simulator.measured_machine import CallTime
@@ -71,16 +82,20 @@ FILES: Sequence[tuple[str, str, type[BaseModel]]] = (
 """Title, where it is, and the model that reads it."""
 OTHERS = {(sweep.SweepFile, "format"): "Of the table that is written."}
 """Meanings that neither a key nor an option says."""
+SPLITS = (*AXES, *(name for name in STRATEGIES if name != "serial"))
+DEGREES, STEPS = (2, 4, 8), 4
+"""With a warm-up of one step where there is one."""
 RUNS = find("published", "runs", ".csv")
 PUBLISHED = ("DF-006", "DF-007", "DF-008", "DF-009")
 """Rows that are predicted with and without their own latency on one GPU."""
 
 
 class Answer(NamedTuple):
-    """A document: its title, where it comes from, keys that are names (path -> what they name), and
-    fields whose own fields are said in words."""
+    """A document: its title, what the glossary calls it, where it comes from, keys that are names (path
+    -> what they name), and fields whose own fields are said in words."""
 
     title: str
+    called: str
     make: Callable[[], Any]
     names: Mapping[str, str] = {}
     words: Mapping[str, str] = {}
@@ -161,23 +176,27 @@ KINDS_OF_KERNEL = "; ".join(
 RESULTS: Sequence[Answer] = (
     Answer(
         "`paradiff plan --format json`, `plan.json`",
+        "plan",
         partial(printed, "plan", *SMALL, "--strategy", "cfg=2", "--strategy", "patch=2",
                 "--strategy", "tensor=2"),
     ),
     Answer(
         "`paradiff capacity --format json`, `capacity.json`",
+        "capacity",
         partial(printed, "capacity", *SMALL, "--request-rate", "0.5", "--slo", "p95=20s",
                 "--num-prompts", "100", "--replications", "2", "--strategy", "serial",
                 "--sharing", "static", "--processes", "1"),
     ),
     Answer(
         "`paradiff run --format json`, `summary.json`",
+        "run",
         partial(printed, "run", "--model", "sd21", "--strategy", "serial", "--steps", "1",
                 "--format", "json"),
         words={"machines": MACHINES},
     ),
     Answer(
         "`paradiff validate run --format json`, its `validation.json`",
+        "compared",
         lambda: run_here()["validation.json"],
         {"by_kind": "KIND", "by_call": "CALL", "topology.nodes": "HOST"},
         {
@@ -189,6 +208,7 @@ RESULTS: Sequence[Answer] = (
     ),
     Answer(
         "`machine.json` of `paradiff validate run`",
+        "machine",
         lambda: run_here()["machine.json"],
         {"works": "WORK"},
         {
@@ -199,15 +219,19 @@ RESULTS: Sequence[Answer] = (
             + ", ".join(f"`{name}`" for name in measured.Row._fields) + "]",
         },
     ),
-    Answer("`paradiff validate published --format json`, its `validation.json`", scored),
+    Answer(
+        "`paradiff validate published --format json`, its `validation.json`", "published", scored
+    ),
     Answer(
         "`paradiff validate lab --format json`, `lab.json`",
+        "lab",
         laboratory,
         {"calibration.call_s": "CALL RANKS", "cells[].by_call": "CALL"},
         {"machine": "object: what `paradiff env` says"},
     ),
     Answer(
         "`paradiff validate fidelity --format json`, `fidelity.json`",
+        "fidelity",
         partial(printed, "validate", "fidelity", "--model", "small-dit", "--steps", "3",
                 "--strategy", "parastep=2,warmup=1", "--strategy", "asyncdiff=2,warmup=1",
                 "--samples", "6", "--format", "json"),
@@ -217,6 +241,7 @@ RESULTS: Sequence[Answer] = (
 )  # fmt: skip
 MODEL_FILE = Answer(
     "Model",
+    "model",
     models,
     {
         "[].stages": "STAGE", "[].asyncdiff": "RANKS",
@@ -415,17 +440,78 @@ def text_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     return words.get(annotation, str(annotation))
 
 
+# ------------------------------------------------------------------------------------- strategies
+
+
+def strategies_text() -> str:
+    """What each strategy is given and goes with, and which model takes it over how many GPUs."""
+    composed = [
+        (
+            f"`{name}{'' if name == 'serial' else '=N'}`",
+            ", ".join(f"`{axis}`" for axis in AXES if axis in each.axes) or "none",
+            ", ".join(f"`{name}`" for name in each.passes) or "its own",
+            ", ".join(f"`{key}`" for key in each.parameters) or "none",
+        )
+        for name, each in STRATEGIES.items()
+    ]
+    taken = [
+        (
+            f"`{name}`",
+            *(degrees(load_profile(find("models", name, ".json")), axis) for axis in SPLITS),
+        )
+        for name in available("models", ".json")
+    ]
+    head = (
+        "A spec is degrees, then parameters: `cfg=2,pipefusion=4,patches=8`. What goes with what; passes"
+        ": what a step strategy may run in each step instead of its own."
+    )
+    sizes = (
+        f"Which of {', '.join(map(str, DEGREES))} GPUs each model can be split over, alone, at its own"
+        " size (other degrees may divide, too; whether it fits is another matter). Why not: ask for it,"
+        " and `paradiff plan` says the reason and the nearest that can run."
+    )
+    columns = ("strategy", "axes that go with it", "passes", "parameters of its own")
+    return "\n\n".join(
+        (
+            "## Strategies",
+            head,
+            table(columns, composed),
+            sizes,
+            table(("model", *(f"`{axis}`" for axis in SPLITS)), taken),
+        )
+    )
+
+
+def degrees(profile: Profile, axis: str) -> str:
+    """Those of DEGREES over which ``axis`` splits the model at its own size."""
+    sizes = (profile.defaults[key] for key in ("height", "width", "frames"))
+    workload = Workload(*sizes, steps=STEPS)
+    is_warmed = axis in STRATEGIES and "warmup" in STRATEGIES[axis].parameters
+    found = []
+    for degree in DEGREES:
+        try:
+            spec = parse_spec(f"{axis}={degree}{',warmup=1' * is_warmed}")
+            build(spec, profile, workload)
+        except (Infeasible, SpecError):
+            continue
+        found.append(str(degree))
+    return " ".join(found) or "-"
+
+
 # ------------------------------------------------------------------------------------- results
 
 
 def result_text(answer: Answer) -> str:
-    """A section: the fields of a JSON document, with the kind of each value."""
+    """A section: the fields of a JSON document, with the kind of each value and what it means."""
     return f"### {answer.title}\n\n" + fields_table(answer)
 
 
 def fields_table(answer: Answer) -> str:
-    found = fields(answer.make(), answer)
-    return table(("field", "value"), [(f"`{path}`", kind) for path, kind in found.items()])
+    rows = [
+        (f"`{path}`", kind, glossary.meaning(f"{answer.called}.{path}"))
+        for path, kind in fields(answer.make(), answer).items()
+    ]
+    return table(("field", "value", "meaning"), rows)
 
 
 def model_text() -> str:
@@ -495,6 +581,7 @@ def page() -> str:
     parts.append("## Files that are read\n")
     parts += [file_text(*each) for each in FILES]
     parts.append(model_text())
+    parts.append(strategies_text())
     parts.append("## Tables\n\nCSV with a header line; `#` lines before it say how it was made.\n")
     parts.append(
         table(
