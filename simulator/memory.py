@@ -41,7 +41,8 @@ NCCL_CONNECTIONS = 2
 HALF_BYTES = 2
 """Elements of fp16 and bf16; convolutions in fp32 are not laid out anew."""
 P2P_CHANNELS = 2
-"""Channels of a group of two ranks that only sends and receives (NCCL opens a few for each peer)."""
+"""Channels of a group of two ranks that only sends and receives: two for each peer, more over several
+NVLinks (nccl/src/graph/paths.cc, ncclTopoGetNchannels)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

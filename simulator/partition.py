@@ -1,6 +1,6 @@
 """Consecutive blocks on stages, so that the pipeline's period is as short as can be.
 
-PipeEdge's dynamic programme (arXiv 2110.14895; STRATEGIES 18.7) over kinds of GPUs, with the number of
+PipeEdge's dynamic programme (arXiv 2110.14895) over kinds of GPUs, with the number of
 stages fixed, and with PipeFusion's way around: a patch of the next step waits until it has been through
 all stages and back at the first. Pure arithmetic: it does not know models, specs or boxes.
 """

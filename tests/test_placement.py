@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import permutations
+from typing import Any
 
 import networkx as nx
 import pytest
 from toys import divided, transformer
-from unit_hardware import UnitCosts, random_box
+from unit_hardware import Graph, UnitCosts, random_box
 
 from analysis import text
 from paradiff.config import find
 from paradiff.graph import Op, ScheduleGraph
 from paradiff.profiles import load_profile
 from paradiff.strategies import Workload, build, parse_spec
+from simulator import planner
 from simulator.collectives import Lowering
 from simulator.engine import simulate
 from simulator.network import Network
@@ -176,6 +178,60 @@ def test_what_the_score_leaves_holds_the_best(spec: str) -> None:
         frozenset((0, 2)),
         frozenset((1, 3)),
     }
+
+
+def test_the_score_in_closed_form() -> None:
+    """Two messages of 1000 B at 1 B/s, from rank 0 to 1 and from 2 to 3. Transfers take 1000 s
+    alone on either placement; own links are full for 1000 s, the trunk for 2000: in all 2000 or 3000."""
+    gpus = tuple(f"gpu{i}" for i in range(8))
+    own = [("gpu0", "gpu1"), ("gpu2", "gpu3"), ("left", "right")]
+    near = [(f"gpu{i}", "left" if i < 6 else "right") for i in range(4, 8)]
+    links = [Link(a=a, b=b, bandwidth_bytes_per_s=1.0) for a, b in own]
+    links += [Link(a=a, b=b, bandwidth_bytes_per_s=math.inf) for a, b in near]
+    box = Topology(
+        name="trunk",
+        gpus=gpus,
+        profiles=("unit",) * 8,
+        nodes=(Node(name="host", gpus=gpus),),
+        switches=("left", "right"),
+        links=tuple(links),
+    )
+    graph = Graph(4)
+    graph.op("one", "p2p", "send", (0, 1), "a", nbytes=1000)
+    graph.op("two", "p2p", "send", (2, 3), "b", nbytes=1000)
+    apart, together = (0, 1, 2, 3), (4, 6, 5, 7)
+
+    def kept(first: tuple[int, ...], other: tuple[int, ...], slack: float) -> bool:
+        wire, schedule = Wire(Network(box)), whole(graph.build())
+        return promising(wire, schedule, (first, other), 6, slack=slack) == (other,)
+
+    assert not kept(apart, together, 1.49)
+    assert kept(apart, together, 1.51)
+    assert kept(together, apart, 0.67)
+    assert not kept(together, apart, 0.66)
+
+
+def test_only_the_leader_is_tried_where_it_scores_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four of eight GPUs that are bridged in pairs: 27 classes, more than are all simulated. At most 1.2
+    times the score of rank r on GPU r for the spec that leads, less than it for others; six of each."""
+    asked: list[tuple[int, float]] = []
+
+    def recorded(*args: Any) -> tuple[tuple[int, ...], ...]:
+        asked.append((args[3], args[5]))
+        return promising(*args)
+
+    monkeypatch.setattr(planner, "promising", recorded)
+    plan(
+        Request(
+            profile=load_profile(find("models", "pixart-alpha", ".json")),
+            topology=load_topology("pcie8-a6000"),
+            workload=Workload(512, 512, 1, 4),
+            gpus=8,
+            specs=("ulysses=4", "cfg=2,ulysses=2", "ring=4"),
+        )
+    )
+    assert asked[0] == (6, 1.2)
+    assert set(asked[1:]) == {(6, 1.0)}
 
 
 def planned(model: str, box: Topology, spec: str) -> Plan:
