@@ -26,7 +26,7 @@ class Partition:
     kinds: tuple[str, ...]
 
     def period_s(self, patches: int) -> float:
-        """Seconds from one step to the next with ``patches`` under way (STRATEGIES 12.3, uneven):
+        """Seconds from one step to the next with ``patches`` under way (strategies.md 12.3, uneven):
 
             max(M slowest, around)
 

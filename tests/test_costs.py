@@ -725,7 +725,7 @@ def test_calibration_refuses_an_impossible_measurement() -> None:
 
 
 def test_a_share_of_the_weights_costs_less_and_launches_as_often() -> None:
-    """Sharded shapes are priced (STRATEGIES 4): half of everything a block divides, so between a half
+    """Sharded shapes are priced (strategies.md 4): half of everything a block divides, so between a half
     and the whole of the time; the host issues every kernel still."""
     profile = load_profile(MODELS / "flux1-dev.json")
     costs, shape = model(profile, "h100-sxm"), latent(profile, 1024, 1)

@@ -46,7 +46,7 @@ def kl_decoder_halos(columns: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(("spec", "n"), [("cfg=2", 2), ("cfg=2,patch=4", 8)])
 def test_bytes_of_each_transfer(spec: str, n: int) -> None:
-    """STRATEGIES 17: a convolution sends C x W_l x e one way to each neighbour, a GroupNorm reduces
+    """strategies.md 17: a convolution sends C x W_l x e one way to each neighbour, a GroupNorm reduces
     2 x 32 float32, the attention gathers K and V of its rows, the picture's strips go to one rank."""
     ops = decode_ops(graph_of("sdxl", f"{spec},vae=split"))
     calls = Counter(op.call for op in ops)

@@ -109,7 +109,7 @@ def test_ring_attention_hides_the_shorter(chunks: list[tuple[int, int]]) -> None
     ],
 )
 def test_pipefusion_period_and_makespan(stages: int, patches: int, tau: int, hop: int) -> None:
-    # STRATEGIES 12.3: a stage works M tau, a link M c a step; patch 0 goes once around in N (tau + c).
+    # strategies.md 12.3: a stage works M tau, a link M c a step; patch 0 goes around in N (tau + c).
     period = max(patches * tau, patches * hop, stages * (tau + hop))
     if (stages, patches, tau, hop) == (2, 8, 1, 2):
         assert period == 16

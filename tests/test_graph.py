@@ -359,7 +359,7 @@ def test_advance_stands_for_the_iterations_it_leaves_out() -> None:
 
 
 def test_bytes_follow_the_cost_algebra() -> None:
-    # n = 4, payload 1000 in the convention of each call (STRATEGIES 0.5).
+    # n = 4, payload 1000 in the convention of each call (strategies.md 0.5).
     expected = {
         "all_gather": 3000, "all_reduce": 1500, "reduce_scatter": 750, "all_to_all": 750,
     }  # fmt: skip

@@ -153,7 +153,7 @@ def test_ranks_that_only_send_open_two_channels() -> None:
 def test_distrifusion_gathered_buffers_of_sdxl(
     ranks: int, pixels: int, batch: int, gigabytes: float
 ) -> None:
-    """STRATEGIES 10.3, last column: n*e*sum of published elements, without guidance in the batch
+    """strategies.md 10.3, last column: n*e*sum of published elements, without guidance in the batch
     (``cfg=2``: b = 1 on each rank). Each bucket is gathered through a flat tensor of all its parts that
     is there until its first layer waits for it. The last bucket, a partial one, leaves at the start of
     the next step, before the first is waited for: then all are under way, n*e*sum once more."""
@@ -235,7 +235,7 @@ def test_a_convolution_keeps_both_layouts_of_its_input_and_output() -> None:
 
 @pytest.mark.parametrize(("stages", "pixels"), [(2, 1024), (4, 1024), (4, 2048)])
 def test_pipefusion_cache_in_closed_form(stages: int, pixels: int) -> None:
-    """STRATEGIES 12.4: 2*(L/N)*gB*s*h*e of a PixArt stage, L = 28, h = 1152, s = (pixels/16)^2."""
+    """strategies.md 12.4: 2*(L/N)*gB*s*h*e of a PixArt stage, L = 28, h = 1152, s = (pixels/16)^2."""
     profile = load_profile(MODELS / "pixart-alpha.json")
     graph = plan(profile, f"pipefusion={stages},patches={stages}", square(pixels))
     cache = 2 * (28 // stages) * 2 * (pixels // 16) ** 2 * 1152 * 2
@@ -246,8 +246,8 @@ def test_pipefusion_cache_in_closed_form(stages: int, pixels: int) -> None:
 
 
 def test_what_does_not_fit_says_why() -> None:
-    """PixArt 4096 px under DistriFusion: 16.9 GB of stale K/V (STRATEGIES 10.4), as much once more while
-    they are gathered, then the VAE."""
+    """PixArt 4096 px under DistriFusion: 16.9 GB of stale K/V (strategies.md 10.4), as much once more
+    while they are gathered, then the VAE."""
     profile = load_profile(MODELS / "pixart-alpha.json")
     memory = peak_memory(plan(profile, "distrifusion=8", square(4096)), profile, "fp16")
     assert worst(memory).buffers == pytest.approx(2 * 16.9e9, rel=0.01)

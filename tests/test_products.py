@@ -1,6 +1,6 @@
 """Products of axes on the mesh: what each pays and what no axis changes, as properties of the graph.
 
-STRATEGIES 15: tp inside sp = ulysses x ring inside pp inside cfg inside step inside dp. With pp > 1
+strategies.md 15: tp inside sp = ulysses x ring inside pp inside cfg inside step inside dp. With pp > 1
 the result depends on M and w only, so the versions read do; bytes are those of the parts, but a ring
 inside a pipeline turns its whole cache in every micro-step and pays M times.
 """

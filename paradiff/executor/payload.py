@@ -137,7 +137,7 @@ def neighbours(own: Span, others: Iterable[Piece]) -> tuple[Tensor | None, Tenso
 
 
 def mix_moments(own: Piece, others: Sequence[Piece], corrected: bool) -> tuple[Tensor, Tensor]:
-    """Mean and mean of squares to normalise with, (b, g) each (STRATEGIES 10.2).
+    """Mean and mean of squares to normalise with, (b, g) each (strategies.md 10.2).
 
     Summed over all strips already, or the average with the own strip fresh; ``corrected`` moves the
     average of the older moments by what changed in the own strip, and takes the own variance where

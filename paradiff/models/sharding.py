@@ -1,6 +1,6 @@
 """How the weights of each supported class are divided among tensor-parallel ranks.
 
-Megatron's rule (Shoeybi et al., arXiv 1909.08053, section 3; STRATEGIES section 4): of two layers in a
+Megatron's rule (Shoeybi et al., arXiv 1909.08053, section 3; strategies.md 4): of two layers in a
 row the first is divided by its outputs (``column``), the second by its inputs (``row``), so that what
 lies between needs no exchange, and the second's outputs are partial sums. Attention is divided by heads,
 a resnet's second GroupNorm by groups. What is not listed here every rank has whole: norms, modulation,

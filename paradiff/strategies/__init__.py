@@ -312,7 +312,7 @@ class Facts:
 def facts(spec: Spec, workload: Workload) -> Facts:
     """GPUs taken, synchronous steps really run, and whether the result equals the serial one.
 
-    Exact up to floating-point association (STRATEGIES section 21).
+    Exact up to floating-point association (strategies.md 21).
     """
     s, o = spec.strategy, spec.options
     kept = "fp8" not in spec.places("weights") and o.get("vae") != "tiled"

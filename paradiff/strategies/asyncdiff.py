@@ -1,7 +1,7 @@
 """Step level: AsyncDiff (arXiv 2406.06911).
 
 Decides which rank evaluates which part of the network for which step. Rules as in the reference code
-(STRATEGIES section 13). Each guidance branch may have ranks of its own (section 15): all of them then
+(strategies.md 13). Each guidance branch may have ranks of its own (section 15): all of them then
 exchange predictions with their twins of the other branch before a scheduler step.
 """
 

@@ -20,7 +20,7 @@ Tags = tuple[tuple[str, str], ...]
 Options = Mapping[str, str]
 """Key -> value of a spec."""
 MOMENT_BYTES = 4
-"""GroupNorm moments travel in float32: E[x^2] overflows fp16 (STRATEGIES 10.2)."""
+"""GroupNorm moments travel in float32: E[x^2] overflows fp16 (strategies.md 10.2)."""
 
 
 class Copies(NamedTuple):
@@ -230,7 +230,7 @@ class Builder:
         return expr(shape._asdict()) * self.element_bytes
 
     def latent_bytes(self, rows: int, batch: int) -> int:
-        """Bytes of ``rows`` latent rows of ``batch`` latents (X of STRATEGIES 0.1, or a part of it),
+        """Bytes of ``rows`` latent rows of ``batch`` latents (X of strategies.md 0.1, or a part of it),
         whose frames fill whole patches."""
         g = self.profile.geometry
         frames = -(-self.latent["f"] // g.frame_multiple) * g.frame_multiple

@@ -1,4 +1,4 @@
-"""The picture decoded by all ranks of a replica, each a strip of its rows (STRATEGIES 17).
+"""The picture decoded by all ranks of a replica, each a strip of its rows (strategies.md 17).
 
 A plan axis beside the strategy, so a function from a finished schedule to one that decodes in strips:
 ``vae=split``. It is exact: every convolution gets its neighbours' rows, every GroupNorm the moments of

@@ -1,6 +1,6 @@
 """Layer level: what sequence parallelism does inside one attention (Ulysses, Ring, USP).
 
-Exact: every version read is of the step at hand. STRATEGIES sections 5 to 7 and 15.
+Exact: every version read is of the step at hand. strategies.md 5 to 7 and 15.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class _Exchange:
 
     @cached_property
     def token_bytes(self) -> int:
-        """Bytes of one of Q, K, V, O on this rank: b (s/n + text/n) h e (STRATEGIES 5.3)."""
+        """Bytes of one of Q, K, V, O on this rank: b (s/n + text/n) h e (strategies.md 5.3)."""
         image = self.build.nbytes(self.point.elements, self.local) // 2
         return image + (self.text_bytes if self.sp.split_text else 0)
 
@@ -262,7 +262,7 @@ class _Exchange:
             )
 
     def all_to_all(self, label: str, nbytes: int, source: str, target: str) -> None:
-        """Each rank's share to each other: at once, or in two phases (CoCoDiff, STRATEGIES 18.6 a).
+        """Each rank's share to each other: at once, or in two phases (CoCoDiff, strategies.md 18.6 a).
 
         First inside each machine, to the rank at the receiver's place, then across, between ranks at
         the same place: (m-1)/m and (k-1)/k of the bytes out of each of m ranks on k machines, in m - 1

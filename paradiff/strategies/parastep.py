@@ -1,7 +1,7 @@
 """Step level: ParaStep (arXiv 2505.14741), over devices or as a batch on one.
 
 Consecutive steps are predicted at the same time, each at a latent that was stepped forward with the
-noise of the time before. Rules as in the reference code (STRATEGIES section 14). A step is predicted by
+noise of the time before. Rules as in the reference code (strategies.md 14). A step is predicted by
 a *group*: one rank, or ranks that share any exact pass (section 15).
 """
 

@@ -82,7 +82,7 @@ def block_counts(build: Builder, stages: str | None) -> tuple[int, ...]:
 
 
 def skip_routes(build: Builder, counts: Sequence[int]) -> dict[tuple[int, int], list[int]]:
-    """Blocks whose outputs cross stages as skips, by the pair of stages (STRATEGIES 12.2).
+    """Blocks whose outputs cross stages as skips, by the pair of stages (strategies.md 12.2).
 
     A skip inside one stage is local, and so is one whose source ends the stage before: there it is the
     hidden state, which is sent anyway.

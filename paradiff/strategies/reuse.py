@@ -1,6 +1,6 @@
 """Every rank sees the whole latent: serial, CFG, data and sequence parallelism, with features reused.
 
-Fixed-interval caching (FORA, DeepCache and their like, STRATEGIES 16): in some steps most of the network
+Fixed-interval caching (FORA, DeepCache and others, strategies.md 16): in some steps most of the network
 gives again what it gave in the last step that was computed whole. ``cache=K`` computes every K-th step
 whole; ``skip=3:4:7`` reuses in these steps, as a data-dependent rule has once decided. Which steps is
 fixed before the run, so all ranks agree.

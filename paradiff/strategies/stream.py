@@ -1,4 +1,4 @@
-"""Step level, for throughput: a pipeline over denoising steps (StreamDiffusion, STRATEGIES 18.1).
+"""Step level, for throughput: a pipeline over denoising steps (StreamDiffusion, strategies.md 18.1).
 
 Group d takes an equal share of the steps of every request and hands the latent on, so that as many
 requests are under way as there are groups. Exact; one request is no faster. The schedule is that of one

@@ -1,4 +1,4 @@
-"""Layer level: ranks that share the weights of every layer (tensor parallelism, STRATEGIES section 4).
+"""Layer level: ranks that share the weights of every layer (tensor parallelism, strategies.md 4).
 
 Each has some heads of every attention, some inner channels of every feed-forward and resnet, and the
 whole stream between them, which is why every layer ends in an all-reduce. Which sums these are, the
