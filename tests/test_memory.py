@@ -61,10 +61,10 @@ def test_context_slack_and_their_interval_in_closed_form() -> None:
     (memory,) = peak_memory(graph, profile, "fp16")
     (known,) = peak_memory(graph, profile, "fp16", ideal=True)
     assert known.activations == memory.activations == 10240
-    assert memory.context == pytest.approx(600e6 + 1024)
-    assert memory.total == pytest.approx(known.total + 600e6 + 1024)
-    assert memory.low == pytest.approx(known.total + 300e6)
-    assert memory.high == pytest.approx(known.total + 1700e6 + 2560)
+    assert memory.context == pytest.approx(600e6 + 1024, rel=1e-12)
+    assert memory.total == pytest.approx(known.total + 600e6 + 1024, rel=1e-12)
+    assert memory.low == pytest.approx(known.total + 300e6, rel=1e-12)
+    assert memory.high == pytest.approx(known.total + 1700e6 + 2560, rel=1e-12)
 
 
 def test_the_peak_is_a_maximum_over_phases_not_a_sum() -> None:
