@@ -56,6 +56,7 @@ class SweepFile(Strict):
     exact_only: bool = False
     max_staleness: Annotated[int, Field(ge=0)] | None = None
     format: Literal["csv", "parquet"] = "csv"
+    """Of the table that is written."""
 
     @field_validator("resolutions")
     @classmethod

@@ -80,8 +80,6 @@ FILES: Sequence[tuple[str, str, type[BaseModel]]] = (
     ("Rules of published runs", "`hardware_profiles/published/rules.yaml`", Rules),
 )
 """Title, where it is, and the model that reads it."""
-OTHERS = {(sweep.SweepFile, "format"): "Of the table that is written."}
-"""Meanings that neither a key nor an option says."""
 SPLITS = (*AXES, *(name for name in STRATEGIES if name != "serial"))
 DEGREES, STEPS = (2, 4, 8), 4
 """With a warm-up of one step where there is one."""
@@ -362,7 +360,7 @@ def meaning(model: type[BaseModel], name: str) -> str:
     plan`` that has its name, or of which it holds several. Raises LookupError where there is neither."""
     own = (attribute_docs(kind) for kind in model.__mro__ if "[" not in kind.__name__)
     options = (plan_options().get(each, "") for each in singulars(name))
-    texts = chain((docs.get(name) for docs in own), options, [OTHERS.get((model, name))])
+    texts = chain((docs.get(name) for docs in own), options)
     found = next(filter(None, texts), None)
     if found is None:
         raise LookupError(f"{model.__name__}.{name}: no string below it says what it means")

@@ -540,7 +540,7 @@ def _step_specs(
     for n in [n for n in widths if workload.steps - warmup >= n]:
         for cfg, inside in itertools.product(branches, (1, 2, 4)):
             gpus = cfg * inside * n
-            if gpus > max_gpus or (gpus > PRODUCTS and inside > 2 - (cfg > 1)):
+            if gpus > max_gpus or (gpus > PRODUCTS and cfg * inside > 4):
                 continue
             if profile.kind == "unet":
                 axes = ["tensor", "patch"]
