@@ -542,10 +542,9 @@ def _step_specs(
             gpus = cfg * inside * n
             if gpus > max_gpus or (gpus > PRODUCTS and cfg * inside > 4):
                 continue
+            axes = ["tensor", "ulysses", "ring"] if gpus <= PRODUCTS else ["ulysses"]
             if profile.kind == "unet":
-                axes = ["tensor", "patch"]
-            else:
-                axes = ["tensor", "ulysses", "ring"] if gpus <= PRODUCTS else ["ulysses"]
+                axes = ["tensor"]
             for group in [f"{axis}={inside}" for axis in axes] if inside > 1 else [""]:
                 parts = ["cfg=2"] * (cfg == 2) + [group] * (group != "")
                 yield ",".join([*parts, f"parastep={n},warmup={warmup}"])
