@@ -3,7 +3,7 @@
 Predicts every published run that ships, prints the scores by source and by GPU, the worst ten rows, the
 pairs that tau counts as wrong beside what measurements scatter by, and the time it took. Fails (exit 1)
 where a score is worse than what was reached, on all rows and with each source left out.
-``tests/test_scoreboard.py`` does the same for a sample.
+``tests/test_scoreboard.py`` runs it too.
 """
 
 from __future__ import annotations
