@@ -23,9 +23,7 @@ import torch
 from paradiff.executor.interpreter import Unexecutable
 from paradiff.executor.job import Job, loaded, prepare
 from paradiff.executor.measure import machine
-from paradiff.graph import ScheduleGraph
 from paradiff.strategies import Infeasible
-from paradiff.trace import Trace
 from simulator.costs import CostModel
 from simulator.gpu import Gpu, load_gpu
 from simulator.measured import MEASURED
@@ -37,15 +35,6 @@ SHARES = (1, 2, 4, 8)
 STEPS, RUNS = 2, 3
 LIMIT = 0.10
 COLUMNS = ("model", "share", "rows", "dtype", "measured_s", "predicted_s", "passes")
-
-
-def passes(graph: ScheduleGraph, trace: Trace) -> Iterator[tuple[str, float]]:
-    """Name and seconds of every run of a denoiser's op."""
-    named = {i.id: i.op for i in graph.instances()}
-    for span in trace.spans:
-        work = named[span.id].work
-        if work is not None and work.stage == "denoiser":
-            yield span.id, span.busy_s
 
 
 def measured(model: str, gpu: Gpu, device: str, dtype: str) -> Iterator[tuple[object, ...]]:
@@ -65,14 +54,15 @@ def measured(model: str, gpu: Gpu, device: str, dtype: str) -> Iterator[tuple[ob
         works = {i.id: i.op.work for i in prepared.graph.instances()}
         ratios, times, wanted, rows = [], [], [], set[int]()
         for run in range(RUNS + 1):
-            trace = prepared.in_process(in_turn=True).trace
-            for name, seconds in passes(prepared.graph, trace) if run else ():
-                work = works[name]
-                assert work is not None
+            spans = prepared.in_process(in_turn=True).trace.spans
+            for span in spans if run else ():
+                work = works[span.id]
+                if work is None or work.stage != "denoiser":
+                    continue
                 cost = costs.compute(work, 0)
                 wanted.append(max(cost.device_s, cost.host_s))
-                times.append(seconds)
-                ratios.append(wanted[-1] / seconds - 1)
+                times.append(span.busy_s)
+                ratios.append(wanted[-1] / span.busy_s - 1)
                 rows.add(work.shape.r)
         took, said = statistics.median(times), statistics.median(wanted)
         yield model, share, max(rows), dtype, f"{took:.6g}", f"{said:.6g}", len(times)

@@ -7,7 +7,7 @@ exchange predictions with their twins of the other branch before a scheduler ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from paradiff.graph import Ref
@@ -175,18 +175,24 @@ class AsyncDiff:
         for c, component in enumerate(self.components):
             for i, (name, size) in enumerate(component.modules):
                 for lane in self.lanes:
-                    owner = lane.ranks[c]
-                    receivers = [r for r in lane.ranks if r != owner]
-                    self.build.collective(
-                        "broadcast",
-                        f"bcast.{name}",
-                        [owner, *receivers],
-                        size,
-                        [self.cached(owner, version, c)[i]],
-                        [self.cached(r, version, c)[i] for r in receivers],
-                        step=step,
-                        channel="world",
-                    )
+                    held = {r: self.cached(r, version, c)[i] for r in lane.ranks}
+                    self.hand_out(name, lane.ranks[c], size, held, step)
+
+    def hand_out(
+        self, name: str, owner: int, size: int, held: Mapping[int, Ref], step: int
+    ) -> None:
+        """What ``owner`` has, to the other ranks of its branch; each keeps it where ``held`` says."""
+        others = [r for r in held if r != owner]
+        self.build.collective(
+            "broadcast",
+            f"bcast.{name}",
+            [owner, *others],
+            size,
+            [held[owner]],
+            [held[r] for r in others],
+            step=step,
+            channel="world",
+        )
 
     def run_component(
         self, c: int, place: int, step: int, read: int, *, keep: bool, ahead: int = 0
@@ -217,17 +223,10 @@ class AsyncDiff:
         branch, as ``name``, and all take scheduler step ``step`` with it."""
         for lane in self.lanes:
             owner = lane.ranks[source]
-            others = [r for r in lane.ranks if r != owner]
-            self.build.collective(
-                "broadcast",
-                f"bcast.{name}",
-                [owner, *others],
-                self.nbytes,
-                [self.output(owner, computed, "eps_own")],
-                [self.output(r, computed, name) for r in others],
-                step=step,
-                channel="world",
-            )
+            held = {
+                r: self.output(r, computed, "eps_own" if r == owner else name) for r in lane.ranks
+            }
+            self.hand_out(name, owner, self.nbytes, held, step)
         self.advance(step, computed, name, source)
 
     def advance(self, step: int, computed: int, name: str = "eps", source: int = -1) -> None:
