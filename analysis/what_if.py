@@ -12,11 +12,11 @@ Numbers are what the plan is ranked by, in ``simulator.planner.UNITS``: a candid
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from paradiff.strategies import Infeasible, Workload, candidate_specs
+from paradiff.strategies import AXES, STRATEGIES, Infeasible, Workload, candidate_specs, parse_spec
 from simulator import planner
 from simulator.memory import misfit
 from simulator.network import Network
@@ -25,7 +25,8 @@ from simulator.runs import Runs
 from simulator.topology import CollectiveTable, Topology
 
 FRONT, UNHINDERED = 3, 2
-"""Candidates looked at: of the best as they are, and of the best without exposed communication."""
+"""Candidates looked at: of the best of each kind as they are, and of the best without exposed
+communication; of two of one kind the first."""
 WIDE = 16
 """GPUs up to which candidates are looked at in any case; wider ones only where they are the first."""
 SIDES = (0.5, 1.0, 1.5, 2.0)
@@ -133,10 +134,18 @@ def looked_at(plan: Plan) -> tuple[Candidate, ...]:
     def unhindered(c: Candidate) -> float:
         return weights[c.spec] * ((c.latency_s or 0.0) - (c.exposed_comm_s or 0.0))
 
-    chosen = {c.spec for c in (plan.ranked[0], *narrow[:FRONT])}
-    chosen |= {c.spec for c in sorted(narrow, key=unhindered)[:UNHINDERED]}
-    chosen |= {c.spec for c in [c for c in narrow if c.exact][:1]}
-    return tuple(c for c in plan.ranked if c.spec in chosen)
+    best_of_kinds = {_kind(c): c for c in reversed(narrow)}
+    leading = sorted(best_of_kinds.values(), key=narrow.index)[:FRONT]
+    free = sorted(narrow, key=unhindered)[:UNHINDERED]
+    chosen: dict[Hashable, Candidate] = {}
+    for c in (plan.ranked[0], *leading, *free, *[c for c in narrow if c.exact][:1]):
+        chosen.setdefault(_kind(c), c)
+    return tuple(c for c in plan.ranked if c in chosen.values())
+
+
+def _kind(c: Candidate) -> Hashable:
+    """The ways in which it divides the work, whatever the degrees, and whether it keeps the picture."""
+    return frozenset(parse_spec(c.spec).options.keys() & {*STRATEGIES, *AXES}), c.exact
 
 
 def effects(request: Request, plan: Plan) -> tuple[Effect, ...]:

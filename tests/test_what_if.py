@@ -69,6 +69,15 @@ def test_effects_are_what_plans_of_the_changed_box_say() -> None:
     assert found["twice the bandwidth"].best >= found["a network without limits"].best
 
 
+def test_of_candidates_that_divide_the_work_alike_the_best_is_looked_at() -> None:
+    """Three of one kind lead; of these the first, then the best of other kinds."""
+    leading = tuple(f"cfg=2,distrifusion=2,warmup={n}" for n in (0, 1, 2))
+    specs = (*leading, "serial", "cfg=2", "tensor=2")
+    plan = planner.plan(request(specs=specs, workload=Workload(1024, 1024, 1, 4)))
+    assert tuple(c.spec for c in plan.ranked[:3]) == leading
+    assert [c.spec for c in what_if.looked_at(plan)] == [leading[0], "cfg=2", "serial"]
+
+
 def test_gpus_twice_as_fast_halve_what_no_launch_and_no_link_takes() -> None:
     """One GPU at a size whose kernels are longer than their launches: exactly half."""
     asked = request(specs=("serial",), gpus=1, workload=Workload(2048, 2048, 1, 2))
