@@ -28,9 +28,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal, NamedTuple, get_args
 
 OpKind = Literal["compute", "collective", "permute", "p2p", "host"]
@@ -301,21 +301,24 @@ class ScheduleGraph:
         """
         named = set(kinds)
         wanted = {b.id: b for b in self.buffers if b.kind in named}
-        peak = dict.fromkeys(range(self.world_size), 0)
-        spans, held = _lifetimes(self.shortened(4), wanted, staged) if wanted else ({}, [])
-        events: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for buffer_id, intervals in spans.items():
-            buffer = wanted[buffer_id]
-            for start, end in _merged(intervals):
-                events[buffer.rank] += [(start, buffer.nbytes), (end + 1, -buffer.nbytes)]
-        for rank, start, end, nbytes in held:
-            events[rank] += [(start, nbytes), (end, -nbytes)]
-        for rank, changes in events.items():
-            alive = 0
-            for _, change in sorted(changes):
-                alive += change
-                peak[rank] = max(peak[rank], alive)
-        return peak
+        if not wanted:
+            return dict.fromkeys(range(self.world_size), 0)
+        short = self.shortened(4)
+        sizes = staged or [[0] * len(section.ops) for section in short.sections]
+        sections = zip(short.sections, sizes, strict=True)
+        under_way = [size for s, of_ops in sections for size in [*of_ops] * s.count]
+        spans: dict[str, list[tuple[int, int]]] = {buffer_id: [] for buffer_id in wanted}
+        changes: dict[int, list[tuple[int, int]]] = {rank: [] for rank in range(self.world_size)}
+        for version, uses in _uses(short, wanted).items():
+            buffer_id, start = version[0], uses[0]
+            spans[buffer_id].append((start, uses[-1]))
+            if size := under_way[start]:
+                end = uses[1] if len(uses) > 1 else start + 1
+                changes[wanted[buffer_id].rank] += [(start, size), (end, -size)]
+        for buffer_id, buffer in wanted.items():
+            for start, end in _merged(spans[buffer_id]):
+                changes[buffer.rank] += [(start, buffer.nbytes), (end + 1, -buffer.nbytes)]
+        return {rank: _most(of_rank) for rank, of_rank in changes.items()}
 
     # ------------------------------------------------------------------ text
 
@@ -359,39 +362,25 @@ def absolute(instance: Instance) -> Op:
     return replace(op, step=step, reads=fix(op.reads), writes=fix(op.writes))
 
 
-def _lifetimes(
-    graph: ScheduleGraph, wanted: dict[str, Buffer], staged: Sequence[Sequence[int]]
-) -> tuple[dict[str, list[tuple[int, int]]], list[tuple[int, int, int, int]]]:
-    """buffer id -> (first position, last position) of each of its versions, in canonical order; and of
-    what ops hold while they are under way: (rank, position, that of the first reader, bytes)."""
-    live: dict[tuple[str, int | None, int, int], list[int]] = {}
-    held: list[tuple[int, int, int, int]] = []
-    under_way: dict[tuple[str, int | None, int, int], tuple[int, int, int]] = {}
-    position = -1
-    for number, section in enumerate(graph.sections):
-        for i in range(section.count):
-            base = section.first + i * section.stride
-            for index, op in enumerate(section.ops):
-                position += 1
-                for ref in op.writes:
-                    if ref.buffer in wanted:
-                        key = (ref.buffer, ref.part, ref.at(base), ref.sub)
-                        live[key] = [position, position]
-                        nbytes = staged[number][index] if staged else 0
-                        if nbytes:
-                            under_way[key] = (wanted[ref.buffer].rank, position, nbytes)
-                for ref in op.reads:
-                    if ref.buffer in wanted:
-                        key = (ref.buffer, ref.part, ref.at(base), ref.sub)
-                        live[key][1] = position
-                        if key in under_way:
-                            rank, start, nbytes = under_way.pop(key)
-                            held.append((rank, start, position, nbytes))
-    held += [(rank, start, start + 1, nbytes) for rank, start, nbytes in under_way.values()]
-    spans: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for (buffer_id, *_), (start, end) in live.items():
-        spans[buffer_id].append((start, end))
-    return spans, held
+def _uses(
+    graph: ScheduleGraph, wanted: Container[str]
+) -> dict[tuple[str, int | None, int, int], list[int]]:
+    """Version of a buffer among ``wanted`` -> positions in canonical order of the op that writes it and
+    of those that read it."""
+    uses: dict[tuple[str, int | None, int, int], list[int]] = {}
+    for position, (op, base) in enumerate(graph.instances()):
+        for buffer, step, part, fixed, sub in op.writes:
+            if buffer in wanted:
+                uses[buffer, part, step if fixed else base + step, sub] = [position]
+        for buffer, step, part, fixed, sub in op.reads:
+            if buffer in wanted:
+                uses[buffer, part, step if fixed else base + step, sub].append(position)
+    return uses
+
+
+def _most(changes: list[tuple[int, int]]) -> int:
+    """The largest sum of (position, change) up to any of them."""
+    return max(accumulate((change for _, change in sorted(changes)), initial=0))
 
 
 def _merged(intervals: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -186,6 +186,34 @@ def test_a_flat_gather_is_there_until_it_is_waited_for() -> None:
     }
 
 
+@pytest.mark.parametrize("spec", ["distrifusion=3", "pipefusion=3", "ring=2", "cfg=2,ulysses=2"])
+def test_the_peak_is_that_of_all_buffers_looked_at_op_by_op(spec: str) -> None:
+    """By definition: at op i of the whole run a rank holds each of its buffers that has a version
+    written at i or before and last read at i or after, and of each op begun what nobody has read of it
+    yet (for the length of an op, where nobody will)."""
+    graph = plan(transformer(3), spec, Workload(24, 4, 1, 8, 1, "fp16"))
+    staged = [[1000 * len(op.ranks) * len(op.writes) for op in s.ops] for s in graph.sections]
+    sizes = [n for s, of in zip(graph.sections, staged, strict=True) for n in of * s.count]
+    owner, used = {b.id: b for b in graph.buffers}, {}
+    for i, (op, base) in enumerate(graph.instances()):
+        for ref in op.writes:
+            used[ref._replace(step=ref.at(base), fixed=True)] = [i]
+        for ref in op.reads:
+            used[ref._replace(step=ref.at(base), fixed=True)].append(i)
+    peaks = dict.fromkeys(range(graph.world_size), 0)
+    for i in range(graph.op_count()):
+        alive = {ref.buffer for ref, at in used.items() if at[0] <= i <= at[-1]}
+        held = dict.fromkeys(peaks, 0)
+        for name in alive:
+            held[owner[name].rank] += owner[name].nbytes
+        for ref, (start, *readers) in used.items():
+            if start <= i < (readers[0] if readers else start + 1):
+                held[owner[ref.buffer].rank] += sizes[start]
+        peaks = {rank: max(peaks[rank], held[rank]) for rank in peaks}
+    assert graph.peak_bytes(staged=staged) == peaks
+    assert graph.peak_bytes() != peaks
+
+
 def test_keys_and_values_lie_side_by_side_while_a_strip_attends() -> None:
     """PixArt on strips of 1/8: all K and V of a layer (2 x 1152 a token, two branches) beside its own
     strip's. At 4096 px that is more than the feed-forward, which has the largest set of a whole image:
