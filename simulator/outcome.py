@@ -196,8 +196,7 @@ def evaluate(
     number = count(traffic, budget, system)
     runs = [replication(system, traffic, budget, i, load, ahead) for i in range(number)]
     checks = _checks(runs, slo, budget.confidence, partial(outage_share, system, traffic, rate))
-    outcome = _summary(system, runs, slo, budget, quantiles, rate, limit)
-    return replace(outcome, checks=tuple(checks))
+    return _summary(system, runs, checks, slo, budget, quantiles, rate, limit)
 
 
 def meets(system: System, traffic: Traffic, slo: Slo, budget: Budget) -> bool:
@@ -265,7 +264,7 @@ def replication(
 
 
 def _summary(
-    system: System, runs: Sequence[Run], slo: Slo, budget: Budget,
+    system: System, runs: Sequence[Run], checks: Sequence[Check], slo: Slo, budget: Budget,
     quantiles: Sequence[float], rate: float, limit: float,
 ) -> Outcome:  # fmt: skip
     def mean(values: Sequence[Floats]) -> Estimate:
@@ -297,6 +296,7 @@ def _summary(
         class_quantiles_s=tuple(
             _class_quantiles(together[kinds == kind], quantiles) for kind in range(len(good))
         ),
+        checks=tuple(checks),
         goodput_share=None if slo.is_empty else float((together <= within[kinds]).mean()),
         busy_gpu_s_per_request=busy_gpu_s / len(together),
         requests=len(together),
