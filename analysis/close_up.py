@@ -11,7 +11,7 @@ from paradiff.strategies import build, parse_spec
 from paradiff.trace import NO_TRACKS, Trace, Tracks
 from simulator.collectives import Lowering, link_bytes
 from simulator.engine import Flows, simulate
-from simulator.memory import RankMemory, peak
+from simulator.memory import RankMemory, at_peak
 from simulator.placement import Placement
 from simulator.planner import Request
 from simulator.symmetry import Asymmetric, Quotient, whole
@@ -73,7 +73,7 @@ def close_up(
         schedule.graph,
         trace,
         schedule.representative,
-        tuple(map(peak, phases)),
+        at_peak(phases),
         link_bytes(schedule.transfers, Lowering(network, placement)),
         tracks,
     )

@@ -146,14 +146,14 @@ def chip_of(gpu: Gpu, dtype: str, attention_kernel: str = "auto") -> Chip:
         floor_s=gpu.kernel_floor.value,
         attention=seen.value / gpu.matmul.half,
         attention_dim=seen.head_dim,
-        ideal=gpu.kernel_floor.value == 0,
+        ideal=gpu.is_ideal,
     )
 
 
 def spread_of(gpu: Gpu, dtype: str, attention_kernel: str) -> Mapping[str, tuple[float, float]]:
     """SPREAD on one GPU: wider where a ceiling was transferred or assumed, and where ``auto`` does not
     say which of several attention kernels runs (FA2 is 1.6 times slower than cuDNN on H100)."""
-    if gpu.kernel_floor.value == 0:
+    if gpu.is_ideal:
         return dict.fromkeys(SPREAD, (1.0, 1.0))
     spread = dict(SPREAD)
     seen = _attention_figure(gpu, attention_kernel)
@@ -213,7 +213,7 @@ def _lent(gpu: Gpu, kind: str, dtype: str, attention_kernel: str) -> _Lent | Non
     """The shipped table that holds for ``gpu``. They are of two bytes an element."""
     kernel = _attention_figure(gpu, attention_kernel).kernel
     found = lender(gpu, kind, kernel) if ITEMSIZE[dtype] == 2 else None
-    if found is None or gpu.kernel_floor.value == 0:
+    if found is None or gpu.is_ideal:
         return None
     table, there = found
     chip = chip_of(there, dtype, kernel)

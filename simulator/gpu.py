@@ -153,6 +153,11 @@ class Gpu(Strict):
             )  # fmt: skip
         return self
 
+    @property
+    def is_ideal(self) -> bool:
+        """Whether it is made for closed forms: no time to start a kernel, tensors alone in memory."""
+        return self.kernel_floor.value == 0
+
     def attention_figure(self, head_dim: int, kernel: str = "flash2") -> AttentionFigure:
         """The figure nearest to ``head_dim``, of ``kernel`` where this GPU has one.
 

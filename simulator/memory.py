@@ -8,9 +8,9 @@ from the graph and the profile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, ParamSpec, get_args
+from typing import Literal, get_args
 
 from paradiff.graph import BufferKind, Op, ScheduleGraph, Work
 from paradiff.profiles import Profile, Segment
@@ -21,7 +21,6 @@ from simulator.symmetry import Quotient, whole
 
 Phase = Literal["encode", "denoise", "decode"]
 PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
-_Asked = ParamSpec("_Asked")
 
 CONTEXT_BYTES = 600e6
 """CUDA context with loaded modules, cuBLAS and cuDNN handles and workspaces. An assumption: it varies
@@ -84,11 +83,6 @@ class RankMemory:
         return {name: float(getattr(self, name)) for name in names}
 
 
-def peak(phases: Iterable[RankMemory]) -> RankMemory:
-    """Of the phases of a rank the one with the largest total."""
-    return max(phases, key=lambda m: m.total)
-
-
 def phase_memory(
     schedule: ScheduleGraph | Quotient,
     profile: Profile,
@@ -148,17 +142,23 @@ def phase_memory(
     return tuple(of_rank[rank] for rank in schedule.representative)
 
 
-def _at_their_peak(
-    memory: Callable[_Asked, tuple[tuple[RankMemory, ...], ...]],
-) -> Callable[_Asked, tuple[RankMemory, ...]]:
-    def peaks(*args: _Asked.args, **options: _Asked.kwargs) -> tuple[RankMemory, ...]:
-        return tuple(peak(phases) for phases in memory(*args, **options))
+def memory_on(
+    gpu: Gpu, schedule: ScheduleGraph | Quotient, profile: Profile, dtype: str, *, captured: bool
+) -> tuple[tuple[RankMemory, ...], ...]:
+    """``phase_memory`` of ranks that run on GPUs of this model."""
+    return phase_memory(
+        schedule,
+        profile,
+        dtype,
+        channels=gpu.collective_sms.value,
+        ideal=gpu.is_ideal,
+        captured=captured,
+    )
 
-    return peaks
 
-
-peak_memory = _at_their_peak(phase_memory)
-"""Asked as ``phase_memory`` is: of every rank the phase where it holds most."""
+def at_peak(memory: Iterable[Iterable[RankMemory]]) -> tuple[RankMemory, ...]:
+    """Of every rank's phases the one with the largest total."""
+    return tuple(max(phases, key=lambda m: m.total) for phases in memory)
 
 
 def misfit(memory: Sequence[RankMemory], gpus: Sequence[Gpu]) -> str | None:

@@ -20,7 +20,7 @@ from paradiff.trace import Trace
 from simulator.costs import CostModel, Runtime, Scope, StageSeconds
 from simulator.engine import simulate
 from simulator.gpu import load_gpu
-from simulator.memory import RankMemory, peak, phase_memory
+from simulator.memory import RankMemory, at_peak, memory_on
 from simulator.network import Network
 from simulator.placement import Placement, Wire
 from simulator.symmetry import Asymmetric, Quotient, quotient, whole
@@ -42,7 +42,7 @@ class Built:
     @cached_property
     def memory(self) -> tuple[RankMemory, ...]:
         """Of every rank at its peak."""
-        return tuple(peak(each) for each in self.phases(self.schedule))
+        return at_peak(self.phases(self.schedule))
 
     def received_bytes(self) -> float:
         """Bytes that the rank receives that receives most."""
@@ -134,14 +134,8 @@ class Runs:
 
     def phases(self, schedule: Quotient) -> tuple[tuple[RankMemory, ...], ...]:
         """Memory of every rank in each phase; of one that stands for others, also theirs."""
-        return phase_memory(
-            schedule,
-            self.profile,
-            self.workload.dtype,
-            channels=self.gpus[0].collective_sms.value,
-            ideal=self.gpus[0].kernel_floor.value == 0,
-            captured=self.captured,
-        )
+        dtype = self.workload.dtype
+        return memory_on(self.gpus[0], schedule, self.profile, dtype, captured=self.captured)
 
     def _schedule(self, spec: Spec) -> Quotient:
         """Replicas are built once."""

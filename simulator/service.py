@@ -20,7 +20,7 @@ from simulator import planner
 from simulator.costs import CostModel, Runtime
 from simulator.engine import simulate
 from simulator.gpu import load_gpu
-from simulator.memory import RankMemory, misfit, peak_memory
+from simulator.memory import RankMemory, at_peak, memory_on, misfit
 from simulator.network import Network
 from simulator.topology import Topology
 
@@ -162,14 +162,9 @@ class _Bench:
         return build(parse_spec(spec), self.job.profile, workload)
 
     def _memory(self, graph: ScheduleGraph) -> tuple[RankMemory, ...]:
-        return peak_memory(
-            graph,
-            self.job.profile,
-            self.job.workload.dtype,
-            channels=self.gpus[0].collective_sms.value,
-            ideal=self.gpus[0].kernel_floor.value == 0,
-            captured=self.job.runtime == "cuda-graph",
-        )
+        job, captured = self.job, self.job.runtime == "cuda-graph"
+        dtype = job.workload.dtype
+        return at_peak(memory_on(self.gpus[0], graph, job.profile, dtype, captured=captured))
 
     def _seconds(self, graph: ScheduleGraph, width: int) -> float:
         """Seconds of ``graph`` while every other run of ``width`` GPUs of the machine does the same."""

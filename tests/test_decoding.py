@@ -12,7 +12,7 @@ from test_planner import request
 from paradiff.dependencies import validate
 from paradiff.graph import Op, ScheduleGraph, parse_graph
 from paradiff.strategies import Infeasible, SpecError, Workload, build, facts, parse_spec
-from simulator.memory import peak_memory
+from simulator.memory import phase_memory
 from simulator.planner import plan
 
 E = 2
@@ -103,10 +103,8 @@ def test_activations_are_divided(n: int) -> None:
     spec = {2: "cfg=2", 4: "cfg=2,patch=2"}[n]
     peaks = []
     for each in (spec, f"{spec},vae=split"):
-        peak = peak_memory(
-            graph_of("sdxl", each, 4096), shipped("sdxl"), "bf16", phases=("decode",)
-        )
-        peaks.append(peak[0])
+        graph = graph_of("sdxl", each, 4096)
+        peaks.append(phase_memory(graph, shipped("sdxl"), "bf16", phases=("decode",))[0][0])
     assert peaks[1].activations == peaks[0].activations / n + 256 * 4096 * 2
     assert peaks[1].vae == peaks[0].vae
 

@@ -12,7 +12,7 @@ from paradiff.strategies import Infeasible, Workload, build, facts, parse_spec
 from simulator.costs import CostModel
 from simulator.engine import simulate
 from simulator.gpu import load_gpu
-from simulator.memory import RankMemory, peak_memory
+from simulator.memory import RankMemory, at_peak, phase_memory
 from simulator.network import HOST, Network
 from simulator.topology import Link, Node, Topology, load_topology
 
@@ -45,7 +45,7 @@ def peaks(spec: str, name: str = "flux1-dev") -> tuple[RankMemory, ...]:
     profile = model(name)
     w = profile.defaults
     workload = Workload(w["height"], w["width"], w["frames"], 4, 1, "bf16")
-    return peak_memory(build(parse_spec(spec), profile, workload), profile, "bf16")
+    return at_peak(phase_memory(build(parse_spec(spec), profile, workload), profile, "bf16"))
 
 
 # -------------------------------------------------------------------------------------------- loads

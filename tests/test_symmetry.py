@@ -17,7 +17,7 @@ from paradiff.strategies import Workload, build, build_alike, parse_spec
 from simulator.costs import CostModel
 from simulator.engine import simulate
 from simulator.gpu import load_gpu
-from simulator.memory import peak_memory
+from simulator.memory import at_peak, phase_memory
 from simulator.network import Network
 from simulator.symmetry import Asymmetric, Quotient, quotient, whole
 from simulator.topology import Link, Topology, load_topology
@@ -81,7 +81,7 @@ def test_the_quotient_runs_as_the_whole(model: str, box: str) -> None:
         a, b = attribute(one), attribute(other)
         assert (a.rank, a.stages, a.exposed_s) == (b.rank, b.stages, b.exposed_s), spec
         assert (a.compute_s, a.host_s, a.bubble_s) == (b.compute_s, b.host_s, b.bubble_s), spec
-        peaks = [max(m.total for m in peak_memory(g, p, "bf16")) for g in (graph, small)]
+        peaks = [max(m.total for m in at_peak(phase_memory(g, p, "bf16"))) for g in (graph, small)]
         assert peaks[0] == peaks[1], spec
 
 
@@ -140,7 +140,9 @@ def test_replicas_are_copies(spec: str) -> None:
     box, costs = Topology.uniform(graph.world_size), UnitCosts(unit_s=1e-3)
     makespans = {simulate(each, box, costs).makespan_s for each in (graph, built, copied)}
     assert len(makespans) == 1
-    peaks = [[m.total for m in peak_memory(g, toy_model, "bf16")] for g in (graph, copied)]
+    peaks = [
+        [m.total for m in at_peak(phase_memory(g, toy_model, "bf16"))] for g in (graph, copied)
+    ]
     assert max(peaks[0]) == max(peaks[1])
 
 
@@ -160,7 +162,7 @@ def check_stands_for(small: Quotient, graph: ScheduleGraph, model: Profile) -> N
     assert small.world_size == graph.world_size
     assert transfers(small) == transfers(whole(graph))
     assert simulate(small, box, costs).makespan_s == simulate(graph, box, costs).makespan_s
-    peaks = [max(m.total for m in peak_memory(g, model, "bf16")) for g in (graph, small)]
+    peaks = [max(m.total for m in at_peak(phase_memory(g, model, "bf16"))) for g in (graph, small)]
     assert peaks[0] == peaks[1]
 
 

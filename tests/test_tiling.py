@@ -9,7 +9,7 @@ from paradiff.dependencies import validate
 from paradiff.graph import ScheduleGraph, parse_graph
 from paradiff.strategies import Infeasible, SpecError, Workload, build, facts, parse_spec
 from simulator.gpu import load_gpu
-from simulator.memory import misfit, peak_memory
+from simulator.memory import misfit, phase_memory
 
 E = 2
 
@@ -40,11 +40,13 @@ def test_tiles_overlap_by_a_quarter() -> None:
 @pytest.mark.parametrize(("side", "tile"), [(1024, 64), (2048, 64), (2048, 128)])
 def test_activations_are_those_of_one_tile(side: int, tile: int) -> None:
     """As large as a whole picture of the tile's size needs; its own phase apart."""
-    phases = ("decode",)
     profile = shipped("sdxl")
-    (tiled,) = peak_memory(graph_of(f"vae=tiled,tile={tile}", side), profile, "bf16", phases=phases)
-    (small,) = peak_memory(graph_of("serial", 8 * tile), profile, "bf16", phases=phases)
-    (whole,) = peak_memory(graph_of("serial", side), profile, "bf16", phases=phases)
+    tiled, small, whole = (
+        phase_memory(graph_of(spec, pixels), profile, "bf16", phases=("decode",))[0][0]
+        for spec, pixels in (
+            (f"vae=tiled,tile={tile}", side), ("serial", 8 * tile), ("serial", side),
+        )
+    )  # fmt: skip
     assert tiled.activations == small.activations
     assert whole.activations == (side / 8 / tile) ** 2 * small.activations
     assert tiled.buffers > whole.buffers
@@ -101,11 +103,11 @@ def test_tiles_of_videos(name: str, rows: int, columns: int, steps: tuple[int, i
 def test_mochi_fits_boxes_of_eight() -> None:
     """Its decoder keeps all frames: 140 GB of activations whole, in tiles those of 256 x 256 pixels."""
     whole, tiled = (
-        peak_memory(video(spec, "mochi"), shipped("mochi"), "bf16", phases=("decode",))[0]
+        phase_memory(video(spec, "mochi"), shipped("mochi"), "bf16", phases=("decode",))[0][0]
         for spec in ("serial", "vae=tiled,offload=text+vae")
     )
     small = build(parse_spec("serial"), shipped("mochi"), Workload(256, 256, 163, 2))
-    (alone,) = peak_memory(small, shipped("mochi"), "bf16", phases=("decode",))
+    ((alone,),) = phase_memory(small, shipped("mochi"), "bf16", phases=("decode",))
     assert tiled.activations == alone.activations
     assert whole.activations == pytest.approx(alone.activations * 60 * 106 / 32**2, rel=0.01)
     assert misfit([whole], [load_gpu("h200")]) is not None

@@ -37,7 +37,7 @@ from paradiff.trace import (
 )
 from simulator.costs import Runtime
 from simulator.engine import Flows, simulate
-from simulator.memory import peak_memory
+from simulator.memory import at_peak, phase_memory
 from simulator.network import Network
 from simulator.planner import Request
 from simulator.symmetry import quotient, whole
@@ -104,7 +104,7 @@ def test_a_measured_run_shows_what_ranks_send_while_their_transfers_run() -> Non
     moved = sum(u.bytes_per_s * (u.end_s - u.begin_s) for u in tracks.links)
     assert moved == pytest.approx(2 * 2 * workload.steps * latent)
     peaks = [max(v for _, v in c.points) for c in tracks.counters if c.rank is not None]
-    assert peaks == pytest.approx([m.total / 1e9 for m in peak_memory(graph, p, "bf16")])
+    assert peaks == pytest.approx([m.total / 1e9 for m in at_peak(phase_memory(graph, p, "bf16"))])
     together = in_one_process(graph, Trace(spans, float(graph.op_count())), p)
     assert (together.arrows, together.links, together.note) == (tracks.arrows, (), NO_LINKS)
     assert together.counters == tuple(c for c in tracks.counters if c.rank is not None)
