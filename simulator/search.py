@@ -35,11 +35,14 @@ from simulator.traffic import Traffic
 
 Sharing = Literal["any", "static", "dynamic"]
 MAX_CUTS = 100
-"""Cuts of one box that are looked at, those that need the fewest nodes."""
+"""Cuts of one box that are looked at, those that need the fewest nodes. What this and the next constants
+leave out: ``tools/check_search.py``, docs/capacity.md."""
 FINALISTS, COMPARED = 3, 50_000
 """Cuts that are compared with more requests than a pilot's, and with how many at most."""
 SLACK = 1.05
-"""How far above what is out of reach the level lies that is offered instead."""
+"""How far above what is out of reach the level lies that is offered instead: room for a short wait."""
+SPARE = 1.1
+"""Times the nodes that traffic alone keeps busy: how many it is worth to ask for again, 90 % busy."""
 BEYOND = 8
 """Times ``max_nodes``: how far is looked for a number of nodes that would do."""
 MEASURED = 0.05
@@ -278,7 +281,7 @@ class Search:
         least = self.least(cut)
         if least > limit:
             reason = f"the traffic alone keeps {least} nodes busy, --max-nodes {limit}"
-            return OutOfReach(reason, f"--max-nodes {math.ceil(1.1 * least)}")
+            return OutOfReach(reason, f"--max-nodes {math.ceil(SPARE * least)}")
         outcome = self._evaluate(cut, limit, self.demand.budget)
         missed = [check.text(self.labels) for check in outcome.checks if not check.met]
         reason = f"not kept by {limit} node{'s' * (limit != 1)}: {'; '.join(missed)}"

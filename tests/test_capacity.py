@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,10 @@ from simulator.search import Demand, Found, Node, OutOfReach, Search
 from simulator.service import Job, Service, services, side_by_side
 from simulator.topology import load_topology
 from simulator.traffic import RequestClass, Traffic, load_mix, load_trace, parse_mix, traffic_of
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+import check_search
 
 SMALL = Budget(requests=1500, replications=5)
 
@@ -138,6 +143,18 @@ def test_the_number_of_nodes_is_that_of_brute_force(
         )
 
     assert found.nodes == next(nodes for nodes in range(1, 50) if kept(nodes))
+
+
+def test_with_nothing_left_out_as_many_nodes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three classes, 136 cuts; ``tools/check_search.py`` asks more, about one constant at a time."""
+    found = check_search.question(7, 4000).best()
+    for name, (module, values) in check_search.TRIED.items():
+        monkeypatch.setattr(module, name, values[-1])
+    everything = check_search.question(7, 4000).best()
+    assert isinstance(found, Found)
+    assert isinstance(everything, Found)
+    assert found.nodes == everything.nodes
+    assert everything.outcome.tail_s <= found.outcome.tail_s
 
 
 def test_more_traffic_or_a_tighter_level_never_needs_fewer_nodes() -> None:
