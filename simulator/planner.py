@@ -35,6 +35,7 @@ from paradiff.strategies import (
     Workload,
     candidate_specs,
     facts,
+    not_compared,
     parse_spec,
 )
 from paradiff.strategies.places import PLACES
@@ -642,6 +643,8 @@ def no_price(price: Price) -> str | None:
 def _notes(request: Request, price: Price) -> Iterator[str]:
     """What the reader should know about how the question was understood."""
     goal = request.goal
+    if not request.specs:
+        yield from not_compared(request.profile, request.gpus)
     if goal.max_quality_loss is not None:
         yield (
             f"quality loss is the {METRICS[goal.quality_metric]}, as somebody has measured it on"

@@ -11,7 +11,7 @@ from shipped import profile
 
 from analysis import text
 from analysis.intervals import comm_basis
-from paradiff.strategies import Workload, build, candidate_specs, parse_spec
+from paradiff.strategies import Workload, build, candidate_specs, not_compared, parse_spec
 from simulator import symmetry
 from simulator.network import Network
 from simulator.planner import Candidate, Goal, Plan, Request, plan
@@ -102,6 +102,40 @@ def test_a_step_pipeline_is_rated_by_its_busiest_rank() -> None:
     assert one.stages is not None
     share = one.stages.denoise_s / STEPS + one.stages.text_encoder_s + one.stages.vae_s
     assert 1 / stream.throughput_per_s == pytest.approx(share, rel=0.02)  # type: ignore[operator]
+
+
+def test_what_is_not_compared_on_a_large_box_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the products on more than 16 GPUs those that the sentence names are there, and no others."""
+    flux = request("flux1-dev")
+    flux = replace(flux, workload=replace(flux.workload, steps=28))
+
+    def found(gpus: int) -> set[frozenset[str]]:
+        parsed = map(parse_spec, candidate_specs(flux.profile, flux.workload, gpus))
+        axes = ("tensor", "ulysses", "ring", "pipefusion", "parastep")
+        kinds = (
+            frozenset(a for a in axes if s.degree(a) > 1) | {s.name} & {"parastep"}
+            for s in parsed
+            if s.n_gpus == gpus
+        )
+        return {kind for kind in kinds if len(kind) > 1}
+
+    assert not list(not_compared(flux.profile, 16))
+    assert {"pipefusion", "ring"} in found(16)
+    assert {"pipefusion", "tensor"} in found(16)
+    (said,) = not_compared(flux.profile, 64)
+    assert "pipelines and parastep with Ulysses inside, Ulysses with ring, tensor" in said
+    assert found(64) == {
+        frozenset({"pipefusion", "ulysses"}),
+        frozenset({"parastep", "ulysses"}),
+        frozenset({"ulysses", "ring"}),
+        frozenset({"tensor", "ulysses"}),
+    }
+    assert not list(not_compared(request("sdxl").profile, 64))
+    monkeypatch.setattr("simulator.planner.candidate_specs", lambda *_: iter(["serial"]))
+    monkeypatch.setattr("simulator.planner.tailored_specs", lambda *_: ())
+    large = request("flux1-dev", "nvlink8x8-h100", gpus=64)
+    assert said in plan(large).notes
+    assert said not in plan(replace(large, specs=("serial",))).notes
 
 
 def test_cost_is_the_share_of_the_box() -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "build_alike",
     "candidate_specs",
     "facts",
+    "not_compared",
     "parse_spec",
 ]
 
@@ -441,6 +442,16 @@ def candidate_specs(profile: Profile, workload: Workload, max_gpus: int) -> Iter
 
 POWERS = (2, 4, 8, 16, 32, 64)
 PRODUCTS = 16
+
+
+def not_compared(profile: Profile, max_gpus: int) -> Iterator[str]:
+    """What ``candidate_specs`` leaves out on a large box, as a sentence; nothing where nothing is."""
+    if profile.kind == "transformer" and max_gpus > PRODUCTS:
+        yield (
+            f"of products on more than {PRODUCTS} GPUs only some are compared: pipelines and parastep"
+            " with Ulysses inside, Ulysses with ring, tensor up to 4 with Ulysses; ask for others with"
+            " --strategy"
+        )
 
 
 def _branches(profile: Profile, max_gpus: int) -> tuple[int, ...]:
