@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from nodes import nodes, ray, slurm, why_no_slurm
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -24,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "tools" / "cluster"
 ENVIRONMENT = {
     **os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
+    "RAY_worker_niceness": "0",  # else 15: beside other tests its ranks would not get on
 }  # fmt: skip
 NO_ROOT = namespaces.why_not()
 
@@ -53,22 +58,29 @@ def check(spec: str, output: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(NO_ROOT is not None, reason=str(NO_ROOT))
 def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
-    """Two hosts of two ranks: cfg between the nodes, patches inside them."""
-    with namespaces.hosts(namespaces.star(2)) as hosts:
-        nodes = [
-            namespaces.start(
-                host,
-                ["bash", str(CLUSTER / "torchrun.sh"), str(number), "2", "2",
-                 f"{hosts[0].address}:29571", *asked("cfg=2,patch=2", tmp_path / "out")],
+    """Two nodes of two ranks, that meet at the first one's name: cfg between them, patches inside."""
+    output = tmp_path / "out"
+    with nodes(2, tmp_path) as members:
+        started = [
+            node.start(
+                ["bash", str(CLUSTER / "torchrun.sh"), str(number), "2", "2", "node0:29571",
+                 *asked("cfg=2,patch=2", output)],
                 {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": namespaces.INTERFACE, "NCCL_DEBUG": "INFO"},
             )
-            for number, host in enumerate(hosts)
+            for number, node in enumerate(members)
         ]  # fmt: skip
-        outputs = [node.communicate(timeout=400) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs[0][1][-2000:]
-    check("cfg=2,patch=2", tmp_path / "out", tmp_path)
-    (machine,) = json.loads((tmp_path / "out" / "summary.json").read_text())["machines"]
-    assert machine["NCCL_DEBUG"] == "INFO"
+        outputs = [one.communicate(timeout=400) for one in started]
+    assert [one.returncode for one in started] == [0, 0], outputs[0][1][-2000:]
+    check("cfg=2,patch=2", output, tmp_path)
+    machines = machines_of(output)
+    assert [(m["host"], m["ranks"]) for m in machines] == [("node0", [0, 1]), ("node1", [2, 3])]
+    assert {m["NCCL_DEBUG"] for m in machines} == {"INFO"}
+
+
+def machines_of(output: Path) -> list[dict[str, Any]]:
+    """The machines of a run, in the order of their names."""
+    found = json.loads((output / "summary.json").read_text())["machines"]
+    return sorted(found, key=lambda machine: machine["host"])
 
 
 SRUN = f"""#!{sys.executable}
@@ -105,6 +117,44 @@ def test_slurm(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     check("patch=2", tmp_path / "out", tmp_path)
+
+
+@pytest.mark.skipif(NO_ROOT is not None, reason=str(NO_ROOT))
+@pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm()))
+def test_slurm_of_two_nodes(tmp_path: Path) -> None:
+    """A real Slurm: two nodes of two tasks, that meet at the first node's name."""
+    output = tmp_path / "out"
+    with nodes(2, tmp_path) as members, slurm(members, 2, tmp_path) as slurm_environment:
+        environment = {**ENVIRONMENT, **slurm_environment, "PARADIFF": str(ROOT)}
+        environment["GLOO_SOCKET_IFNAME"] = namespaces.INTERFACE
+        members[0].run(
+            ["sbatch", "--wait", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0",
+             "--cpus-per-task=1", f"--output={tmp_path / 'log'}", str(CLUSTER / "paradiff.sbatch"),
+             *asked("cfg=2,patch=2", output)],
+            environment, 400,
+        )  # fmt: skip
+    check("cfg=2,patch=2", output, tmp_path)
+    machines = machines_of(output)
+    assert [(m["host"], m["ranks"]) for m in machines] == [("node0", [0, 1]), ("node1", [2, 3])]
+
+
+@pytest.mark.skipif(NO_ROOT is not None, reason=str(NO_ROOT))
+def test_ray_of_two_nodes(tmp_path: Path) -> None:
+    """Four actors on two nodes that have room for two each: ranks are numbered node by node."""
+    pytest.importorskip("ray", reason="Ray is not installed (the [ray] extra)")
+    output = tmp_path / "out"
+    short = Path(tempfile.mkdtemp(prefix="ray-"))  # a socket's path has 107 bytes at most
+    with nodes(2, tmp_path) as members, ray(members, 2, ENVIRONMENT, short) as users:
+        members[0].run(
+            [sys.executable, str(CLUSTER / "ray_ranks.py"), "--ranks", "4",
+             *asked("cfg=2,patch=2", output)],
+            {**users, "GLOO_SOCKET_IFNAME": namespaces.INTERFACE}, 400,
+        )  # fmt: skip
+    shutil.rmtree(short)
+    check("cfg=2,patch=2", output, tmp_path)
+    machines = machines_of(output)
+    assert [m["host"] for m in machines] == ["node0", "node1"]
+    assert sorted(m["ranks"] for m in machines) == [[0, 1], [2, 3]]
 
 
 def test_ray(tmp_path: Path) -> None:
