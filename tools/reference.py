@@ -142,7 +142,7 @@ def scored() -> Any:
 
 def laboratory() -> Any:
     """What ``paradiff validate lab`` would write had links done as predicted: hosts need root."""
-    calls = {(call, n): 1e-3 for call in CALLS for n in (2, 4)}
+    calls = {(call, n, 4): 1e-3 for call in CALLS for n in (2, 4)}
     calibration = Calibration(calls, 5e-5, 1e9)
     box, profile = topology.load_topology("lab-star"), load_profile(find("models", MODEL, ".json"))
     results = []

@@ -84,11 +84,13 @@ class Kernel:
 @dataclass(frozen=True)
 class TimedCosts:
     """Timed kernels and gloo's calls on this machine, in the simulator's terms. ``stretch`` multiplies
-    what kernels take on the box's GPUs; ``link_bytes_per_s`` is the fastest of its links."""
+    what kernels take on the box's GPUs; ``link_bytes_per_s`` is the fastest of its links; ``world``
+    ranks run."""
 
     kernels: CostModel
     calibration: Calibration
     link_bytes_per_s: float
+    world: int
     stretch: float = 1.0
 
     def kernel_s(self, work: Work | None, device: int) -> float:
@@ -104,7 +106,8 @@ class TimedCosts:
     def transfer_fixed_s(self, op: Op) -> float:
         most = max(max(sent, received) for sent, received in traffic(op).values())
         rate = self.link_bytes_per_s
-        return self.calibration.fixed_s(op, most / rate, namespaces.PACKET_BYTES / rate)
+        packet_s = namespaces.PACKET_BYTES / rate
+        return self.calibration.fixed_s(op, self.world, most / rate, packet_s)
 
     def transfer_host_s(self, op: Op) -> float:
         return 0.0
@@ -208,7 +211,8 @@ class Oracle:
         fastest = max(
             max(link.rate_from(end) for end in (link.a, link.b)) for link in self.box.links
         )
-        costs = TimedCosts(CostModel(profile, gpus, size.dtype), self.calibration, fastest)
+        kernels = CostModel(profile, gpus, size.dtype)
+        costs = TimedCosts(kernels, self.calibration, fastest, graph.world_size)
         idle = replace(costs, stretch=0.0)
         alone = self._run(graph, idle, placement)
         if not any(span.busy_s > 0 for span in alone.spans if span.kind in TRANSFERS):
@@ -275,7 +279,7 @@ def fixed_share(graph: ScheduleGraph, alone: Trace, calibration: Calibration) ->
     for span in alone.expanded().spans:
         if span.kind in TRANSFERS:
             busy_s += span.busy_s
-            fixed_s += calibration.call(ops[span.id])
+            fixed_s += calibration.call(ops[span.id], graph.world_size)
     return fixed_s / busy_s
 
 
