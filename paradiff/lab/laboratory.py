@@ -114,16 +114,23 @@ class TimedCosts:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """A cell on a box, before it runs. ``fixed_share``: what its calls take with few bytes, over what
-    they take alone on its links (some of the former passes while bytes flow)."""
+class Prepared:
+    """A cell on a box, and what its kernels take. ``fixed_share``: what its calls take with few bytes,
+    over what they take alone on its links (some of the former passes while bytes flow)."""
 
     cell: Cell
     graph: ScheduleGraph
     placement: tuple[int, ...]
     costs: TimedCosts
-    trace: Trace
     fixed_share: float
+
+
+@dataclass(frozen=True)
+class Prediction(Prepared):
+    """A cell on a box, before it runs; ``flows``: over its links."""
+
+    trace: Trace
+    flows: tuple[Flows, ...]
 
     def seconds(self, op: Op) -> float:
         """What a compute op sleeps."""
@@ -204,6 +211,25 @@ class Oracle:
     def predict(self, profile: Profile, cell: Cell, stretch: float | None = None) -> Prediction:
         """``stretch``: of the kernels; by default what gives the cell its balance. Raises Infeasible,
         ConfigError for a strategy that moves nothing or more ranks than hosts."""
+        return self._timed(self._prepared(profile, cell), stretch)
+
+    def predict_all(
+        self, profiles: Mapping[str, Profile], cells: Sequence[Cell]
+    ) -> list[Prediction]:
+        """Each of ``cells``, the shared ones with one stretch for all that do the same work on as many
+        ranks. Raises what ``predict`` raises."""
+        found = [self._prepared(profiles[cell.model], cell) for cell in cells]
+        own: dict[tuple[object, ...], list[float]] = {}
+        for each in found:
+            if each.cell.shared:
+                own.setdefault(_group(each), []).append(each.costs.stretch)
+        return [
+            self._timed(each, statistics.median(own[_group(each)]) if each.cell.shared else None)
+            for each in found
+        ]
+
+    def _prepared(self, profile: Profile, cell: Cell) -> Prepared:
+        """With the stretch that gives the cell its balance."""
         size = Workload(cell.height, cell.width, profile.defaults["frames"], cell.steps)
         graph = build(parse_spec(cell.spec), profile, size)
         placement = spread_over(self.box, graph.world_size)
@@ -213,39 +239,22 @@ class Oracle:
         )
         kernels = CostModel(profile, gpus, size.dtype)
         costs = TimedCosts(kernels, self.calibration, fastest, graph.world_size)
-        idle = replace(costs, stretch=0.0)
-        alone = self._run(graph, idle, placement)
+        alone = self._run(graph, replace(costs, stretch=0.0), placement)
         if not any(span.busy_s > 0 for span in alone.spans if span.kind in TRANSFERS):
             raise ConfigError(
                 f"{cell.spec}: moves nothing between ranks, there is nothing to compare"
             )
-        if stretch is None:
-            stretch = BALANCE[cell.regime] * alone.makespan_s / busiest_s(graph, costs, placement)
-        costs = replace(costs, stretch=stretch)
-        trace = self._run(graph, costs, placement)
+        stretch = BALANCE[cell.regime] * alone.makespan_s / busiest_s(graph, costs, placement)
         share = fixed_share(graph, alone, self.calibration)
-        return Prediction(cell, graph, placement, costs, trace, share)
+        return Prepared(cell, graph, placement, replace(costs, stretch=stretch), share)
 
-    def predict_all(
-        self, profiles: Mapping[str, Profile], cells: Sequence[Cell]
-    ) -> list[Prediction]:
-        """Each of ``cells``, the shared ones with one stretch for all that do the same work on as many
-        ranks. Raises what ``predict`` raises."""
-        found = [self.predict(profiles[cell.model], cell) for cell in cells]
-        own: dict[tuple[object, ...], list[float]] = {}
-        for each in found:
-            if each.cell.shared:
-                own.setdefault(_group(each), []).append(each.costs.stretch)
-        return [
-            self._stretched(each, statistics.median(own[_group(each)]))
-            if each.cell.shared
-            else each
-            for each in found
-        ]
-
-    def _stretched(self, of: Prediction, stretch: float) -> Prediction:
-        costs = replace(of.costs, stretch=stretch)
-        return replace(of, costs=costs, trace=self._run(of.graph, costs, of.placement))
+    def _timed(self, of: Prepared, stretch: float | None) -> Prediction:
+        costs = of.costs if stretch is None else replace(of.costs, stretch=stretch)
+        flows = list[Flows]()
+        trace = self._run(of.graph, costs, of.placement, flows)
+        return Prediction(
+            of.cell, of.graph, of.placement, costs, of.fixed_share, trace, tuple(flows)
+        )
 
     def _run(
         self,
@@ -259,17 +268,15 @@ class Oracle:
             self.network,
             costs,
             placement=placement,
-            periodic=flows is None,
+            periodic=False,
             backend="gloo",
             flows=flows,
         )
 
     def tracks(self, profile: Profile, of: Prediction) -> Tracks:
         """Links and memory of a prediction, for its trace file."""
-        flows = list[Flows]()
-        trace = self._run(of.graph, of.costs, of.placement, flows)
-        memory = modelled_memory(of.graph, trace, profile)
-        return simulated(flows, self.network, whole(of.graph), memory)
+        memory = modelled_memory(of.graph, of.trace, profile)
+        return simulated(of.flows, self.network, whole(of.graph), memory)
 
 
 def fixed_share(graph: ScheduleGraph, alone: Trace, calibration: Calibration) -> float:
@@ -283,7 +290,7 @@ def fixed_share(graph: ScheduleGraph, alone: Trace, calibration: Calibration) ->
     return fixed_s / busy_s
 
 
-def _group(of: Prediction) -> tuple[object, ...]:
+def _group(of: Prepared) -> tuple[object, ...]:
     return of.cell.work, of.cell.regime, of.graph.world_size
 
 

@@ -36,7 +36,8 @@ from paradiff.lab.laboratory import (
 )
 from paradiff.lab.ranks import LaboratoryFailed, Ranks, Run, ranks, sweep
 from paradiff.strategies import AXES, STRATEGIES, parse_spec
-from paradiff.trace import TRANSFERS
+from paradiff.trace import TRANSFERS, Trace
+from simulator.engine import simulate
 from simulator.topology import load_topology
 
 GROUPS = ((2, 2), (2, 4), (4, 4), (2, 8), (4, 8), (8, 8))
@@ -206,6 +207,22 @@ def test_a_prediction_shows_links_that_are_never_more_than_full() -> None:
     hosts = [oracle.box.gpus[device] for device in found.placement]
     assert most.keys() >= {f"{host}->switch" for host in hosts}
     assert max(most.values()) == pytest.approx(100)
+
+
+def test_a_cell_is_simulated_once_with_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once without, for what transfers take alone; its trace file needs no more."""
+    runs: list[str] = []
+
+    def counted(*arguments: object, **options: object) -> Trace:
+        runs.append(dict(arguments[0].meta)["spec"])  # type: ignore[attr-defined]
+        return simulate(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(laboratory, "simulate", counted)
+    oracle, profile = Oracle(load_topology("lab-star"), CALIBRATION), load_model(PATCH.model)
+    cells = [PATCH, *(PATCH._replace(spec=s, shared=True) for s in ("patch=2", "ring=2"))]
+    for found in oracle.predict_all({PATCH.model: profile}, cells):
+        oracle.tracks(profile, found)
+    assert sorted(runs) == sorted(2 * [cell.spec for cell in cells])
 
 
 def words(spec: str) -> set[str]:
