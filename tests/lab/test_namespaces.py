@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 
 from paradiff.config import ConfigError
 from paradiff.lab import namespaces
+from paradiff.lab.ranks import sweep
 from simulator.topology import Link, Topology
 
 REASON = namespaces.why_not()
@@ -23,6 +26,7 @@ needs_root = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 MAKER = """
 import sys
 from paradiff.lab import namespaces
+from paradiff.lab.ranks import sweep
 with namespaces.hosts(namespaces.star(2)) as found:
     child = namespaces.start(found[1], ["sh", "-c", "echo inside; exec sleep 1000"], {})
     child.stdout.readline()
@@ -96,15 +100,13 @@ def test_links_are_those_of_the_topology() -> None:
             assert listener.stdout.readline() == "listening\n"
             inside(hosts[0], sys.executable, "-c", CALLER, there.address)
             assert listener.communicate(timeout=30)[0] == f"{hosts[0].address}\n"
-        (hub,) = {namespace_of(int(p)) for p in children()} - {namespace_of(h.pid) for h in hosts}
+        (hub,) = {namespace_of(p) for p in children_of(os.getpid())} - {
+            namespace_of(h.pid) for h in hosts
+        }
         trunk = json.loads(inside_namespace(hub, "tc", "-j", "qdisc", "show"))
         rates = {q["dev"]: q["options"]["rate"] for q in trunk if q["kind"] == "tbf"}
     assert [rates[f"port4{side}"] for side in "ab"] == [30e6, 20e6]
     assert sorted(rates.values()) == [20e6, 30e6, *[50e6] * 4]
-
-
-def children() -> list[str]:
-    return Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
 
 
 def inside_namespace(namespace: str, *command: str) -> str:
@@ -144,6 +146,91 @@ def ended(maker: subprocess.Popen[str], end: str, before: object) -> set[str]:
         maker.send_signal(getattr(signal, end))
         maker.wait(30)
     return made
+
+
+LAB = (
+    "validate", "lab", "--topology", "lab-star", "--strategy", "patch=4", "--height", "128", "--width",
+    "64", "--steps", "50", "--regime", "communication",
+)  # fmt: skip
+
+
+@needs_root
+@pytest.mark.torch
+@pytest.mark.parametrize("end", ["SIGINT", "SIGKILL"])
+def test_nothing_outlives_a_laboratory_that_is_killed(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole command, while its ranks are in calls: Ctrl-C goes to all its processes, SIGKILL to the
+    first alone. Processes and namespaces are gone; a scratch folder that nobody could remove goes at the
+    next start."""
+    pytest.importorskip("torch")
+    before = machine()
+    command = subprocess.Popen(
+        [sys.executable, "-m", "paradiff", *LAB],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    try:
+        made = with_ranks(command)
+        spaces = {made[pid] for pid in made} - {namespace_of(os.getpid())}
+        assert len(spaces) >= 5, "four hosts and their switch"
+        assert machine() == before, "only namespaces of our own were touched"
+        if end == "SIGINT":
+            os.killpg(command.pid, signal.SIGINT)
+        else:
+            command.kill()
+        _, errors = command.communicate(timeout=120)
+        until = time.monotonic() + 60
+        while gone(made, spaces) is not None and time.monotonic() < until:
+            time.sleep(0.05)
+        assert gone(made, spaces) is None
+    finally:
+        command.kill()
+    assert machine() == before
+    assert command.returncode == (130 if end == "SIGINT" else -signal.SIGKILL), errors
+    left = list(tmp_path.glob("paradiff-lab-*"))
+    assert len(left) == (end == "SIGKILL")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    sweep()
+    assert not list(tmp_path.glob("paradiff-lab-*"))
+
+
+def with_ranks(command: subprocess.Popen[str]) -> dict[int, str]:
+    """The network namespaces of all processes of ``command``, once ranks are among them: children of one
+    of its children, each on a host."""
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        assert command.poll() is None, command.communicate()[1]
+        try:
+            own = children_of(command.pid)
+            ranks = [rank for pid in own for rank in children_of(pid)]
+            found = {pid: namespace_of(pid) for pid in [*own, *ranks]}
+        except OSError:
+            continue
+        hosts = {found[rank] for rank in ranks}
+        if len(hosts) == 4 and namespace_of(os.getpid()) not in hosts:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("no ranks")
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def gone(pids: Collection[int], spaces: Collection[str]) -> str | None:
+    """What is left of them; None where nothing is. A process that ended and was not waited for is gone:
+    it has no namespace."""
+    left = [pid for pid in pids if lives(pid)]
+    inside_ = [each for space in spaces for each in alive(space)]
+    return f"processes {left}, in namespaces {inside_}" if left or inside_ else None
+
+
+def lives(pid: int) -> bool:
+    try:
+        return bool(namespace_of(pid))
+    except OSError:
+        return False
 
 
 def broken(**change: object) -> Topology:
