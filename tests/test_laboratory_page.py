@@ -24,10 +24,12 @@ def cell(spec: str, error: float, **more: Any) -> dict[str, Any]:
     } | more  # fmt: skip
 
 
-def run(*cells: dict[str, Any], ordered: tuple[int, int] = (3, 3)) -> dict[str, Any]:
+def run(
+    *cells: dict[str, Any], ordered: tuple[int, int] = (3, 3), p2p_s: float = 2.5e-4
+) -> dict[str, Any]:
     return {
         "schema": "paradiff.validate-lab/1", "ordered_pairs": list(ordered), "cells": list(cells),
-        "allowed": {"fixed_share": 0.1}, "calibration": {"call_s": {"p2p 2": 2.5e-4}},
+        "allowed": {"fixed_share": 0.1}, "calibration": {"call_s": {"p2p 2 of 4": p2p_s}},
         "machine": {"host": "here", "cpu": "a cpu, 2 logical cores", "torch": "2.13"},
     }  # fmt: skip
 
@@ -48,6 +50,7 @@ def test_runs_are_laid_together() -> None:
         cell("ring=4", 0.06, regime="communication", fixed_share=0.2),
         cell("patch=4", 0.5, regime="communication", noisy=True, spread=0.07),
         cell("tensor=4", 0.3, shared=False),
+        p2p_s=3.5e-4,
     )
     text = markdown({"one": one, "two": two})
     own, together = text.split("### All strategies on the same work")
@@ -60,7 +63,8 @@ def test_runs_are_laid_together() -> None:
     row = "| 4 | `ring=4` | 128 x 64, 2 | 1.02 / 1 s, +2.0% | 1.06 / 1 s, +6.0% | 20.0% |"
     assert row in together
     assert "1.5 / 1 s, +50.0%, noisy" in together
-    assert "| one | a cpu, 2 logical cores, torch 2.13 | 0.25 |" in together
+    assert "of all runs. a cpu, 2 logical cores, torch 2.13.\n" in together
+    assert "| call | 2 of 4 |\n|---|---|\n| p2p | 0.3 (0.25 to 0.35) |" in together
 
 
 def test_a_run_is_kept_whole_and_nothing_else_is(

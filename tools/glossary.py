@@ -213,7 +213,7 @@ MEANINGS: Mapping[str, str] = {
     "ordered_pairs": "Pairs of cells in the predicted order, and all that are far enough apart.",
     "spread": "Distance of the quartiles of the repeats over their median.",
     "apart": "How far apart two latencies are that must be in order.",
-    "call_s.CALL RANKS": "Of a call of few bytes.",
+    "call_s.CALL RANKS of ALL": "Of a call of few bytes, while the other ranks are in such calls too.",
     "kernel_s": "Of a kernel, beyond its own time.",
     "host_bytes_per_s": "Of a message without the limit of a link.",
     "cells.ranks": "That ran.",

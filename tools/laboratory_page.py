@@ -113,18 +113,31 @@ def _times(cell: Cell | None) -> str:
 
 
 def _calibrations(runs: Mapping[str, Run]) -> Iterator[str]:
-    """Milliseconds of a call with few bytes, by call and number of ranks."""
-    calls = list(
-        dict.fromkeys(key for run in runs.values() for key in run["calibration"]["call_s"])
+    """Milliseconds of a call with few bytes: a row for a call, a column for so many ranks of so many;
+    the median of all runs, and the least and the most."""
+    machines = dict.fromkeys(
+        f"{run['machine']['cpu']}, torch {run['machine']['torch']}" for run in runs.values()
     )
-    yield f"| run | machine | {' | '.join(calls)} |"
-    yield "|" + "---|" * (len(calls) + 2)
-    for name, run in runs.items():
-        known = run["calibration"]["call_s"]
-        texts = [f"{1e3 * known[key]:.2g}" if key in known else "" for key in calls]
-        machine = run["machine"]
-        about = f"{machine['cpu']}, torch {machine['torch']}"
-        yield f"| {name} | {about} | {' | '.join(texts)} |"
+    about = "Milliseconds of a call with few bytes, median (least to most) of all runs"
+    yield f"{about}. {'; '.join(machines)}."
+    yield ""
+    seen: dict[str, dict[str, list[float]]] = {}
+    for run in runs.values():
+        for key, call_s in run["calibration"]["call_s"].items():
+            call, _, ranks = key.partition(" ")
+            seen.setdefault(call, {}).setdefault(ranks, []).append(1e3 * call_s)
+    columns = sorted(
+        {ranks for row in seen.values() for ranks in row}, key=lambda r: r.split()[::-1]
+    )
+    yield f"| call | {' | '.join(columns)} |"
+    yield "|" + "---|" * (len(columns) + 1)
+    for call, row in sorted(seen.items()):
+        texts = [_milliseconds(row[ranks]) if ranks in row else "" for ranks in columns]
+        yield f"| {call} | {' | '.join(texts)} |"
+
+
+def _milliseconds(seen: Sequence[float]) -> str:
+    return f"{statistics.median(seen):.2g} ({min(seen):.2g} to {max(seen):.2g})"
 
 
 def page() -> str:

@@ -224,7 +224,7 @@ RESULTS: Sequence[Answer] = (
         "`paradiff validate lab --format json`, `lab.json`",
         "lab",
         laboratory,
-        {"calibration.call_s": "CALL RANKS", "cells[].by_call": "CALL"},
+        {"calibration.call_s": "CALL RANKS of ALL", "cells[].by_call": "CALL"},
         {"machine": "object: what `paradiff env` says"},
     ),
     Answer(
