@@ -1,5 +1,6 @@
 # make plan   the ranked table of sdxl on eight L40s; never installs torch
 # make test   everything: lint, types, all tests (installs torch and diffusers)
+# make engines   wheels of other engines for the tests of --emit; part of make test
 #
 # One virtual environment, two stamps. `plan` asks only for the first stamp (the core dependencies);
 # `test` adds the [run,dev] extras on top. That planning needs no torch is not left to an environment
@@ -10,14 +11,20 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: plan test lint bench clean
+# Unpacked beside what is installed, never imported whole (tests/engines.py): without what they need,
+# which is gigabytes. Where one cannot be had (another Python, no network) its tests skip.
+ENGINES := xfuser==0.7.0 cache-dit==1.5.3 sglang==0.5.23 vllm-omni==0.30.0
+
+.PHONY: plan test lint bench engines clean
 
 plan: $(VENV)/core.stamp
 	$(BIN)/paradiff-plan --topology pcie8.yaml
 
-test: lint
+test: lint engines
 	$(BIN)/python -m pytest -n 2 -m 'not still'
 	$(BIN)/python -m pytest -m still
+
+engines: $(VENV)/engines.stamp
 
 lint: $(VENV)/all.stamp
 	$(BIN)/ruff check .
@@ -42,6 +49,13 @@ $(VENV)/core.stamp: pyproject.toml constraints.txt
 
 $(VENV)/all.stamp: $(VENV)/core.stamp
 	$(PIP) -e '.[run,dev]'
+	@touch $@
+
+$(VENV)/engines.stamp: Makefile | $(VENV)/core.stamp
+	@rm -rf $(VENV)/engines
+	@for wheel in $(ENGINES); do \
+	  $(PIP) --no-deps --only-binary :all: --no-compile --retries 1 --target $(VENV)/engines $$wheel \
+	    || echo "$$wheel is not to be had here; its tests skip" >&2; done
 	@touch $@
 
 clean:

@@ -31,10 +31,14 @@ class Inexpressible(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """What an engine can split of a model, and, for xDiT, what runs it."""
+    """What an engine can split of a model, and, for xDiT, what runs it.
+
+    ``whole_frames``: sequence ranks get whole latent frames of a clip.
+    """
 
     axes: frozenset[str] = frozenset()
     run: str = ""
+    whole_frames: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +248,13 @@ def _pipeline(plan: Launch, *, script: bool) -> dict[str, object]:
 def _sglang(engine: Engine, plan: Launch) -> str:
     if plan.workload.batch > 1:
         raise Inexpressible("sglang generate takes one prompt a call, not a batch")
+    w, ranks = plan.workload, plan.spec.degree("ulysses") * plan.spec.degree("ring")
+    latent = plan.profile.latent_shape(w.height, w.width, w.frames, w.batch)["f"]
+    if plan.support.whole_frames and latent % ranks:
+        raise Inexpressible(
+            f"sglang cuts {plan.profile.name} between latent frames: {latent} over {ranks} ranks, for"
+            " which it would make a longer clip"
+        )
     options = {
         "--model-path": '"$MODEL"',
         "--prompt": '"$PROMPT"',
@@ -406,13 +417,14 @@ SGLANG = Engine(
     models={
         "FluxTransformer2DModel": Support(SEQUENCE | TENSOR),
         "WanTransformer3DModel": Support(SEQUENCE | CFG),
-        "HunyuanVideoTransformer3DModel": Support(frozenset({"ulysses"})),
+        "HunyuanVideoTransformer3DModel": Support(frozenset({"ulysses"}), whole_frames=True),
     },
     write=_sglang,
 )
 """docs.sglang.io/docs/sglang-diffusion: parallelism, api/cli, compatibility_matrix (read 2026-11-28);
 which layers split: sgl-project/sglang, multimodal_gen/runtime/models/dits, flux.py at 00bedbb,
-hunyuanvideo.py at 050bbf0, wanvideo.py at 01f06e4."""
+hunyuanvideo.py at 050bbf0, wanvideo.py at 01f06e4. Whole frames: sglang 0.5.23,
+configs/pipeline_configs/base.py shard_latents_for_sp, configs/sample/sampling_params.py."""
 
 VLLM_OMNI = Engine(
     degrees={

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import re
 import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import PACKAGES, WHEELS
 from shipped import profile
 from typer.testing import CliRunner
 
@@ -19,6 +22,7 @@ from analysis.emit import ENGINES, EngineName, Inexpressible, emit, expressible
 from paradiff.cli import plan_app
 from paradiff.strategies import Workload, parse_spec
 
+AXES = ("cfg", "data", "tensor", "ulysses", "ring", "pipefusion")
 DOCUMENTED: dict[str, set[str]] = {
     # xfuser 0.7.0, xfuser/config/args.py: add_runner_args
     "xdit": {
@@ -188,35 +192,149 @@ def test_what_an_engine_has_not_is_said(
 # ---------------------------------------------------------------------------------- engines installed
 
 
-def source(package: str, *parts: str) -> ast.Module:
-    """A source file of an installed engine, which need not be importable here."""
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
-        pytest.skip(f"{package} is not installed")
-    return ast.parse(Path(found.origin).parent.joinpath(*parts).read_text())
+HYBRIDS: tuple[tuple[EngineName, str, str, dict[str, int]], ...] = (
+    ("xdit", "flux1-dev", "ulysses=2,ring=2,pipefusion=2,patches=2,warmup=1", {}),
+    ("xdit", "sd3.5-large", "cfg=2,ulysses=2,ring=2", {}),
+    ("xdit", "wan2.1-14b", "ulysses=4,ring=2", {}),
+    ("xdit", "pixart-alpha", "cfg=2,pipefusion=4,patches=8,warmup=2,stages=6:7:8:7", {}),
+    ("xdit", "pixart-alpha", "data=2,ulysses=2,pipefusion=2,patches=4,warmup=3", {"batch": 2}),
+    ("xdit", "hunyuandit", "cfg=2,ulysses=2,pipefusion=2,patches=2,warmup=1", {}),
+    ("sglang", "flux1-dev", "tensor=2,ulysses=2,ring=2", {"height": 768, "steps": 7}),
+    ("sglang", "wan2.1-14b", "cfg=2,ulysses=2,ring=2", {}),
+    ("sglang", "hunyuanvideo", "ulysses=8", {"frames": 125}),
+    ("vllm-omni", "wan2.1-14b", "cfg=2,tensor=2,ulysses=2,ring=2", {}),
+    ("vllm-omni", "sd3-medium", "cfg=2,tensor=4", {}),
+    ("cache-dit", "flux1-dev", "tensor=2,ulysses=2,ring=2", {}),
+    ("cache-dit", "hunyuanvideo", "ulysses=2,ring=4,rotate=allgather", {}),
+)
+"""On up to 16 GPUs, for the parsers beside all on four; changes of the workload."""
 
 
-def added(tree: ast.AST) -> set[str]:
-    """The options that a parser is given in ``tree``."""
-    return {
-        str(word.value)
-        for call in ast.walk(tree)
-        if isinstance(call, ast.Call)
-        and "add_argument" in (getattr(call.func, "attr", ""), getattr(call.func, "id", ""))
-        for word in call.args
-        if isinstance(word, ast.Constant)
-    }
+def read_by(engine: EngineName, lines: Sequence[object]) -> list[dict[str, Any]]:
+    """What the engine's own parser reads, ``{"read": ...}`` or ``{"refused": why}`` a line."""
+    if not (WHEELS / PACKAGES[engine]).is_dir():
+        pytest.skip(f"{PACKAGES[engine]} is not in {WHEELS}: make engines")
+    answer = subprocess.run(
+        [sys.executable, "tests/engines.py", engine],
+        input=json.dumps(lines), capture_output=True, text=True, check=False, timeout=300,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    return list(json.loads(answer.stdout))
 
 
-def test_xdit_parses_every_option() -> None:
-    """Options that its two parsers add: the runner's, and that of its example scripts."""
-    parsers = {
-        node.name: added(node)
-        for node in ast.walk(source("xfuser", "config", "args.py"))
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("add_")
-    }
-    assert parsers["add_runner_args"] >= DOCUMENTED["xdit"]
-    assert parsers["add_cli_args"] >= EXAMPLES
+def line(engine: EngineName, text: str) -> object:
+    """Words of a command; of a snippet for cache-dit, the fields that it gives."""
+    if engine == "cache-dit":
+        ((_, fields),) = configs(text)
+        return fields
+    return shlex.split(re.sub(r"^#.*\n", "", text).replace("\\\n", " "))
+
+
+def planned(model: str, text: str, **changes: int) -> dict[str, Any]:
+    """What a parser should read of a plan."""
+    spec, w = parse_spec(text), work(model, **changes)
+    known: dict[str, Any] = {"height": w.height, "width": w.width, "steps": w.steps}
+    known |= {"gpus": spec.n_gpus, "prompts": spec.degree("data") * w.batch, "omni": True}
+    if w.frames > 1:
+        known["frames"] = w.frames
+    if model == "hunyuanvideo":
+        known["whole_frames"] = w.frames
+    if spec.degree("ring") > 1:
+        known["rotate"] = spec.options.get("rotate", "p2p")
+    if spec.name == "pipefusion":
+        known |= {key: int(spec.options[key]) for key in ("patches", "warmup")}
+        if ":" in spec.options.get("stages", ""):
+            known["stages"] = [int(n) for n in spec.options["stages"].split(":")]
+    degrees = {axis: spec.degree(axis) for axis in AXES}
+    return known | {axis: degree for axis, degree in degrees.items() if degree > 1}
+
+
+@pytest.mark.parametrize("engine", PACKAGES)
+def test_an_engine_reads_the_plan_that_was_made(engine: EngineName) -> None:
+    """Every line through the engine's own parser and its own checks of degrees: GPUs, the degree of each
+    axis and of no other, sizes, steps, PipeFusion's parameters are those of the plan."""
+    cases = [(*case, {}) for case in everything(engine)]
+    cases += [(m, s, written(engine, m, s, **c), c) for e, m, s, c in HYBRIDS if e == engine]
+    answers = read_by(engine, [line(engine, text) for _, _, text, _ in cases])
+    for (model, spec, text, changes), answer in zip(cases, answers, strict=True):
+        assert "read" in answer, (text, answer)
+        read, expected = answer["read"], planned(model, spec, **changes)
+        assert {key: read[key] for key in read if key in expected} == {
+            key: expected[key] for key in expected if key in read or key in AXES
+        }, (model, spec, text)
+        assert not {key for key in read if key in AXES} - set(expected), (model, spec, text)
+
+
+XDIT = ["xdit", "--model", "FLUX.1-dev", "--prompt", "a"]
+SCRIPT = ["torchrun", "--nproc_per_node=4", "example.py", "--model", "m", "--prompt", "a"]
+GENERATE = ["sglang", "generate", "--model-path", "m", "--prompt", "a", "--num-gpus", "8"]
+SERVE = ["vllm", "serve", "m", "--omni"]
+
+
+REFUSED: dict[str, list[tuple[object, str]]] = {
+    "xdit": [
+        ([*XDIT, "--warmup_steps", "2"], "unrecognized arguments: --warmup_steps"),
+        ([*XDIT, "--num_pipeline_patch", "4"], "unrecognized arguments"),
+        ([*SCRIPT, "--ulysses_degree", "2"], "parallel_world_size 2 must be equal"),
+        ([*SCRIPT, "--pipefusion_parallel_degree", "4", "--attn_layer_num_for_pp", "9", "9"],
+         "attn_layer_num_for_pp must have the same"),
+        ([*SCRIPT, "--patch_degree", "4"], "unrecognized arguments: --patch_degree"),
+    ],
+    "sglang": [
+        ([*GENERATE, "--ulysses-degree", "3"], "must equal ring_degree * ulysses_degree"),
+        ([*GENERATE, "--cfg-parallel-size", "3"], "must be divisible"),
+        ([*GENERATE, "--pipefusion-degree", "8"], "unrecognized arguments"),
+    ],
+    "vllm-omni": [
+        ([*SERVE, "--num-inference-steps", "28"], "unrecognized arguments"),
+        ([*SERVE, "--ulysses-degree", "two"], "invalid int value"),
+    ],
+    "cache-dit": [
+        ({}, "No parallelism is enabled"),
+        ({"ulysses_degree": 2}, "unexpected keyword argument"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", PACKAGES)
+def test_an_engine_refuses_other_lines(engine: EngineName) -> None:
+    """What is not written for an engine, because its parser has no such thing, or degrees that do not
+    make the GPUs: so the reading above can fail."""
+    answers = read_by(engine, [words for words, _ in REFUSED[engine]])
+    for (words, why), answer in zip(REFUSED[engine], answers, strict=True):
+        assert why in answer.get("refused", ""), (words, answer)
+
+
+def test_the_scripts_of_xdit_are_in_its_wheel() -> None:
+    if not (WHEELS / "xfuser").is_dir():
+        pytest.skip(f"xfuser is not in {WHEELS}: make engines")
+    scripts = [s.run for s in ENGINES["xdit"].models.values() if s.run.endswith(".py")]
+    assert len(scripts) > 3
+    assert all((WHEELS / script).is_file() for script in scripts)
+
+
+def test_sglang_would_make_a_longer_clip() -> None:
+    """HunyuanVideo's 129 frames are 33 latent ones, of which sglang makes 36 on four ranks: 141."""
+    with pytest.raises(Inexpressible, match="between latent frames: 33 over 4 ranks"):
+        written("sglang", "hunyuanvideo", "ulysses=4")
+    words = line("sglang", written("sglang", "hunyuanvideo", "ulysses=4", frames=125))
+    assert isinstance(words, list)
+    words[words.index("125")] = "129"
+    (answer,) = read_by("sglang", [words])
+    assert answer["read"]["whole_frames"] == 141
+
+
+@pytest.mark.torch
+def test_torchrun_starts_a_process_for_each_gpu() -> None:
+    """The scripts and the snippets, by torchrun's own parser."""
+    run = pytest.importorskip("torch.distributed.run")
+    for engine in ("xdit", "diffusers", "cache-dit"):
+        for model, spec, text in everything(engine):
+            if "torchrun" in text:
+                words = shlex.split(text.removeprefix("# ").replace("\\\n", " ").split("\n")[0])
+                parsed = run.get_args_parser().parse_args(words[1:])
+                assert int(parsed.nproc_per_node) == parse_spec(spec).n_gpus, (model, spec)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +349,11 @@ def test_xdit_parses_every_option() -> None:
 def test_xdit_declares_what_its_models_split(name: str, file: str) -> None:
     """ModelCapabilities of the class that is registered under the printed name."""
     (support,) = [s for s in ENGINES["xdit"].models.values() if s.run == name]
-    tree = source("xfuser", "model_executor", "models", "runner_models", f"{file}.py")
+    package = WHEELS / "xfuser"
+    if not package.is_dir():
+        pytest.skip(f"xfuser is not in {WHEELS}: make engines")
+    models = package / "model_executor" / "models" / "runner_models"
+    tree = ast.parse((models / f"{file}.py").read_text())
     (model,) = [
         node
         for node in ast.walk(tree)
@@ -246,30 +368,6 @@ def test_xdit_declares_what_its_models_split(name: str, file: str) -> None:
     for axis, option in ENGINES["xdit"].degrees.items():
         if axis != "data":
             assert (axis in support.axes) == (option.removeprefix("--") in declared), axis
-
-
-def test_sglang_parses_every_option() -> None:
-    """Those of the server, and a sampling option for each field of its SamplingParams."""
-    parts = ("multimodal_gen", "configs", "sample", "sampling_params.py")
-    (params,) = [
-        node
-        for node in ast.walk(source("sglang", *parts))
-        if isinstance(node, ast.ClassDef) and node.name == "SamplingParams"
-    ]
-    fields = [node.target for node in params.body if isinstance(node, ast.AnnAssign)]
-    sampling = {f"--{name.id.replace('_', '-')}" for name in fields if isinstance(name, ast.Name)}
-    server = source("sglang", "multimodal_gen", "runtime", "server_args", "server_args.py")
-    assert added(server) | sampling >= DOCUMENTED["sglang"]
-
-
-def test_vllm_omni_parses_every_option_of_its_own() -> None:
-    tree = source("vllm_omni", "entrypoints", "cli", "serve.py")
-    assert added(tree) >= DOCUMENTED["vllm-omni"] - {"--tensor-parallel-size"}
-
-
-def test_cache_dit_has_the_fields() -> None:
-    cache_dit = pytest.importorskip("cache_dit", reason="cache-dit is not installed")
-    assert set(cache_dit.ParallelismConfig.__dataclass_fields__) >= FIELDS["ParallelismConfig"]
 
 
 @pytest.mark.torch
