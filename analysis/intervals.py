@@ -18,9 +18,11 @@ from typing import Literal
 
 from analysis.attribution import Breakdown
 from paradiff.graph import Op, ScheduleGraph
+from simulator.collectives import table_bytes
 from simulator.costs import ComputeCost, CostModel
 from simulator.network import Network
 from simulator.symmetry import Quotient
+from simulator.topology import CollectiveTable
 
 Part = Literal["compute", "host", "comm", "bubble", "text_encoder", "vae"]
 Factors = tuple[float, float]
@@ -35,9 +37,9 @@ COMM_SPREAD: Mapping[CommBasis, Factors] = {
 """Factors of exposed communication by what is known of it. ``table``: every transfer has a measured
 one; tables left one out miss by 3 % in the median and 17 % for one in ten. ``transferred table``: one
 of them is another box's (PCIe 4 rings of four boxes reach 18 to 26 GB/s). ``links``: boxes of one
-description differ by a factor of two in what NCCL reaches. ``staged links``: transfers through host
-memory; on the one node of that kind with a table (eight L40S) the links alone are twice too fast for
-the all-to-all of four GPUs and four times for that of eight."""
+description differ by a factor of two in what NCCL reaches; also where a table has other sizes only.
+``staged links``: transfers through host memory; on the one node of that kind with a table (eight L40S)
+the links alone are twice too fast for the all-to-all of four GPUs and four times for that of eight."""
 HOST_SPREAD: Factors = (0.6, 1.8)
 """Launch costs depend on the CPU: published ones range from 5 to 25 us where 8 us is assumed."""
 
@@ -110,21 +112,33 @@ def provenance(costs: CostModel, graph: ScheduleGraph, rank: int, device: int) -
 def comm_basis(network: Network, schedule: Quotient, placement: Sequence[int]) -> CommBasis:
     """What the transfers of ``schedule`` rest on, the weakest of them."""
     transfers = [op for op, _ in schedule.transfers]
-    untabled = [op for op in transfers if not is_measured(network, op, placement)]
-    if transfers and not untabled:
-        lent = any(_table(network, op, placement)[1].startswith("transferred") for op in transfers)
-        return "transferred table" if lent else "table"
+    tables = [table_of(network, op, placement) for op in transfers]
+    untabled = [op for op, table in zip(transfers, tables, strict=True) if table is None]
     pairs = {(placement[a], placement[b]) for op in untabled for a, b in pairwise(op.ranks)}
-    staged = any(network.route(a, b).staged for a, b in sorted(pairs))
-    return "staged links" if staged else "links"
+    if any(network.route(a, b).staged for a, b in sorted(pairs)):
+        return "staged links"
+    known = [table for table in tables if table is not None]
+    if untabled or not known or any(map(_outside, transfers, tables)):
+        return "links"
+    lent = any(table.source.startswith("transferred") for table in known)
+    return "transferred table" if lent else "table"
 
 
-def is_measured(network: Network, op: Op, placement: Sequence[int]) -> bool:
-    """Whether the topology has a table for this transfer."""
-    return bool(_table(network, op, placement)[1])
+def table_of(network: Network, op: Op, placement: Sequence[int]) -> CollectiveTable | None:
+    """The table that the topology has for this transfer, whatever its size."""
+    return network.topology.collective_table(op.call, [placement[rank] for rank in op.ranks])
 
 
-def _table(network: Network, op: Op, placement: Sequence[int]) -> tuple[float, str]:
-    """Time and source of a transfer in the topology's tables; an empty source where there is none."""
-    devices = [placement[rank] for rank in op.ranks]
-    return network.topology.measured_collective(op.call, devices, op.nbytes) or (0.0, "")
+def _outside(op: Op, table: CollectiveTable | None) -> bool:
+    return table is not None and op.nbytes > 0 and not table.covers(table_bytes(op))
+
+
+def beyond_tables(
+    network: Network, schedule: Quotient, placement: Sequence[int]
+) -> Iterator[tuple[Op, CollectiveTable]]:
+    """Collectives of other sizes than their table has: they take the links' time, scaled to meet the
+    nearest size that was measured."""
+    for op, _ in schedule.transfers:
+        table = table_of(network, op, placement)
+        if table is not None and _outside(op, table):
+            yield op, table

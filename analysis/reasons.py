@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from analysis.attribution import Breakdown
 from analysis.intervals import Factors, Part, parts
 from paradiff.graph import Op
+from simulator.collectives import table_bytes
 
 FAR = 3.0
 """An error of this many half intervals (in logarithms) is not worth a warning."""
@@ -83,10 +84,9 @@ def _measurement(part: Part, first: Contender, second: Contender) -> str:
     if part != "comm" or not transfers:
         return "measure one GPU (--measured-latency)"
     _, op, devices = max(transfers, key=lambda each: each[0])
-    size = op.nbytes * (len(op.ranks) if op.call == "all_gather" else 1)
     tool = _NCCL_TESTS.get(op.call, "sendrecv_perf")
     gpus = ",".join(map(str, devices))
-    return f"measure nccl-tests {tool} with {size} bytes on GPUs {gpus}"
+    return f"measure nccl-tests {tool} with {table_bytes(op)} bytes on GPUs {gpus}"
 
 
 _NAMES: Mapping[Part, str] = {

@@ -27,6 +27,8 @@ FRONT = "*"
 """Mark of what is on the front of latency, memory and staleness."""
 LEFT = {"strategy", "output", "basis"}
 """Columns that read better flush left."""
+USUAL_BYTES = (2**16, 2**27)
+"""Collectives of diffusion models are hardly smaller or larger."""
 EXPENDABLE = ("basis", "host", "bubble", "compute", "comm", "90 % interval", "memory")
 """Columns that a narrow terminal goes without, the first of them first."""
 
@@ -302,9 +304,17 @@ def topology_tree(box: Topology) -> Iterator[str]:
         if link.a in box.switches and link.b in box.switches:
             yield f"+- {link.a} -- {link.b} ({_cable(link)})"
     for each in box.collectives:
-        low, high = each.sizes[0], each.sizes[-1]
-        yield f"+- measured {each.kind} over {each.ranks}: {low:g} to {high:g} bytes; {each.source}"
+        yield f"+- measured {each.kind} over {each.ranks}: {each.sizes_text}; {each.source}"
     yield f"source: {' '.join(box.source.split())}"
+
+
+def measured_sizes(box: Topology) -> Iterator[str]:
+    """The sizes of each measured table, and what to measure where models have others."""
+    for each in box.collectives:
+        yield f"{each.kind} over {count_of(each.ranks, 'GPU')}: measured {each.sizes_text}"
+    if any(not each.covers(size) for each in box.collectives for size in USUAL_BYTES):
+        ask = "measure nccl-tests -b 1K -e 512M -f 2"
+        yield f"Other sizes take the links' time, scaled to meet these; {ask}."
 
 
 def _cable(link: Link) -> str:

@@ -111,13 +111,24 @@ class Lowering:
             return self._direct([Flow(HOST, devices[0], op.nbytes)])
         if op.kind != "collective":
             raise ValueError(f"{op.name}: {op.kind} is not a transfer")
+        modelled = self._modelled(op, op.nbytes)
+        table = self.network.topology.collective_table(op.call, devices)
+        size = table_bytes(op)
+        if table is None or size <= 0 or len(devices) < 2:
+            return modelled
+        if table.covers(size):
+            return self._measured(table.time_s(size), table.source, modelled)
+        edge = table.sizes[0] if size < table.sizes[0] else table.sizes[-1]
+        there = self._modelled(op, op.nbytes * edge / size)
+        return self._meeting(table.time_s(edge), there, modelled)
+
+    def _modelled(self, op: Op, nbytes: float) -> Lowered:
+        """A collective of ``nbytes`` in place of the op's own, from the links alone."""
         if self.backend.algorithm is None:
-            modelled = self._collective(op.call, devices, op.nbytes)
-        else:
-            steps, flows = self.backend.algorithm(op.call, self._in_group(op), op.nbytes)
-            slowest_s = self._slowest_s((f.source, f.destination) for f in flows)
-            modelled = Lowered(steps * slowest_s, flows)
-        return self._measured(op.call, devices, op.nbytes, modelled)
+            devices = [self.placement[rank] for rank in op.ranks]
+            return self._collective(op.call, devices, nbytes)
+        steps, flows = self.backend.algorithm(op.call, self._in_group(op), nbytes)
+        return Lowered(steps * self._slowest_s((f.source, f.destination) for f in flows), flows)
 
     def _direct(self, flows: list[Flow]) -> Lowered:
         return Lowered(self._slowest_s((f.source, f.destination) for f in flows), _kept(flows))
@@ -191,24 +202,38 @@ class Lowering:
     def _slowest_s(self, pairs: Iterable[tuple[int, int]]) -> float:
         return max((self.network.route(a, b).latency_s for a, b in pairs), default=0.0)
 
-    def _measured(self, call: str, devices: list[int], nbytes: int, modelled: Lowered) -> Lowered:
+    def _measured(self, seconds: float, source: str, modelled: Lowered) -> Lowered:
         """``modelled`` scaled so that the call alone takes the time of the topology's table.
 
-        Tables use the sizes of nccl-tests: the gathered buffer for all_gather. The flows keep their
-        shape, so that contention with other transfers is still that of the links.
+        The flows keep their shape, so that contention with other transfers is still that of the links.
         """
-        size = nbytes * len(devices) if call == "all_gather" else nbytes
-        if size <= 0 or len(devices) < 2:
-            return modelled
-        found = self.network.topology.measured_collective(call, devices, size)
-        if found is None:
-            return modelled
-        seconds, source = found
         drain_s = max(drain_times(self.network, modelled.flows), default=0.0)
         latency_s = min(modelled.latency_s, seconds) if drain_s > 0 else seconds
         factor = (seconds - latency_s) / drain_s if drain_s > 0 else 0.0
         scaled = _scaled(modelled, factor)
         return Lowered(latency_s, scaled.flows, source)
+
+    def _meeting(self, seconds: float, edge: Lowered, modelled: Lowered) -> Lowered:
+        """``modelled`` corrected by what the model errs at ``edge``, the measured size that is nearest.
+
+        Where the call took less there, latency and bytes are scaled alike; where it took more, the
+        larger of the two is stretched: what a table of small messages says is said of latency, what one
+        of large messages says of bandwidth.
+        """
+        latency_s, drain_s = edge.latency_s, self.alone_s(edge) - edge.latency_s
+        if not latency_s + drain_s:
+            return modelled
+        stretched = bytewise = seconds / (latency_s + drain_s)
+        if stretched > 1 and drain_s >= latency_s:
+            stretched, bytewise = 1.0, (seconds - latency_s) / drain_s
+        elif stretched > 1:
+            stretched, bytewise = (seconds - drain_s) / latency_s, 1.0
+        return Lowered(stretched * modelled.latency_s, _scaled(modelled, bytewise).flows)
+
+
+def table_bytes(op: Op) -> int:
+    """A collective's size as tables (and nccl-tests) have it: the gathered buffer for all_gather."""
+    return op.nbytes * (len(op.ranks) if op.call == "all_gather" else 1)
 
 
 def link_bytes(transfers: Iterable[tuple[Op, int]], lowering: Lowering) -> dict[str, float]:

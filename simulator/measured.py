@@ -41,6 +41,8 @@ NUGGET = 1e-3
 LEFT_OUT = 256
 """Rows, evenly spaced, whose left-out error chooses the transform."""
 LEAST_ROWS = 8
+FARTHEST = 64
+"""How many times as far from a row as left-out ones were a shape may lie to be interpolated."""
 
 Array = NDArray[np.float64]
 
@@ -232,6 +234,12 @@ TRENDS = ("work", "power law")
 of the axes."""
 
 
+REPEATED = (0.95, 1.06)
+"""Nominal 90 % interval of a kernel that was measured, as factors: of its median from run to run."""
+QUARTILES_TO_90 = 1.645 / 0.674
+"""How much farther out 5 and 95 % of a normal scatter lie than its quartiles."""
+
+
 class Estimate(NamedTuple):
     """Seconds of one kernel, with a nominal 90 % interval. ``exact``: it was measured."""
 
@@ -255,7 +263,13 @@ class KernelTable:
         self._known: dict[tuple[int, ...], Estimate | None] = {}
 
     def estimate(self, dims: tuple[int, ...]) -> Estimate | None:
-        """The measured time, an interpolated one inside the range of every axis, or None."""
+        """The measured time, an interpolated one inside the range of every axis, or None: also where no
+        row could be left out, or only much nearer ones, and nobody knows what interpolating is worth.
+
+        Its interval is 5 to 95 % of the errors of left-out rows, no narrower than of a measured one, in
+        logarithms as the root of the distance where that is more than theirs: what linear radial basis
+        functions leave open is a Brownian motion's deviation.
+        """
         if dims not in self._known:
             self._known[dims] = self._estimate(dims)
         return self._known[dims]
@@ -263,54 +277,85 @@ class KernelTable:
     def _estimate(self, dims: tuple[int, ...]) -> Estimate | None:
         row = self.rows.get(dims)
         if row is not None:
-            return Estimate(row.time_s, row.low_s, row.high_s, exact=True)
-        if len(self.rows) < LEAST_ROWS:
+            low_s, high_s = (row.time_s * (s / row.time_s) ** QUARTILES_TO_90 for s in row[1:3])
+            low_s, high_s = (
+                min(low_s, REPEATED[0] * row.time_s),
+                max(high_s, REPEATED[1] * row.time_s),
+            )
+            return Estimate(row.time_s, low_s, high_s, exact=True)
+        if len(self.rows) < LEAST_ROWS or not self._inside:
             return None
         at = np.array(_axes(self.kind, dims), float)
         if (at < self._axes.min(axis=0)).any() or (at > self._axes.max(axis=0)).any():
             return None
+        distance, reach = self._distance(at, None), self._left_out_distance
+        if distance > FARTHEST * reach:
+            return None
         transform, trend = self.choice
         work = math.log(Key(self.kind, dims).flops)
         seconds = math.exp(self._predict(at, work, transform, trend, None))
-        low, high = np.exp(np.quantile(self.errors, (0.05, 0.95)))
-        return Estimate(seconds, seconds / float(high), seconds / float(low), exact=False)
+        low, high = np.exp(-np.quantile(self.errors, (0.95, 0.05)))
+        farther = math.sqrt(max(1.0, distance / reach)) if distance else 1.0
+        return Estimate(
+            seconds,
+            seconds * min(REPEATED[0], float(low)) ** farther,
+            seconds * max(REPEATED[1], float(high)) ** farther,
+            exact=False,
+        )
+
+    @cached_property
+    def _left_out_distance(self) -> float:
+        """Mean distance from the nearest other row of those whose errors are known."""
+        return float(np.mean([self._distance(self._axes[i], i) for i in self._tried]))
+
+    def _distance(self, at: Array, without: int | None) -> float:
+        """From the nearest row (but one), on the chosen axes as they are interpolated."""
+        points, here = _on_axes(self._axes, at, TRANSFORMS[self.choice[0]])
+        apart = np.linalg.norm(points - here, axis=1)
+        return float(np.min(apart if without is None else np.delete(apart, without)))
 
     @cached_property
     def choice(self) -> tuple[str, str]:
         """(transform, trend) with the least median error of left-out rows."""
         return min(
             product(TRANSFORMS, TRENDS),
-            key=lambda c: float(np.median(np.abs(self.left_out(c[0], c[1], LEFT_OUT)))),
+            key=lambda c: float(np.median(np.abs(self.left_out(c[0], c[1], self._tried)))),
         )
 
     @cached_property
     def errors(self) -> Array:
         """log(predicted / measured) of left-out rows, with the chosen transform and trend."""
-        return self.left_out(*self.choice, LEFT_OUT)
+        return self.left_out(*self.choice, self._tried)
 
-    def left_out(self, transform: str, trend: str, limit: int | None = None) -> Array:
-        """log(predicted / measured) of each row from the others; ``limit``: of so many, evenly spaced.
+    def left_out(self, transform: str, trend: str, chosen: Sequence[int] | None = None) -> Array:
+        """log(predicted / measured) of each row (or ``chosen`` ones) from the others.
 
-        Rows on the edge of the range are left out, too: they would not be interpolated.
+        Rows that alone reach the edge of the range are not: they would not be interpolated.
         """
+        return np.array(
+            [
+                self._predict(self._axes[i], self._work[i], transform, trend, i) - self._time[i]
+                for i in (self._inside if chosen is None else chosen)
+            ]
+            or [math.inf]
+        )
+
+    @cached_property
+    def _inside(self) -> Sequence[int]:
+        """Rows that lie in the range of the others."""
         low, high = self._axes.min(axis=0), self._axes.max(axis=0)
-        count = len(self.rows)
-        inside = [
+        return [
             i
-            for i in range(count)
+            for i in range(len(self.rows))
             if all(
                 lo == hi or (np.delete(column, i).min() <= column[i] <= np.delete(column, i).max())
                 for column, lo, hi in zip(self._axes.T, low, high, strict=True)
             )
         ]
-        chosen = inside if limit is None else inside[:: max(1, len(inside) // limit)]
-        return np.array(
-            [
-                self._predict(self._axes[i], self._work[i], transform, trend, i) - self._time[i]
-                for i in chosen
-            ]
-            or [math.inf]
-        )
+
+    @cached_property
+    def _tried(self) -> Sequence[int]:
+        return self._inside[:: max(1, len(self._inside) // LEFT_OUT)]
 
     def _predict(
         self, at: Array, work: float, transform: str, trend: str, without: int | None
@@ -323,9 +368,7 @@ class KernelTable:
             keep[without] = False
         axes, time = self._axes[keep], self._time[keep]
         varies = axes.max(axis=0) > axes.min(axis=0)
-        points, here = change(axes[:, varies]), change(at[varies])
-        scale = points.std(axis=0)
-        points, here = points / scale, here / scale
+        points, here = _on_axes(axes, at, change)
         if trend == "work":
             left, add = time - self._work[keep], work
         else:
@@ -334,6 +377,14 @@ class KernelTable:
             left, add = time - design @ fit, float(np.append(np.log(at[varies]), 1.0) @ fit)
         near = np.argsort(np.linalg.norm(points - here, axis=1), kind="stable")[:NEIGHBOURS]
         return add + _radial(points[near], left[near], here)
+
+
+def _on_axes(axes: Array, at: Array, change: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """Rows and a shape on the axes that vary, transformed, each in units of its spread."""
+    varies = axes.max(axis=0) > axes.min(axis=0)
+    points, here = change(axes[:, varies]), change(at[varies])
+    scale = points.std(axis=0)
+    return points / scale, here / scale
 
 
 def _radial(points: Array, values: Array, here: Array) -> float:

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from analysis.attribution import Stages
-from analysis.intervals import is_measured, parts, provenance
+from analysis.intervals import beyond_tables, parts, provenance, table_of
 from analysis.reasons import Contender, separation
 from paradiff.profiles import Profile
 from paradiff.strategies import (
@@ -40,6 +40,7 @@ from paradiff.strategies import (
 )
 from paradiff.strategies.places import PLACES
 from simulator.bounds import Incumbents, Merit, better, least_latency_s
+from simulator.collectives import table_bytes
 from simulator.costs import Runtime, Scope
 from simulator.memory import RankMemory, misfit
 from simulator.placement import MAX_GPUS, Placement, placements, promising
@@ -48,7 +49,7 @@ from simulator.quality import METRICS, NOTHING_KNOWN, Quality
 from simulator.remedies import remedied
 from simulator.runs import Run, Runs
 from simulator.tailored import tailored_specs
-from simulator.topology import Topology
+from simulator.topology import CollectiveTable, Topology
 
 Objective = Literal["latency", "throughput", "cost"]
 UNITS: Mapping[Objective, str] = {
@@ -267,6 +268,7 @@ def plan(
             *_notes(request, planner.price),
             *planner.what_fitting_costs(ranked),
             *planner.what_splitting_saves(ranked),
+            *planner.what_tables_lack(ranked),
         ),
         quality_metric=request.goal.quality_metric,
     )
@@ -473,6 +475,21 @@ class _Planner:
                 f" {saved:.2g} s earlier"
             )
 
+    def what_tables_lack(self, ranked: Sequence[Candidate]) -> Iterator[str]:
+        """Collectives of the first two whose sizes were not measured, though other sizes were."""
+        sizes: dict[CollectiveTable, list[int]] = {}
+        for c in ranked[:2]:
+            schedule, placement = self.runs.built(c.spec).schedule, c.placement or ()
+            for op, table in beyond_tables(self.runs.network, schedule, placement):
+                sizes.setdefault(table, []).append(table_bytes(op))
+        for table, seen in sizes.items():
+            least, most = min(seen), max(seen)
+            wanted = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+            yield (
+                f"{table.kind} of {wanted} bytes over {table.ranks} GPUs lies outside its measured table"
+                f" ({table.sizes_text}): the links decide, scaled to meet it there"
+            )
+
     def _timed(self, base: Candidate, spec: Spec, run: Run) -> Candidate:
         """``base`` with everything that comes from the simulation."""
         split, stages = parts(run.breakdown), run.breakdown.stages
@@ -598,7 +615,7 @@ class _Planner:
         """``c`` with what the links alone predict, if a measured table has changed its time."""
         transfers = self.runs.built(c.spec).schedule.transfers
         if not any(
-            op.kind == "collective" and is_measured(self.runs.network, op, run.placement)
+            op.kind == "collective" and table_of(self.runs.network, op, run.placement)
             for op, _ in transfers
         ):
             return c

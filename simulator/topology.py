@@ -21,13 +21,15 @@ import networkx as nx
 from pydantic import BeforeValidator, Field, model_validator
 
 from paradiff.config import ConfigError, Name, Path_, Strict, available, find, load_yaml, problem
-from paradiff.units import Bytes, BytesPerSecond, Dollars, PositiveSeconds, Seconds
+from paradiff.units import Bytes, BytesPerSecond, Dollars, PositiveSeconds, Seconds, size_text
 
 Duplex = Literal["full", "half"]
 CollectiveKind = Literal["all_gather", "all_reduce", "all_to_all", "broadcast", "reduce_scatter"]
 
 UNKNOWN_GPU = "unit"
 """Profile of GPUs built in code without naming one."""
+LATENCY_BYTES = 65536.0
+"""Collectives of so few bytes take their latency: 64 KiB cross PCIe 4 in 3 us, as long as a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,17 +108,32 @@ class CollectiveTable:
         bandwidth is exactly that. Of the NCCL tables of six GPUs, each point left out is missed by 3.1 %
         in the median so, by 5.1 % in log(size), log(time) (``tools/check_collectives.py``).
 
-        Below the table: the time of its smallest size (latency). Above: its last bandwidth. Kinks
-        are kept: NCCL changes protocol and algorithm with size, so times need not be monotone.
+        Below a smallest size of at most LATENCY_BYTES: the time of that. Kinks are kept: NCCL changes
+        protocol and algorithm with size, so times need not be monotone. Raises ValueError for sizes of
+        which the table says nothing.
         """
         sizes, seconds = self.sizes, self.seconds
+        if not self.covers(nbytes):
+            raise ValueError(f"{nbytes:g} bytes: {self.kind} was measured {self.sizes_text}")
         if nbytes <= sizes[0]:
             return seconds[0]
-        if nbytes >= sizes[-1]:
-            return seconds[-1] * nbytes / sizes[-1]
+        if nbytes == sizes[-1]:
+            return seconds[-1]
         i = bisect_right(sizes, nbytes)
         share = (nbytes - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
         return float(seconds[i - 1] + share * (seconds[i] - seconds[i - 1]))
+
+    def covers(self, nbytes: float) -> bool:
+        """Whether a call of this size lies between two that were measured, or below one that took its
+        latency and little more."""
+        reaches_down = nbytes >= self.sizes[0] or self.sizes[0] <= LATENCY_BYTES
+        return reaches_down and nbytes <= self.sizes[-1]
+
+    @property
+    def sizes_text(self) -> str:
+        """Which sizes it has, in words."""
+        least, most = (size_text(round(size)) for size in (self.sizes[0], self.sizes[-1]))
+        return f"at {least} only" if least == most else f"from {least} to {most}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,12 +180,10 @@ class Topology:
         """The machine that GPU number ``device`` sits in."""
         return self._node_of[self.gpus[device]]
 
-    def measured_collective(
-        self, kind: str, devices: Sequence[int], nbytes: float
-    ) -> tuple[float, str] | None:
-        """Measured time of a collective over ``devices`` and its source; None where no table holds.
+    def collective_table(self, kind: str, devices: Sequence[int]) -> CollectiveTable | None:
+        """The table that holds for a collective over ``devices`` of any size; None where none does.
 
-        A table of these very GPUs wins over one of the node, that over one for any group.
+        One of these very GPUs wins over one of the node, that over one for any group.
         """
         tables = [t for t in self.collectives if t.kind == kind and t.ranks == len(devices)]
         if not tables:
@@ -179,8 +194,18 @@ class Topology:
         for scope in scopes:
             for table in tables:
                 if table.scope == scope:
-                    return table.time_s(nbytes), table.source
+                    return table
         return None
+
+    def measured_collective(
+        self, kind: str, devices: Sequence[int], nbytes: float
+    ) -> tuple[float, str] | None:
+        """Measured time of a collective over ``devices`` and its source; None where no table holds, or
+        none that has sizes on both sides of ``nbytes``."""
+        table = self.collective_table(kind, devices)
+        if table is None or not table.covers(nbytes):
+            return None
+        return table.time_s(nbytes), table.source
 
     @classmethod
     def uniform(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from unit_hardware import Graph, UnitCosts, run
 
@@ -126,6 +128,32 @@ def test_a_measured_table_wins_and_contention_remains() -> None:
     both.op("a", "collective", "all_gather", (0, 1), "a", nbytes=8)
     both.op("b", "p2p", "send", (0, 2), "b", nbytes=40)
     assert run(both.build(), topology).makespan_s == pytest.approx(80)
+
+
+@pytest.mark.parametrize(
+    ("latency_s", "measured_s", "seconds"),
+    [
+        # Half of what the model says of 8 units (2 + 8): half of it everywhere.
+        (2.0, 5.0, {1: 1.5, 4: 3.0, 80: 41.0}),
+        # 16 s more, bytes the larger part: they take (26 - 2) / 8 = 3 times as long, latency its 2.
+        (2.0, 26.0, {1: 5.0, 4: 14.0, 80: 242.0}),
+        # 30 s more, latency the larger part: (58 - 8) / 20 = 2.5 times as long, bytes as they were.
+        (20.0, 58.0, {1: 51.0, 4: 54.0, 80: 130.0}),
+    ],
+)
+def test_outside_its_sizes_a_table_is_met_by_the_links(
+    latency_s: float, measured_s: float, seconds: dict[int, float]
+) -> None:
+    """Two ranks gather: one step and the bytes of one rank, of which a table measured 8 units (16
+    gathered) of a second each. A single size may lie above or below what a model sends: it is neither a
+    latency nor a bandwidth."""
+    unit = 10_000
+    table = CollectiveTable(kind="all_gather", ranks=2, sizes=(16.0 * unit,), seconds=(measured_s,))
+    box = Topology.uniform(2, bandwidth_bytes_per_s=unit, latency_s=latency_s)
+    box = replace(box, collectives=(table,))
+    took = {m: run(one_call("all_gather", 2, m * unit), box).makespan_s for m in (8, *seconds)}
+    assert took == pytest.approx({8: measured_s} | seconds)
+    assert run(one_call("all_gather", 2, 0), box).makespan_s == pytest.approx(latency_s)
 
 
 def test_a_group_of_one_costs_no_wire() -> None:

@@ -190,6 +190,21 @@ TWO_SOCKETS = [
 ]
 
 
+def test_import_says_which_sizes_were_measured(tmp_path: Path) -> None:
+    """A run of nccl-tests with one size: the first of a report's jobs, cut to its row of 1 MiB."""
+    lines = (BOXES / "eight.ncclt.txt").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.split()[:1] == ["1024"])
+    row = next(line for line in lines[first:] if line.split()[:1] == ["1048576"])
+    one = tmp_path / "one.txt"
+    one.write_text("\n".join([*lines[:first], row, ""]))
+    target = str(tmp_path / "mine.yaml")
+    done = run(
+        "import", "--gpu", "l40s", *TWO_SOCKETS, "--nccl-tests", str(one), "--output", target
+    )
+    assert done.exit_code == 0, done.output
+    assert "over 8 GPUs: measured at 1 MiB only\nOther sizes take the links' time" in done.stdout
+
+
 def test_import_writes_a_file_that_plans_and_prints_what_is_wrong(tmp_path: Path) -> None:
     target = tmp_path / "mine.yaml"
     done = run("import", "--gpu", "l40s", *TWO_SOCKETS, "--output", str(target))

@@ -160,6 +160,48 @@ def test_a_rate_that_depends_on_the_work_prefers_its_own_transform() -> None:
     assert medians[table.choice] == min(medians.values())
 
 
+def test_a_measured_row_is_as_sure_as_a_measured_one_or_as_its_samples() -> None:
+    """Quartiles 1 % apart leave 0.95 to 1.06, what medians differ by from run to run. Of a log-normal
+    scatter 5 and 95 % lie 1.645 / 0.674 = 2.441 times as far from the median as its quartiles."""
+    rows = {(1, 8, 8, 8): Row(1.0, 0.99, 1.01, 7), (1, 8, 8, 16): Row(54.0, 29.0, 181.0, 7)}
+    table = KernelTable("gemm", rows)
+    steady, unsteady = table.estimate((1, 8, 8, 8)), table.estimate((1, 8, 8, 16))
+    assert steady == pytest.approx((1.0, 0.95, 1.06, True))
+    scatter = (54 * (29 / 54) ** 2.4407, 54 * (181 / 54) ** 2.4407)
+    assert unsteady == pytest.approx((54.0, *scatter, True), rel=1e-3)
+
+
+def test_where_no_row_can_be_left_out_nothing_is_interpolated() -> None:
+    """Eight attentions, each alone at the least or largest heads, queries, keys or width; a ninth amid
+    them can be left out."""
+    shapes = [
+        (1, 1024, 1024, 64), (24, 1024, 1024, 64), (8, 128, 1024, 64), (8, 4096, 1024, 64),
+        (8, 1024, 128, 64), (8, 1024, 4096, 64), (8, 1024, 1024, 32), (8, 1024, 1024, 128),
+    ]  # fmt: skip
+    rows = {(1, h, q, k, d, d): row(1e-12 * h * q * k * d) for h, q, k, d in shapes}
+    asked, amid = (1, 6, 512, 512, 64, 64), (1, 4, 1024, 512, 64, 64)
+    assert KernelTable("attention", rows).estimate(asked) is None
+    assert KernelTable("attention", rows | {amid: row(1e-4)}).estimate(asked) is not None
+
+
+def test_an_interval_contains_its_estimate_and_widens_as_the_root_of_the_distance() -> None:
+    """Times in proportion to m, so no left-out row is missed: 0.95 to 1.06, what a measured one has.
+    Rows 16 to 23 lie about log(1 + 1/19) apart, 65536 far away; u from 23 it has sqrt(u / apart)
+    times the logarithms of that, as a Brownian motion deviates."""
+    sizes = (16, 17, 18, 19, 20, 21, 22, 23, 65536)
+    table = KernelTable("gemm", {(1, m, 1024, 1024): row(m * 1e-7) for m in sizes})
+    assert table.choice[0] == "log"
+    # rows 17 to 23 can be left out; 17 is nearest to 18, ..., 23 to 22
+    apart = np.mean([math.log(m / (m - 1)) for m in (18, 19, 20, 21, 22, 23, 23)])
+    for m in (24, 40, 200):
+        seen = table.estimate((1, m, 1024, 1024))
+        assert seen is not None
+        farther = math.sqrt(max(1.0, math.log(m / 23) / apart))
+        want = (m * 1e-7, m * 1e-7 * 0.95**farther, m * 1e-7 * 1.06**farther)
+        assert seen[:3] == pytest.approx(want, rel=1e-6), m
+    assert table.estimate((1, 1500, 1024, 1024)) is None  # 4.2 / 0.05: more than 64 times as far
+
+
 # ----------------------------------------------------------------------------------- in the prices
 
 

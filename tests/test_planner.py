@@ -354,6 +354,33 @@ def test_exposed_communication_rests_on_the_weakest_transfer(
     assert comm_basis(Network(asked.topology), symmetry.whole(graph), (0, 1)) == basis
 
 
+def test_sizes_that_a_table_lacks_are_priced_by_links_and_noted() -> None:
+    """Eight H100 with tables of one size each: 1 GiB, or 1 KiB, and none. The all-to-alls of PixArt are
+    far from both; what the plan says of them lies within the interval of links of what it says without a
+    table (one bandwidth from 1 KiB would make hours of it), with that interval and a note."""
+    asked = request("pixart-alpha", "nvlink8-h100", specs=("ulysses=8",))
+    box, ranks = asked.topology, tuple(range(8))
+    tables = [t for t in box.collectives if t.ranks == 8]
+    graph = symmetry.whole(build(parse_spec("ulysses=8"), asked.profile, asked.workload))
+    alone = plan(replace(asked, topology=replace(box, collectives=()))).ranked[0]
+    for size in (2.0**30, 2.0**10):
+        bandwidth, latency_s = 400e9, 12e-6
+        seconds = latency_s + size / bandwidth
+        one = tuple(replace(t, sizes=(size,), seconds=(seconds,)) for t in tables)
+        network = Network(replace(box, collectives=one))
+        assert comm_basis(network, graph, ranks) == "links"
+        found = plan(replace(asked, topology=network.topology))
+        best = found.ranked[0]
+        assert best.exposed_comm_s == pytest.approx(alone.exposed_comm_s, rel=0.7)
+        assert best.topology_only_latency_s == pytest.approx(alone.latency_s)
+        said = "1 GiB" if size > 2**20 else "1 KiB"
+        assert any(
+            f"outside its measured table (at {said} only)" in note and "all_to_all" in note
+            for note in found.notes
+        )
+    assert not any("outside" in note for note in plan(asked).notes)
+
+
 def test_throughput_counts_requests_not_images() -> None:
     one = plan(request(specs=("serial",))).ranked[0]
     batch = plan(request(specs=("serial",), workload=replace(request().workload, batch=4))).ranked[

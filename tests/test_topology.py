@@ -4,6 +4,7 @@
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -202,8 +203,6 @@ def test_names_and_ranges() -> None:
     ],
 )
 def test_topologies_built_in_code_are_checked(change: dict[str, object], says: str) -> None:
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match=says):
         replace(Topology.uniform(2), **change)  # type: ignore[arg-type]
 
@@ -226,10 +225,19 @@ class TestCollectiveTables:
         # 9900 of the 99000 bytes from 10^3 to 10^5 are a tenth; from 1 to 4 us it is 1.3 us.
         assert self.table.time_s(10_900) == pytest.approx(1.3e-6, rel=1e-12)
 
-    def test_below_the_table_latency_above_it_the_last_bandwidth(self) -> None:
-        assert self.table.time_s(1) == 1e-6
-        assert self.table.time_s(0) == 1e-6
-        assert self.table.time_s(3e6) == pytest.approx(6e-6, rel=1e-12)  # 1e6 B in 2 us: 0.5 TB/s
+    @pytest.mark.parametrize("nbytes", [0, 1, 999])
+    def test_below_a_smallest_size_of_few_bytes_there_is_its_latency(self, nbytes: float) -> None:
+        assert self.table.covers(nbytes)
+        assert self.table.time_s(nbytes) == 1e-6
+
+    @pytest.mark.parametrize("nbytes", [0, 65_536, 99_999, 1_000_001, 3e6])
+    def test_outside_its_sizes_it_says_nothing(self, nbytes: float) -> None:
+        large = replace(self.table, sizes=(1e5, 1e6), seconds=(4e-6, 2e-6))
+        assert not large.covers(nbytes)
+        with pytest.raises(ValueError, match="all_gather was measured from 100000 B to 1000000 B"):
+            large.time_s(nbytes)
+        assert large.covers(1e5)
+        assert large.covers(1e6)
 
     def test_the_most_particular_table_wins(self) -> None:
         gpus = ("gpu0", "gpu1", "gpu2", "gpu3")
@@ -251,6 +259,7 @@ class TestCollectiveTables:
         assert topology.measured_collective("all_gather", (1, 0), 1) == (1.0, "1.0")
         assert topology.measured_collective("all_gather", (1, 2), 1) == (2.0, "2.0")
         assert topology.measured_collective("all_gather", (0, 3), 1) == (3.0, "3.0")
+        assert topology.measured_collective("all_gather", (0, 1), 2) is None  # its one size is 1
         assert topology.measured_collective("all_gather", (0, 1, 2), 1) is None
         assert topology.measured_collective("all_reduce", (0, 1), 1) is None
 

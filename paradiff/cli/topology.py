@@ -123,9 +123,13 @@ def import_(
     else:
         gpus = nodes * len(facts.machine.gpus)
         typer.echo(f"{output}: {gpus} GPUs, {len(data['links'])} links")
+    from analysis import text as words
     from analysis.doctor import diagnose
 
-    _print_findings(diagnose(_topology(box), facts), err=output is None)
+    topology = _topology(box)
+    for line in words.measured_sizes(topology):
+        typer.echo(line, err=output is None)
+    _print_findings(diagnose(topology, facts), err=output is None)
 
 
 @app.command()
