@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from paradiff.config import ConfigError
-from simulator.importers.assemble import read_facts, to_yaml, topology_data
+from simulator.importers.assemble import read_facts, to_yaml, topology_data, validated
 from simulator.importers.bandwidth import read_nvbandwidth, read_p2p_test
 from simulator.importers.cluster import cluster
+from simulator.importers.lstopo import read_lstopo
 from simulator.importers.machine import Facts, Machine, pcie_bytes_per_s
 from simulator.importers.nccl import read_log, read_xml
 from simulator.importers.nccl_tests import read_nccl_tests
@@ -193,6 +194,23 @@ def test_nccl_log_is_read_for_one_rank_and_tells_who_goes_through_the_host(tmp_p
     assert not box.peer_to_peer
 
 
+def test_the_log_of_an_intel_box_says_what_joins_its_sockets() -> None:
+    """The SYS link as NCCL prints it. Without a figure (5000 stands for none) the model counts: NCCL's
+    own number, 3 for Sapphire Rapids, whose SRP_QPI_BW is 22."""
+    text = (BOXES / "four.nccl.log").read_text().replace("(1/2/-1)", "(1/1/3)")
+    for printed, rate, source in (
+        ("9.0", 9, "file:12"),
+        ("22.0", 22, "file:12"),
+        ("5000.0", 22, "GenuineIntel model 143"),
+    ):
+        machine, _ = read_log(report(text.replace("SYS[16.0]", f"SYS[{printed}]")))
+        assert machine is not None
+        facts = Facts(machine=machine, access={}, bandwidths=(), runs=())
+        (link,) = (k for k in topology_data(facts, "box", "l40")["links"] if k["kind"] == "upi")
+        assert link["bandwidth"] == f"{rate} GB/s"
+        assert source in link["source"]
+
+
 def test_lstopo_orders_gpus_by_nvml_and_ignores_other_displays(tmp_path: Path) -> None:
     box = imported(tmp_path, "l40", lstopo="three.lstopo.xml")
     found = rates(box)
@@ -200,6 +218,15 @@ def test_lstopo_orders_gpus_by_nvml_and_ignores_other_displays(tmp_path: Path) -
     assert found["gpu0 plx0"] == round(15.753846 * 26 / 31.5, 2)  # nvml0 is the second in the file
     assert found["gpu1 plx0"] == 26.01
     assert "gpu2 socket1" in found
+
+
+def test_lstopo_knows_the_cpu() -> None:
+    """hwloc writes CPUVendor and CPUModelNumber as CPUID has them."""
+    text = (BOXES / "three.lstopo.xml").read_text()
+    name = '<info name="CPUModel" value="AMD EPYC 7543"/>'
+    told = '<info name="CPUVendor" value="GenuineIntel"/><info name="CPUModelNumber" value="143"/>'
+    assert read_lstopo(report(text)).cpu is None
+    assert read_lstopo(report(text.replace(name, told))).cpu == ("GenuineIntel", 143)
 
 
 def test_machines_on_a_network(tmp_path: Path) -> None:
@@ -222,7 +249,7 @@ def test_machines_on_a_network(tmp_path: Path) -> None:
     wire = 0.94 * 12.5e9
     assert {"nic0", "fabric", "nic1"} <= set(network.route(0, count).path)
     assert sum(network.rates(across)) == pytest.approx(wire, rel=1e-3)
-    assert "switches.nccl.xml:15" in next(k.source for k in box.links if k.kind == "network")
+    assert "switches.nccl.xml:15" in next(k.source for k in box.links if k.kind == "network-100g")
 
 
 def test_a_network_needs_a_rate(tmp_path: Path) -> None:
@@ -232,8 +259,15 @@ def test_a_network_needs_a_rate(tmp_path: Path) -> None:
         cluster(one, facts.machine, 2)
     with pytest.raises(ConfigError, match="--nodes: 1 nodes, allowed: 2 or more"):
         cluster(one, facts.machine, 1, 100)
+    off = tmp_path / "off.xml"
+    off.write_text((BOXES / "switches.nccl.xml").read_text().replace('speed="100000"', 'speed="0"'))
+    down = read_facts({"nccl_xml": str(off)})
+    with pytest.raises(ConfigError, match=r"off\.xml:15: adapter mlx5_0 has rate 0"):
+        cluster(topology_data(down, "box", "h100-pcie"), down.machine, 2)
     given = [
-        link for link in cluster(one, facts.machine, 2, 400)["links"] if link["kind"] == "network"
+        link
+        for link in cluster(one, facts.machine, 2, 400)["links"]
+        if link["kind"] == "network-400g"
     ]
     assert {link["bandwidth"] for link in given} == {"47 GB/s"}
     assert len(given) == 2 * max(1, len(facts.machine.nics))
@@ -256,7 +290,8 @@ def test_p2p_test_gives_both_ways_and_host_memory(tmp_path: Path) -> None:
 
 
 def test_nccl_tests_keeps_size_as_printed_and_drops_empty_rows() -> None:
-    runs = read_nccl_tests(read_report(BOXES / "eight.ncclt.txt"))
+    runs, notes = read_nccl_tests(read_report(BOXES / "eight.ncclt.txt"))
+    assert notes == ()
     assert [(run.kind, run.ranks) for run in runs] == [("all_reduce", 8), ("all_to_all", 8)]
     assert runs[0].table == ((1024, 31.2e-6), (1048576, 318.4e-6), (268435456, 52110e-6))
     assert runs[1].table[0][0] == 1024  # the row of size 0 is gone
@@ -272,6 +307,59 @@ def test_a_table_of_some_gpus_holds_for_those_where_gpus_differ(tmp_path: Path) 
         tmp_path, "l40s", (str(tmp_path / "four.txt"),), nvidia_smi="two-sockets.topo.txt"
     )
     assert {table.scope for table in box.collectives} == {("gpu0", "gpu1", "gpu2", "gpu3")}
+
+
+def test_processes_that_see_one_gpu_are_told_by_pci_address(tmp_path: Path) -> None:
+    """Slurm's --gpus-per-task=1: every rank prints device 0. nvbandwidth lists 12:00 and 13:00 as
+    devices 2 and 3; without such a file nobody can tell which two ran, unless all did."""
+    text = (BOXES / "eight.ncclt.txt").read_text()
+    for i in range(8):
+        text = text.replace(f"device  {i} [{0x1B + i:#x}]", f"device  0 [0000:{0x10 + i:x}:00]")
+    half = [k for k in text.split("\n") if not any(f"Rank  {i} " in k for i in (0, 1, 4, 5, 6, 7))]
+    (tmp_path / "all.txt").write_text(text)
+    (tmp_path / "two.txt").write_text("\n".join(half))
+    matrix = {"nvidia_smi": "two-sockets.topo.txt"}
+    named = matrix | {"nvbandwidth": "two-sockets.nvbandwidth.json"}
+    box = imported(tmp_path, "l40s", (str(tmp_path / "two.txt"),), **named)
+    assert {table.scope for table in box.collectives} == {("gpu2", "gpu3")}
+    box = imported(tmp_path, "l40s", (str(tmp_path / "all.txt"),), **matrix)
+    assert {table.scope for table in box.collectives} == {"node"}
+    with pytest.raises(ConfigError, match=r"two\.txt:11: which 2 of 8 GPUs ran\?"):
+        imported(tmp_path, "l40s", (str(tmp_path / "two.txt"),), **matrix)
+
+
+def test_what_is_not_used_of_a_file_is_said(tmp_path: Path) -> None:
+    text = (BOXES / "eight.ncclt.txt").read_text()
+    text = text.replace("alltoall_perf", "sendrecv_perf").replace(
+        "worker-0 device  7", "b device  0"
+    )
+    (tmp_path / "run.txt").write_text(text)
+    facts = read_facts(
+        {"nvidia_smi": str(BOXES / "two-sockets.topo.txt")}, [str(tmp_path / "run.txt")]
+    )
+    assert [note.rpartition("run.txt:")[2] for note in facts.notes] == [
+        "24: sendrecv_perf is not used",
+        "17: all_reduce over 2 hosts is not written into the topology",
+    ]
+    assert topology_data(facts, "box", "l40s")["collectives"] == []
+
+
+def test_nvbandwidth_writes_from_the_row_and_reads_into_it() -> None:
+    """testcases_ce.cpp: DeviceToDeviceWriteCE copies srcBuffer (row) to peerBuffer (column),
+    DeviceToDeviceReadCE peerBuffer to srcBuffer."""
+    data = json.loads((BOXES / "two-sockets.nvbandwidth.json").read_text())
+    cases = {case["name"]: case for case in data["nvbandwidth"]["testcases"]}
+    for kind, pair in (("write", (0, 1)), ("read", (1, 0))):
+        case = cases[f"device_to_device_memcpy_{kind}_ce"]
+        case["bandwidth_matrix"][0][1] = "12.34"
+        data["nvbandwidth"]["testcases"] = [case]
+        peer = read_nvbandwidth(report(json.dumps(data))).peer
+        assert {p for p, r in peer.items() if r.value == pytest.approx(12.34e9)} == {pair}
+
+
+def test_what_no_topology_can_be_is_one_message() -> None:
+    with pytest.raises(ConfigError, match=r"^topo\.txt:3:1: nodes\.0\.gpus: .*longer list"):
+        validated({"name": "x", "gpu": "l40s", "nodes": [{"name": "a", "gpus": []}]}, "topo.txt:3")
 
 
 def test_lines_with_time_stamps_and_new_names_of_a_log() -> None:
@@ -313,7 +401,7 @@ def test_a_table_without_a_name_is_told_by_its_columns(
         with pytest.raises(ConfigError, match="which collective is this"):
             read_nccl_tests(text)
     else:
-        assert read_nccl_tests(text)[0].kind == kind
+        assert read_nccl_tests(text)[0][0].kind == kind
 
 
 # ------------------------------------------------------------------------------------- broken files
@@ -363,7 +451,18 @@ TOPO = "\tGPU0\tGPU1\tCPU Affinity\tNUMA Affinity\nGPU0\t X \tPHB\t0-7\t0\nGPU1\
             '"bandwidth_matrix": [["fast"]]}]}}',
             "file:2: host_to_device_memcpy_ce [0][0]: not a number ('fast')",
         ),
+        (
+            read_nvbandwidth,
+            '{"nvbandwidth": {"testcases": [\n{"name": "host_to_device_memcpy_ce", '
+            '"bandwidth_matrix": [["0.00"]]}]}}',
+            "file:2: host_to_device_memcpy_ce [0][0]: 0.00, allowed: more than 0",
+        ),
         (read_p2p_test, "x", "file:1: no bandwidth matrix"),
+        (
+            read_p2p_test,
+            "Unidirectional P2P=Enabled Bandwidth Matrix (GB/s)\n D\\D 0 1\n 0 900.0 0.00\n",
+            "file:3: GPU 0 to 1 in GB/s: 0.00, allowed: more than 0",
+        ),
         (
             read_p2p_test,
             "Unidirectional P2P=Enabled Bandwidth Matrix (GB/s)\n D\\D 0 1\n 0 900.0\n",
@@ -375,6 +474,16 @@ TOPO = "\tGPU0\tGPU1\tCPU Affinity\tNUMA Affinity\nGPU0\t X \tPHB\t0-7\t0\nGPU1\
             read_nccl_tests,
             " 1024 256 float none -1 9.1 0.1 0.1 0 9.1 0.1 0.1 0",
             "file:1: which collective is this?",
+        ),
+        (
+            read_nccl_tests,
+            "# all_reduce_perf\n#  Rank  0 Pid 1 on a device  0 [0x00] V\n  1024   256   float  ",
+            "file:3: row is cut (1024   256   float), allowed: whole rows",
+        ),
+        (
+            read_nccl_tests,
+            " 1024 256 float none -1 0.00 0.1 0.1 0 9.1 0.1 0.1 0",
+            "file:1: time in us: 0.00, allowed: more than 0",
         ),
         (
             read_nccl_tests,
@@ -432,12 +541,10 @@ def test_damaged_files_are_read_or_refused(fixture: str, cut: int, length: int, 
     damaged = report(text[:cut] + junk + text[cut + length :])
     readers = {
         ".topo.txt": read_topo, ".p2p.txt": read_p2p, ".nccl.xml": read_xml, ".nccl.log": read_log,
-        "lstopo.xml": None, ".json": read_nvbandwidth, ".p2ptest.txt": read_p2p_test,
+        "lstopo.xml": read_lstopo, ".json": read_nvbandwidth, ".p2ptest.txt": read_p2p_test,
         ".ncclt.txt": read_nccl_tests,
     }  # fmt: skip
     reader = next(r for suffix, r in readers.items() if fixture.endswith(suffix))
-    if reader is None:
-        from simulator.importers.lstopo import read_lstopo as reader
     complaint = ""
     try:
         found = reader(damaged)

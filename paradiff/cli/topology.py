@@ -208,7 +208,10 @@ def _imported(
     from simulator.importers.assemble import default_name, read_facts, topology_data
 
     facts = read_facts(files, runs)
-    return facts, topology_data(facts, name or default_name(files), gpu)
+    data = topology_data(facts, name or default_name(files), gpu)
+    for note in facts.notes:
+        typer.echo(f"note: {note}", err=True)
+    return facts, data
 
 
 def _topology(data: dict[str, Any]) -> Topology:

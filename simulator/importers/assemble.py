@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from paradiff.config import ConfigError
+from paradiff.config import ConfigError, Document, Path_
 from paradiff.units import size_text
 from simulator.gpu import Gpu, load_gpu
 from simulator.importers.bandwidth import read_nvbandwidth, read_p2p_test
@@ -44,9 +44,10 @@ NVLINK_SHARE = 0.8
 """What kernels reach of an NVLink: 20 of 25 GB/s (SM80_NVLINK_BW, NVIDIA/nccl src/graph/topo.h)."""
 SOCKET_GB_PER_S = {
     "AuthenticAMD": ((-1, 16.0),),
-    "GenuineIntel": ((0, 6.0), (85, 10.0), (143, 22.0)),
+    "GenuineIntel": ((0, 6.0), (85, 10.0), (143, 22.0), (173, 40.0)),
 }
-"""Between sockets, GB/s, by CPU vendor and from a model on (AMD_BW, BDW/SKL/SRP_QPI_BW, topo.h)."""
+"""Between sockets, GB/s, by CPU vendor and from a model on (AMD_BW, BDW/SKL/SRP/ERP_QPI_BW, topo.h;
+models 173 to 175, Granite Rapids, count as ERP since NCCL 2.31)."""
 UNKNOWN_SOCKET = (20.0, "assumed: as pcie8; the CPU is not in the files")
 DIE = (200.0, "assumed: root complexes of one socket share its mesh, wider than their links")
 LIKE_BOX = "pcie8"
@@ -105,10 +106,37 @@ def read_facts(files: Files, nccl_tests: Sequence[str] = ()) -> Facts:
     access |= {pair: told for b in measured for pair, told in b.access.items()}
     if "p2p" in reports:
         access |= read_p2p(reports["p2p"])
-    runs = tuple(run for path in nccl_tests for run in read_nccl_tests(read_report(path)))
+    tables = [read_nccl_tests(read_report(path)) for path in nccl_tests]
+    runs = [run for found, _ in tables for run in found]
+    notes = [note for _, said in tables for note in said]
+    notes += [
+        f"{run.at}: {run.kind} over {len(run.hosts)} hosts is not written into the topology"
+        for run in runs
+        if len(run.hosts) > 1
+    ]
     _check_counts(machine, measured, access, runs)
-    mig = mig_line(reports["nvidia_smi"]) if "nvidia_smi" in reports else None
-    return Facts(machine=machine, access=access, bandwidths=tuple(measured), runs=runs, mig_at=mig)
+    facts = Facts(
+        machine=machine,
+        access=access,
+        bandwidths=tuple(measured),
+        runs=(),
+        mig_at=mig_line(reports["nvidia_smi"]) if "nvidia_smi" in reports else None,
+        notes=tuple(notes),
+    )
+    return replace(facts, runs=tuple(_placed(run, facts) for run in runs))
+
+
+def _placed(run: CollectiveRun, facts: Facts) -> CollectiveRun:
+    """The run with the box's numbers of its GPUs: by PCI address where the files have those, else as it
+    numbers them itself, which tells nothing where each process saw one GPU (device 0) alone."""
+    index = {card.address: i for i, card in facts.cards.items() if card.address is not None}
+    found = [index[card.address] for card in run.cards if card.address in index]
+    if len(set(found)) == len(run.cards):
+        return replace(run, devices=tuple(found))
+    if len(set(run.devices)) == len(run.devices):
+        return run
+    count = len(facts.machine.gpus)
+    return replace(run, devices=tuple(range(count)) if len(run.cards) == count else ())
 
 
 def _merged(machines: Sequence[Machine]) -> Machine:
@@ -123,6 +151,8 @@ def _merged(machines: Sequence[Machine]) -> Machine:
         first,
         nvlinks=next((m.nvlinks for m in machines if m.nvlinks), ()),
         cpu=next((m.cpu for m in machines if m.cpu), None),
+        between_sockets=next((m.between_sockets for m in machines if m.between_sockets), None),
+        cards=next((m.cards for m in machines if m.cards), {}),
         nics=max((m.nics for m in machines), key=lambda nics: (any(r for _, r in nics), len(nics))),
     )
 
@@ -141,7 +171,7 @@ def _check_counts(
         if max(pair) >= count:
             raise ConfigError(f"{said}: GPU {max(pair)}, but {machine.at} has {count} GPUs")
     for run in runs:
-        if max(run.devices) >= count or (len(run.hosts) == 1 and run.ranks > count):
+        if max(run.devices) >= count or len(run.devices) > count:
             raise ConfigError(f"{run.at}: {run.ranks} ranks, but {machine.at} has {count} GPUs")
 
 
@@ -217,8 +247,30 @@ def topology_data(facts: Facts, name: str, gpu_name: str) -> dict[str, Any]:
         "collectives": [_collective(facts, run) for run in facts.runs if len(run.hosts) == 1],
         "source": f"imported: structure {facts.machine.at}; peer-to-peer {who}; latencies assumed",
     }
-    TopologyFile.model_validate(data)
+    validated(data, facts.machine.at)
     return data
+
+
+def validated(data: Mapping[str, Any], at: str) -> TopologyFile:
+    """``data`` as what a topology file says. Raises ConfigError about ``at`` (``file:line``), with the
+    key."""
+    file, _, line = at.rpartition(":")
+    places = {path: (int(line), 1) for path in _paths(data, ())}
+    return Document(file, data, places, {}, {}).validate(TopologyFile)
+
+
+def _paths(value: Any, path: Path_) -> Iterator[Path_]:
+    """Where every part of plain data sits."""
+    yield path
+    inner = (
+        value.items()
+        if isinstance(value, Mapping)
+        else enumerate(value)
+        if isinstance(value, (list, tuple))
+        else ()
+    )
+    for key, each in inner:
+        yield from _paths(each, (*path, key))
 
 
 def _levelled(cables: Sequence[_Cable]) -> list[_Cable]:
@@ -374,6 +426,9 @@ def _path(machine: Machine, i: int, j: int) -> set[str]:
 
 
 def _socket_rate(machine: Machine) -> tuple[float, str]:
+    stated = machine.between_sockets
+    if stated is not None:
+        return stated.value, f"nominal: {stated.value / GB:g} GB/s by NCCL ({stated.at})"
     vendor, model = machine.cpu or ("", -1)
     rates = [rate for least, rate in SOCKET_GB_PER_S.get(vendor, ()) if model >= least]
     if not rates:
@@ -435,6 +490,10 @@ def _collective(facts: Facts, run: CollectiveRun) -> dict[str, Any]:
     take part; else for the GPUs that ran."""
     count = len(facts.machine.gpus)
     alike = len({link.a for link in facts.machine.nvlinks if link.b is None}) == count
+    if not alike and not run.devices:
+        what = f"which {run.ranks} of {count} GPUs ran? Each process saw one alone (device 0)"
+        allowed = "a file with their PCI addresses (--nccl-xml, --lstopo, --nvbandwidth)"
+        raise ConfigError(f"{run.at}: {what}, allowed: {allowed}, or a run that sees all GPUs")
     scope: str | list[str] = (
         "node" if alike or run.ranks == count else sorted(f"gpu{i}" for i in run.devices)
     )

@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from simulator.importers.machine import Bandwidths, Pair, Reading
-from simulator.importers.reading import Report, number, parse_json
+from simulator.importers.machine import Bandwidths, Card, Pair, Reading, pci_address
+from simulator.importers.reading import Report, number, parse_json, positive
 
 _GB = 1e9
 _HOST = ("host_to_device_memcpy_ce", "device_to_host_memcpy_ce")
 _PEER = ("device_to_device_memcpy_write_ce", "device_to_device_memcpy_read_ce")
+"""Written: the row's GPU is the source. Read: the row's GPU is the target. So the copies are issued
+(NVIDIA/nvbandwidth testcases_ce.cpp); the arrows of ``bandwidth_description`` point the other way."""
 _ALL_TO_HOST = {
     "all_to_host_memcpy_ce": 1, "host_to_all_memcpy_ce": 1,
     "all_to_host_bidirectional_memcpy_ce": 2, "host_to_all_bidirectional_memcpy_ce": 2,
@@ -45,11 +47,11 @@ def read_nvbandwidth(report: Report) -> Bandwidths:
         gpus = max(gpus, *(j + 1 for _, j in cells), 0)
         at = f"{report.at(line)} {name}"
         if name in _PEER:
-            for pair, value in cells.items():
-                if pair[0] == pair[1]:
+            for (row, column), value in cells.items():
+                if row == column:
                     continue
-                known = peer.get(pair)
-                if value is not None and (known is None or name == _PEER[0]):
+                pair = (row, column) if name == _PEER[0] else (column, row)
+                if value is not None and (pair not in peer or name == _PEER[0]):
                     peer[pair] = Reading(value, at)
                 access.setdefault(pair, (value is not None, at))
         elif name in _HOST:
@@ -59,7 +61,7 @@ def read_nvbandwidth(report: Report) -> Bandwidths:
                     host[j] = Reading(near, at)
         else:
             total = sum(v or 0.0 for v in cells.values()) * _ALL_TO_HOST[name]
-            memory.append(Reading(total, at))
+            memory += [Reading(total, at)] if total else []
     if not (peer or host or memory):
         known_names = ", ".join((*_HOST, *_PEER, *_ALL_TO_HOST))
         raise report.error(1, f"no test case that is used passed, allowed: {known_names}")
@@ -68,9 +70,22 @@ def read_nvbandwidth(report: Report) -> Bandwidths:
         host=host,
         host_memory=max(memory, key=lambda r: r.value, default=None),
         access=access,
+        cards=_cards(report),
         gpus=gpus,
         at=report.at(1),
     )
+
+
+_LISTED = re.compile(r'"(\d+): (.+?)(?: \(([\da-fA-F:.]+)\))?"')
+
+
+def _cards(report: Report) -> dict[int, Card]:
+    """The "GPU Device list"."""
+    return {
+        int(found[1]): Card(model=found[2], address=pci_address(found[3] or ""), at=report.at(line))
+        for line, text in report.numbered()
+        if (found := _LISTED.search(text))
+    }
 
 
 def _line_of(report: Report, name: str) -> int:
@@ -79,22 +94,25 @@ def _line_of(report: Report, name: str) -> int:
 
 
 def _cells(report: Report, line: int, case: Mapping[str, object]) -> dict[Pair, float | None]:
-    """bytes/s by (row, column); None for N/A."""
+    """bytes/s by (row, column); None for N/A, and on the diagonal, where old versions print 0.00."""
     matrix = case.get("bandwidth_matrix")
     if not isinstance(matrix, list) or not matrix or not all(isinstance(r, list) for r in matrix):
         raise report.error(line, f"{case['name']}: no bandwidth_matrix, allowed: a list of rows")
     if len({len(row) for row in matrix}) > 1:
         raise report.error(line, f"{case['name']}: rows of different length in bandwidth_matrix")
+    between = case["name"] in _PEER
     return {
         (i, j): None
-        if cell in ("N/A", None)
-        else number(report, line, cell, f"{case['name']} [{i}][{j}]") * _GB
+        if cell in ("N/A", None) or (between and i == j)
+        else positive(report, line, cell, f"{case['name']} [{i}][{j}]") * _GB
         for i, row in enumerate(matrix)
         for j, cell in enumerate(row)
     }
 
 
-_DEVICE = re.compile(r"Device:\s*(\d+),")
+_DEVICE = re.compile(
+    r"Device:\s*(\d+),\s*([^,]*)(?:, pciBusID: (\w+), pciDeviceID: (\w+), pciDomainID:(\w+))?"
+)
 _ACCESS = re.compile(r"Device=(\d+) (CAN|CANNOT) Access Peer Device=(\d+)")
 _TITLES = {
     "Unidirectional P2P=Disabled Bandwidth": "staged",
@@ -108,14 +126,15 @@ def read_p2p_test(report: Report) -> Bandwidths:
     access ran through the host, so they count as staged. Raises ConfigError."""
     tables: dict[str, dict[Pair, Reading]] = {"staged": {}, "peer": {}, "both": {}}
     access: dict[Pair, tuple[bool, str]] = {}
-    devices, table, columns = set[int](), "", list[int]()
+    cards, table, columns = dict[int, Card](), "", list[int]()
     for line, text in report.numbered():
         able, words = _ACCESS.search(text), text.split()
         if able:
             said = f"{report.at(line)}: {able[2]} access"
             access[int(able[1]), int(able[3])] = (able[2] == "CAN", said)
         elif device := _DEVICE.match(text.strip()):
-            devices.add(int(device[1]))
+            address = pci_address(f"{device[5]}:{device[3]}:{device[4]}")
+            cards[int(device[1])] = Card(model=device[2], address=address, at=report.at(line))
         elif "Matrix" in text:
             table = next((key for title, key in _TITLES.items() if title in text), "")
             if "(P2P Reads)" in text:
@@ -129,7 +148,10 @@ def read_p2p_test(report: Report) -> Bandwidths:
                 raise report.error(line, what)
             row = int(words[0])
             tables[table] |= {
-                (row, column): Reading(number(report, line, w, "GB/s") * _GB, report.at(line))
+                (row, column): Reading(
+                    positive(report, line, w, f"GPU {row} to {column} in GB/s") * _GB,
+                    report.at(line),
+                )
                 for column, w in zip(columns, words[1:], strict=True)
                 if row != column
             }
@@ -146,6 +168,7 @@ def read_p2p_test(report: Report) -> Bandwidths:
         both=tables["both"],
         host_memory=max(memory, key=lambda r: r.value, default=None),
         access=access,
-        gpus=len(devices) or 1 + max(found),
+        cards=cards,
+        gpus=len(cards) or 1 + max(found),
         at=report.at(1),
     )

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from paradiff.config import ConfigError
+from simulator.importers.assemble import validated
 from simulator.importers.machine import Machine
-from simulator.topology import TopologyFile
 
 WIRE_SHARE = 0.94
 """What NCCL gets of an adapter's rate: 46 to 48 of 50 GB/s at 400 Gbit/s, 12 of 12.5 at 100 with RDMA
@@ -54,7 +54,8 @@ def cluster(
             where = "assumed: as wide as the adapter; the files do not say where it hangs"
             links.append(_link([adapter, place], "pcie", rate, where))
             wire = f"{source}, of which NCCL gets {WIRE_SHARE:g}; one switch for all is assumed"
-            links.append(_link([adapter, FABRIC], "network", rate * WIRE_SHARE, wire))
+            kind = f"network-{rate / GBIT:g}g"
+            links.append(_link([adapter, FABRIC], kind, rate * WIRE_SHARE, wire))
         for table in data["collectives"]:
             alone = isinstance(table["scope"], str)
             if node == 0 or not alone:
@@ -64,7 +65,7 @@ def cluster(
     keys = list(data)
     found = {key: links if key == "links" else out[key] for key in keys}
     found["source"] = f"{data['source']}; {nodes} such machines, the network between them assumed"
-    TopologyFile.model_validate(found)
+    validated(found, machine.at)
     return found
 
 
@@ -73,6 +74,10 @@ def _rates(machine: Machine, gbit_per_s: float | None) -> list[tuple[float, str]
     if gbit_per_s is not None:
         return [(gbit_per_s * GBIT, f"given: {gbit_per_s:g} Gbit/s")] * max(1, len(machine.nics))
     stated = [reading for _, reading in machine.nics if reading is not None]
+    for name, reading in machine.nics:
+        if reading is not None and not reading.value:
+            what = f"adapter {name} has rate 0 (no link)"
+            raise ConfigError(f"{reading.at}: {what}, allowed: more than 0, or --nic-rate GBIT")
     if not stated or len(stated) < len(machine.nics):
         what = "the files state no rate of the network adapters"
         raise ConfigError(f"{machine.at}: {what}, allowed: --nic-rate GBIT with --nodes")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from simulator.importers.machine import Kind, Machine, Pcie, Reading, Vertex
+from simulator.importers.machine import Card, Kind, Machine, Pcie, Reading, Vertex, pci_address
 from simulator.importers.reading import Element, Report, number, parse_xml
 
 _NVIDIA = "[10de:"
@@ -38,12 +38,16 @@ class _Reader:
         self.report = report
         self.vertices: list[Vertex] = []
         self.gpus: list[tuple[int, str, str]] = []
+        self.cards: dict[str, Card] = {}
+        self.infos: dict[str, str] = {}
         self.nics: list[tuple[str, Reading | None]] = []
 
     def below(self, element: Element, parent: str | None) -> None:
         """``element`` and what it holds; ``parent`` is the nearest vertex above."""
         kind = element.attributes.get("type", "")
         here = parent
+        for info in (c.attributes for c in element.children if c.tag == "info"):
+            self.infos.setdefault(info.get("name", ""), info.get("value", ""))
         if kind in _SOCKETS and (kind != "Machine" or _holds_io(element)):
             here = self._add("socket", "socket", parent, element)
         elif kind == "Group" and _holds_io(element):
@@ -66,6 +70,11 @@ class _Reader:
         busid = element.attributes.get("pci_busid", "")
         index = [int(n[4:]) for n in inner if n[:4] in ("nvml", "cuda") and n[4:].isdecimal()]
         name = f"pci {busid}"
+        self.cards[name] = Card(
+            model=element.attributes.get("name", ""),
+            address=pci_address(busid),
+            at=self.report.at(element.line),
+        )
         self.gpus.append((index[0] if index else -1, busid, name))
         self.vertices.append(
             Vertex(
@@ -93,8 +102,16 @@ class _Reader:
         for v in self.vertices:
             nested: Kind = "root" if v.kind == "socket" and v.parent is not None else v.kind
             kept.append(replace(v, name=order.get(v.name, v.name), kind=nested))
-        at = self.report.at(line)
-        return Machine(vertices=tuple(kept), nvlinks=(), at=at, nics=tuple(self.nics)).pruned()
+        cards = {i: self.cards[name] for i, (_, _, name) in enumerate(sorted(self.gpus))}
+        vendor, model = (self.infos.get(key, "") for key in ("CPUVendor", "CPUModelNumber"))
+        return Machine(
+            vertices=tuple(kept),
+            nvlinks=(),
+            at=self.report.at(line),
+            cpu=(vendor, int(model) if model.isdecimal() else -1) if vendor else None,
+            nics=tuple(self.nics),
+            cards=cards,
+        ).pruned()
 
 
 def _holds_io(element: Element) -> bool:

@@ -39,6 +39,26 @@ class Reading:
     at: str
 
 
+def pci_address(text: str) -> tuple[int, int, int] | None:
+    """``0000:1b:00.0``, or ``0x1b`` for its bus alone, as (domain, bus, device); None if neither."""
+    try:
+        parts = [int(part, 16) for part in text.partition(".")[0].split(":")]
+    except ValueError:
+        return None
+    if len(parts) == 1:
+        return 0, parts[0], 0
+    return (parts[0], parts[1], parts[2]) if len(parts) == 3 else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """A GPU as a file names it: ``model`` ("NVIDIA L40S", empty where it says none) and PCI address."""
+
+    model: str
+    address: tuple[int, int, int] | None
+    at: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pcie:
     """A PCIe link as a file describes it. Some say generation and width, some only the rate."""
@@ -92,6 +112,10 @@ class Machine:
     cpu: tuple[str, int] | None = None
     nics: tuple[tuple[str, Reading | None], ...] = ()
     """Network adapters and their bytes/s, where stated."""
+    between_sockets: Reading | None = None
+    """Bytes/s of what joins the sockets, where stated."""
+    cards: Mapping[int, Card] = field(default_factory=dict)
+    """GPUs by device index, where named."""
 
     @property
     def gpus(self) -> tuple[str, ...]:
@@ -159,17 +183,20 @@ class Bandwidths:
     host_memory: Reading | None = None
     access: Mapping[Pair, tuple[bool, str]] = field(default_factory=dict)
     """Whether two GPUs reach each other's memory, and who says so."""
+    cards: Mapping[int, Card] = field(default_factory=dict)
     gpus: int = 0
     at: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectiveRun:
-    """One table of nccl-tests, out of place. ``devices`` are device indices on the first host."""
+    """One table of nccl-tests, out of place. ``devices`` are device indices on the first host (all 0
+    where each process saw one GPU; none where ``assemble`` cannot tell), ``cards`` what ran there."""
 
     kind: str
     ranks: int
     devices: tuple[int, ...]
+    cards: tuple[Card, ...]
     hosts: tuple[str, ...]
     table: tuple[tuple[int, float], ...]
     """(size in bytes, seconds), ascending."""
@@ -188,3 +215,11 @@ class Facts:
     runs: tuple[CollectiveRun, ...]
     mig_at: str | None = None
     """Where a file says that GPUs are partitioned (MIG)."""
+    notes: tuple[str, ...] = ()
+    """What of the files is not used, and why."""
+
+    @property
+    def cards(self) -> Mapping[int, Card]:
+        """GPUs by device index, as the first file that names them does."""
+        named = [self.machine.cards, *(b.cards for b in self.bandwidths)]
+        return next((cards for cards in named if cards), {})

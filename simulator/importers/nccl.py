@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from simulator.importers.machine import (
     GT_PER_S,
+    Card,
     Kind,
     Machine,
     Nvlinks,
@@ -21,6 +22,7 @@ from simulator.importers.machine import (
     Pcie,
     Reading,
     Vertex,
+    pci_address,
     pcie_bytes_per_s,
 )
 from simulator.importers.reading import Element, Report, number, parse_xml
@@ -64,6 +66,7 @@ class _XmlReader:
             self.devices[dev] = gpu.line
         self.order = sorted(self.devices)
         self.busids: dict[str, int] = {}
+        self.cards: dict[int, Card] = {}
 
     def cpu(self, cpu: Element, index: int) -> None:
         vendor, model = cpu.attributes.get("vendor", ""), cpu.attributes.get("modelid", "")
@@ -90,6 +93,8 @@ class _XmlReader:
                 index = self.order.index(int(child.attributes["dev"]))
                 self._add(f"gpu{index}", "gpu", parent, child.line, link)
                 self.busids[busid] = index
+                at = self.report.at(child.line)
+                self.cards[index] = Card(model="", address=pci_address(busid), at=at)
                 self.nvlinks += [(index, c) for c in child.children if c.tag == "nvlink"]
             elif child.tag == "nic":
                 self.nics += [self._net(c) for c in child.children if c.tag == "net"]
@@ -148,6 +153,7 @@ class _XmlReader:
             at=self.report.at(self.root.line),
             cpu=self.cpu_model,
             nics=tuple(self.nics),
+            cards=self.cards,
         ).pruned()
 
 
@@ -159,6 +165,11 @@ _BRANCH = re.compile(
 )
 _CHANNEL = re.compile(r"(\d+)\[[\da-f]+\] -> (\d+)\[[\da-f]+\](?: \[\w+\])? via (\S+)")
 _VENDORS = {"1": "GenuineIntel", "2": "AuthenticAMD"}
+_INTEL = {1: 79, 2: 85, 3: 143, 4: 207}
+"""NCCL_TOPO_CPU_MODEL_INTEL_BDW, SKL, SRP, ERP (src/include/graph.h), which the log prints -> the least
+model number of CPUID that NCCL takes for it (src/graph/topo.cc)."""
+_NO_LIMIT = 1000.0
+"""GB/s. A SYS link above this is LOC_BW, 5000: no figure at all."""
 
 
 def read_log(report: Report) -> tuple[Machine | None, dict[Pair, tuple[bool, str]]]:
@@ -194,10 +205,12 @@ def _log_tree(report: Report, block: list[tuple[int, str]]) -> Machine:
     nics: list[tuple[str, Reading | None]] = []
     above: list[tuple[int, str]] = []
     cpu: tuple[str, int] | None = None
+    between: Reading | None = None
     for line, text in block:
         socket, branch = _SOCKET.match(text), _BRANCH.match(text)
         if socket:
-            cpu = (_VENDORS.get(socket[3], ""), int(socket[4]))
+            vendor, model = _VENDORS.get(socket[3], ""), int(socket[4])
+            cpu = (vendor, _INTEL.get(model, model) if vendor == "GenuineIntel" else model)
             name = f"socket{sum(v.kind == 'socket' for v in vertices)}"
             vertices.append(Vertex(name=name, kind="socket", parent=None, at=report.at(line)))
             above = [(-1, name)]
@@ -222,6 +235,8 @@ def _log_tree(report: Report, block: list[tuple[int, str]]) -> Machine:
                 above.append((indent, far))
             elif branch["type"] == "NVL" and above[-1][1] in ranks:
                 bonds.append((above[-1][1], far, rate, line))
+            elif branch["type"] == "SYS" and 0 < rate < _NO_LIMIT * 1e9:
+                between = between or Reading(rate, report.at(line))
             elif branch["type"] == "NET":
                 nics.append((far, Reading(rate, report.at(line))))
     if not ranks:
@@ -234,6 +249,7 @@ def _log_tree(report: Report, block: list[tuple[int, str]]) -> Machine:
         at=report.at(block[0][0]),
         cpu=cpu,
         nics=tuple(nics),
+        between_sockets=between,
     ).pruned()
 
 

@@ -120,3 +120,11 @@ def number(report: Report, line: int, text: object, what: str) -> float:
     if not 0 <= value < float("inf"):
         raise report.error(line, f"{what}: not a number ({str(text)[:40]!r})")
     return value
+
+
+def positive(report: Report, line: int, text: object, what: str) -> float:
+    """``text`` as a finite number above zero: a rate or a time that was measured."""
+    value = number(report, line, text, what)
+    if not value:
+        raise report.error(line, f"{what}: {str(text)[:40]}, allowed: more than 0")
+    return value
