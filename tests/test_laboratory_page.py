@@ -39,6 +39,7 @@ def test_the_page_is_made_of_what_is_kept() -> None:
     assert f"<!-- lab -->\n{tables}<!-- end -->" in PAGE.read_text(encoding="utf-8")
     for name, kept in read(KEPT).items():
         assert kept["repeats"] >= 5, name
+        assert kept["passed"], (name, kept["failures"])
         assert all({"fixed_share", "repeats_s", "stretch"} <= each.keys() for each in kept["cells"])
 
 
