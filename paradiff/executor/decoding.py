@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from paradiff.executor.loading import Pipeline
 from paradiff.executor.network import Conditioning, Network
 from paradiff.executor.outputs import finished, needs_float32, unscaled
 from paradiff.executor.payload import Span
-from paradiff.models.interception import DECODER_CLASSES
+from paradiff.models.interception import DECODERS
 from paradiff.profiles import Stage
 
 
@@ -30,7 +31,7 @@ class Decoder(Network):
 
     def latent_input(self, x: Tensor, given: Conditioning, spans: Sequence[Span]) -> Tensor:
         """What the first convolution sees, halo rows too."""
-        mix = self.model.post_quant_conv
+        mix = getattr(self.model, "post_quant_conv", None)
         return x if mix is None else mix(x)
 
     def call(
@@ -41,20 +42,29 @@ class Decoder(Network):
         spans: Sequence[Span],
         total_rows: int,
     ) -> Tensor:
-        """The rows of the picture that belong to ``x``."""
-        image: Tensor = self.model.decoder(x)
-        return image
+        """The rows of the picture, or of every frame (b, 3, f, rows, columns), that belong to ``x``."""
+        vae: Any = self.model
+        if self.class_name == "TemporalDecoder":
+            frames, of_images = x.shape[1], x.new_zeros(x.shape[:2])
+            out: Tensor = vae(x.flatten(0, 1), num_frames=frames, image_only_indicator=of_images)
+            return out.unflatten(0, (-1, frames)).transpose(1, 2)
+        if self.class_name == "AutoencoderKLMochi":
+            out = vae.decode(x, return_dict=False)[0]
+        else:
+            out = vae.decoder(x)
+        return out
 
 
 def strip_decoder(pipeline: Pipeline) -> Decoder | None:
     """The pipeline's VAE, to be run in strips; None where it has none that can be."""
-    vae = pipeline.vae
-    if vae is None or type(vae).__name__ not in DECODER_CLASSES:
+    vae: Any = pipeline.vae
+    model = vae.decoder if type(vae).__name__ == "AutoencoderKLTemporalDecoder" else vae
+    if type(model).__name__ not in DECODERS:
         return None
     if needs_float32(pipeline):
-        vae.to(torch.float32)
+        model.to(torch.float32)
     return Decoder(
-        vae,
+        model,
         pipeline.network.profile,
         lambda x: unscaled(vae, x.to(vae.dtype)),
         lambda x: finished(pipeline, x),

@@ -41,6 +41,7 @@ from paradiff.graph import Instance, Op, Ref, ScheduleGraph
 from paradiff.models.interception import intercept
 from paradiff.models.sharding import shards_of
 from paradiff.strategies import parse_spec
+from paradiff.strategies.decoding import DECODE_AT_ONCE
 from paradiff.trace import Span, Trace
 
 if TYPE_CHECKING:
@@ -145,7 +146,10 @@ def check_executable(graph: ScheduleGraph, network: Network, request: Request) -
             " without it, only how weights are stored changes"
         )
     if spec.options.get("vae") == "split" and request.strips is None:
-        raise Unexecutable(f"{spec.text!r}: vae=split needs a pipeline with an AutoencoderKL")
+        raise Unexecutable(
+            f"{spec.text!r}: vae=split needs a pipeline with a VAE that decodes all at once, one of"
+            f" {', '.join(DECODE_AT_ONCE)}"
+        )
     if meta["model"] != network.profile.name:
         raise Unexecutable(f"graph of {meta['model']}, network of {network.profile.name}")
     if len(request.conditioning) != spec.degree("data"):

@@ -34,6 +34,8 @@ FRAMES_PER_S: Mapping[str, int] = {
     "MochiTransformer3DModel": 30,
 }
 """What each video model was trained on, as its model card says."""
+CHANNELS_FIRST = ("AutoencoderKLWan", "AutoencoderKLHunyuanVideo", "AutoencoderKLMochi")
+"""VAEs of latents that have channels before frames."""
 VIDEO_QUALITY = {"crf": "18", "preset": "medium"}
 """Constant rate factor of x264: 18 is near what the eye tells apart."""
 
@@ -108,12 +110,13 @@ def needs_float32(pipeline: Pipeline) -> bool:
 
 
 def unscaled(vae: Any, latent: Tensor) -> Tensor:
-    """The latent as the VAE takes it: channels are the third dimension from the end."""
-    c = vae.config
+    """The latent as the VAE takes it: (b, c, f, r, w) for some, else channels are the third dimension
+    from the end."""
+    c, after = vae.config, (1, 1, 1) if type(vae).__name__ in CHANNELS_FIRST else (1, 1)
     scale = getattr(c, "scaling_factor", None) or 1.0
     mean, std = (getattr(c, f"latents_{name}", None) for name in ("mean", "std"))
     if mean is not None and std is not None:
-        mean, std = (latent.new_tensor(each).view(-1, 1, 1) for each in (mean, std))
+        mean, std = (latent.new_tensor(each).view(-1, *after) for each in (mean, std))
         return latent * std / scale + mean
     z = latent / scale
     shift = getattr(c, "shift_factor", None)
@@ -139,8 +142,7 @@ def _cogvideox(_: Pipeline, vae: Any, latent: Tensor) -> Tensor:
 
 def _video(_: Pipeline, vae: Any, latent: Tensor) -> Tensor:
     """Latents (b, c, f, r, w), as the pipelines of these models have them."""
-    z = unscaled(vae, latent.to(vae.dtype).transpose(1, 2)).transpose(1, 2)
-    video: Tensor = vae.decode(z, return_dict=False)[0]
+    video: Tensor = vae.decode(unscaled(vae, latent.to(vae.dtype)), return_dict=False)[0]
     return video
 
 

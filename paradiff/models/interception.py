@@ -41,7 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paradiff.models.divided import DIVIDED, Shard, Sharing, apply, taking_its_share
+from paradiff.models.divided import DIVIDED, Shard, Sharing, taking_its_share
+from paradiff.models.halos import halo_rows, with_halo
 
 TEXT_FIRST = {
     "FluxTransformer2DModel": True,
@@ -66,8 +67,11 @@ UNET_CLASSES = (
     "UNetSpatioTemporalConditionModel",
     "AudioLDM2UNet2DConditionModel",
 )
-DECODER_CLASSES = ("AutoencoderKL",)
-"""VAEs whose decoder takes strips: a picture at a time, nothing kept from one call to the next."""
+DECODERS = {"AutoencoderKL": "decoder.", "TemporalDecoder": "", "AutoencoderKLMochi": "decoder."}
+"""Modules with a decoder that takes strips, since it keeps nothing from one call to the next: where in
+them it is. ``TemporalDecoder`` is that of SVD's AutoencoderKLTemporalDecoder."""
+ALL_FRAMES = 1 << 30
+"""More frames than a video has: what is done chunk by chunk for memory's sake meets a point once."""
 TRANSFORMER_CLASSES = (
     "PixArtTransformer2DModel",
     "WanTransformer3DModel",
@@ -226,20 +230,19 @@ def unit_parents(model: nn.Module) -> dict[str, str]:
 def exchange_sites(model: nn.Module) -> list[Site]:
     """``halo`` and ``moments`` points of a U-Net or a VAE's decoder (a transformer has none), by module.
 
-    A convolution needs a halo iff it is padded vertically (temporal Conv3d is not). Attention is
-    found by running, since only the key length tells (see ``paradiff.models.trace``).
+    A convolution needs a halo iff it is padded vertically (temporal Conv3d is not), by itself or by the
+    module around it. Attention is found by running, since only the key length tells (see
+    ``paradiff.models.trace``).
     """
-    if type(model).__name__ not in (*UNET_CLASSES, *DECODER_CLASSES):
+    if type(model).__name__ not in (*UNET_CLASSES, *DECODERS):
         return []
-    inside = "decoder." if type(model).__name__ in DECODER_CLASSES else ""
+    inside = DECODERS.get(type(model).__name__, "")
     sites = []
     for name, module in model.named_modules():
         if not name.startswith(inside):
             continue
-        if isinstance(module, nn.Conv2d | nn.Conv3d) and module.kernel_size[-2] > 1:
-            if module.padding[-2]:
-                rows = int(module.padding[-2])
-                sites.append(Site(name, "halo", rows=rows, is_input=name == f"{inside}conv_in"))
+        if rows := halo_rows(module):
+            sites.append(Site(name, "halo", rows=rows, is_input=name == f"{inside}conv_in"))
         elif isinstance(module, nn.GroupNorm):
             sites.append(Site(name, "moments", groups=module.num_groups))
     return sites
@@ -336,6 +339,9 @@ def intercept(
                     stack.enter_context(mock.patch.object(module, attribute, whole // degree))
             if shard.kind != "heads":
                 wrap(name, partial(DIVIDED[shard.kind], handler, name, shard, degree, module))
+        for module in modules.values():
+            if type(module).__name__ == "MochiChunkedGroupNorm3D":  # eight frames at a time
+                stack.enter_context(mock.patch.object(module, "chunk_size", ALL_FRAMES))
         for name in self_attention_names(model):
             wrap(name, partial(_attention_scope, inside, name, together))
         if together:
@@ -343,8 +349,8 @@ def intercept(
         for site in exchange_sites(model):
             module = modules[site.name]
             if site.kind == "halo":
-                divided = site.name in (shards or {})
-                wrap(site.name, partial(_with_halo, handler, site, module, divided))
+                lend, divided = partial(handler.halo, site), site.name in (shards or {})
+                wrap(site.name, partial(with_halo, lend, site.rows, module, divided))
             else:
                 wrap(site.name, partial(_with_moments, handler, site, module))
         for name, shard in (shards or {}).items():
@@ -493,25 +499,6 @@ def _widen_mask(mask: Tensor, keys: int, text: int, text_first: bool) -> Tensor:
     if text_first:
         return torch.cat((mask[..., :text], image), dim=-1)
     return torch.cat((image, mask[..., mask.shape[-1] - text :]), dim=-1)
-
-
-def _with_halo(
-    handler: Handler, site: Site, conv: Any, divided: bool, forward: Callable[..., Any]
-) -> Any:
-    @wraps(forward)
-    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        above, below = handler.halo(site, x)
-        if above is None and below is None:
-            return forward(x, *args, **kwargs)
-        zeros = x.new_zeros(*x.shape[:-2], site.rows, x.shape[-1])
-        rows = [zeros if above is None else above, x, zeros if below is None else below]
-        padding = (*conv.padding[:-2], 0, conv.padding[-1])
-        x = torch.cat(rows, dim=-2)
-        if divided:
-            return forward(x, padding)
-        return apply(conv, x, conv.weight, conv.bias, padding)
-
-    return run
 
 
 def _with_moments(handler: Handler, site: Site, norm: Any, forward: Callable[..., Any]) -> Any:

@@ -21,7 +21,7 @@ from paradiff.models.catalogue import (
 )
 from paradiff.models.encoders import SCHEDULERS, TRANSFORMERS, VAES
 from paradiff.models.fitting import expr
-from paradiff.models.interception import DECODER_CLASSES, UNET_CLASSES
+from paradiff.models.interception import UNET_CLASSES
 from paradiff.models.stages import DENOISERS, Shape, StageSpec, build_diffusers, build_transformers
 from paradiff.profiles import Geometry, InvalidProfile, Profile, parse_expr
 
@@ -204,21 +204,24 @@ def _decoder_stages(entry: Entry, base: Shape, vae: tuple[str, Config]) -> list[
     if vae[0] == "AutoencoderKLHunyuanVideo":
         return _hunyuan_video_tiles(base, build)
     if vae[0] == "AutoencoderKLMochi":
-        probes = _batched(latent_probes({**_small(base), "f": 7}, video=True, unit=1))
-        return [StageSpec("vae", build, stages.call_decode_video, probes)]
+        probes = _batched(_video_strips({**_small(base), "f": 7}))
+        return [StageSpec("vae", build, stages.call_decode_video, probes, in_strips=True)]
     if entry.class_name == "LatteTransformer3DModel":
         return _image_chunks(base, build)
     if vae[0] == "AutoencoderKLTemporalDecoder":
-        probes = _batched(latent_probes(base, video=True, unit=1))
-        return [StageSpec("vae", partial(_svd_decoder, *vae), stages.call_svd_decode, probes)]
-    probes = (*image, *decoder_strips())
-    specs = [
-        StageSpec("vae", build, stages.call_decode, probes, in_strips=vae[0] in DECODER_CLASSES)
-    ]
+        build, probes = partial(_svd_decoder, *vae), _batched(_video_strips(base))
+        return [StageSpec("vae", build, stages.call_svd_decode, probes, in_strips=True)]
+    probes = (*image, *decoder_strips(video=False))
+    specs = [StageSpec("vae", build, stages.call_decode, probes, in_strips=True)]
     if entry.class_name == "AudioLDM2UNet2DConditionModel":
         vocoder = partial(_one, _transformer, "hifigan")
         specs.append(StageSpec("vocoder", vocoder, stages.call_vocoder, image))
     return specs
+
+
+def _video_strips(base: Shape) -> tuple[Shape, ...]:
+    """Whole videos and strips of some."""
+    return (*latent_probes(base, video=True, unit=1), *decoder_strips(video=True))
 
 
 def _small(base: Shape) -> Shape:

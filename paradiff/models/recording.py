@@ -31,6 +31,8 @@ WRITE_ONLY = {"copy_", "fill_", "zero_"}
 """In-place operators that do not read what they write."""
 GATHERS = {"embedding", "index", "index_select", "gather"}
 """Operators that read of their first operand what they write, not all of it."""
+TAKES_HALO = {"convolution", "replication_pad3d"}
+"""Operators that read a strip and its neighbours' rows; what puts these together is not the layer's."""
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
@@ -159,7 +161,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if self.quiet:
             return out
-        if self.pending_halo is not None and name != "convolution":
+        if self.pending_halo is not None and name not in TAKES_HALO:
             return out
         inputs = [t for t in tree_leaves((args, kwargs)) if _on_meta(t)]
         outputs = [t for t in tree_leaves(out) if _on_meta(t)]
@@ -181,6 +183,9 @@ class Recorder(TorchDispatchMode):
             launch = _convolution(args, outputs[0], self.pending_halo)
             self.pending_halo = None
             return launch
+        if name == "replication_pad3d" and self.pending_halo is not None:
+            rows, self.pending_halo = self.pending_halo, None
+            return Launch("elementwise", ((*rows, tuple(outputs[0].shape)),))
         if name in NORMS:
             return Launch("norm", ((tuple(args[0].shape), tuple(outputs[0].shape)),))
         reads = inputs[1:] if name in WRITE_ONLY | GATHERS else inputs

@@ -384,12 +384,9 @@ def call_decode(modules: tuple[Any, ...], s: Shape) -> Call:
 
 
 def call_decode_video(modules: tuple[Any, ...], s: Shape) -> Call:
-    """A video decoder on all frames at once. Mochi's normalises eight frames at a time; here all, which
-    moves as many elements in fewer launches."""
+    """A video decoder on all frames at once. Mochi's normalises eight frames at a time; intercepted all,
+    which moves as many elements in fewer launches."""
     vae = modules[0]
-    for module in vae.modules():
-        if type(module).__name__ == "MochiChunkedGroupNorm3D":
-            module.chunk_size = 6 * s["b"] * s["f"]
     latent = empty(s["b"], vae.config.latent_channels, s["f"], s["r"], s["w"])
     return vae.decode, (latent,), {"return_dict": False}
 

@@ -159,7 +159,7 @@ TINY_VAES: Mapping[str, Mapping[str, Any]] = {
     "kl-4": {**VAES["kl-4"][1], **_KL, "scaling_factor": 0.13025},
     "kl-16": {**VAES["kl-16"][1], **_KL, "scaling_factor": 1.5305, "shift_factor": 0.0609},
     "kl-audio": {**VAES["kl-audio"][1], **_KL, "block_out_channels": [16] * 3},
-    "svd": {**VAES["svd"][1], "block_out_channels": [32] * 4, "layers_per_block": 1},
+    "svd": {**VAES["svd"][1], "block_out_channels": [32] * 4, "layers_per_block": 2},
     "cogvideox": {**_KL, "scaling_factor": 1.15258426},
     "wan": {"base_dim": 8, "num_res_blocks": 1},
     "hunyuan-video": {**_KL, "scaling_factor": 0.476986},

@@ -1,4 +1,5 @@
-"""The picture decoded by all ranks of a replica, each a strip of its rows (strategies.md 17).
+"""The picture, or the frames of a video, decoded by all ranks of a replica, each a strip of rows
+(strategies.md 17).
 
 A plan axis beside the strategy, so a function from a finished schedule to one that decodes in strips:
 ``vae=split``. It is exact: every convolution gets its neighbours' rows, every GroupNorm the moments of
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from paradiff.graph import Buffer, BufferKind, Op, Ref, ScheduleGraph, Shape
-from paradiff.profiles import Point, Profile
+from paradiff.profiles import KERNEL_DIMS, Point, Profile
 from paradiff.strategies.builder import (
     DTYPE_BYTES,
     MOMENT_BYTES,
@@ -23,6 +24,9 @@ from paradiff.strategies.builder import (
 
 DECODE: Mapping[str, str] = {"vae": "split|tiled"}
 """Spec parameter -> pattern of its values."""
+DECODE_AT_ONCE = ("AutoencoderKL", "AutoencoderKLTemporalDecoder", "AutoencoderKLMochi")
+"""VAEs that decode a picture or a whole video in one call. Others go chunk by chunk, and so does Latte's
+pipeline with an AutoencoderKL: it decodes 14 frames at a time."""
 
 
 def split_decode(
@@ -37,8 +41,8 @@ def split_decode(
     if vae is None or not any(vae.points()):
         kind = profile.source.get("models", {}).get("vae", {}).get("class", "the VAE")
         raise Infeasible(
-            f"vae=split: {kind} of {profile.name} decodes several frames together or in chunks; an"
-            " AutoencoderKL that decodes pictures can be split"
+            f"vae=split: {kind} of {profile.name} does not decode all at once; those that do"
+            f" can be split: {', '.join(DECODE_AT_ONCE)}"
         )
     size = graph.world_size // replicas
     split = _Split(profile, DTYPE_BYTES[dtype])
@@ -151,10 +155,12 @@ class _Split:
         return (self.ref(name, rank, size, "image"),)
 
     def image_elements(self, shape: Shape) -> int:
-        """The last convolution makes rows x columns x batch positions of as many channels."""
-        last = [k for k in self.stage.segments[-1].kernels if k.kind == "conv"][-1]
-        positions, channels = last.sizes(shape._asdict())[:2]
-        return positions * channels
+        """Pixels of all frames, of as many channels as the last matrix product makes."""
+        last = [k for k in self.stage.segments[-1].kernels if k.kind in ("conv", "gemm")][-1]
+        channels = last.sizes(shape._asdict())[KERNEL_DIMS[last.kind].index("n")]
+        g = self.profile.geometry
+        frames = (shape.f - 1) * g.temporal_scale + 1
+        return shape.b * frames * shape.r * shape.w * g.scale**2 * channels
 
     # ---------------------------------------------------------------------------- transfers
 

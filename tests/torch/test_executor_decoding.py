@@ -82,6 +82,8 @@ def execute(name: str, spec: str, ours: Pipeline | None = None) -> Result:
         ("sd21", "asyncdiff=3,warmup=1,cuts=balanced", {0, 1}),  # 16 rows: not over three
         ("flux1-dev", "parastep=4,warmup=1", {0, 1, 2, 3}),  # the first rank's latent is the one
         ("audioldm2-large", "cfg=2", {0, 1}),  # a spectrogram: rows are moments of time
+        ("svd", "patch=4", {0, 1, 2, 3}),  # norms of a frame and of the video
+        ("mochi", "cfg=2,ulysses=2", {0, 1, 2, 3}),  # borders are repeated, frames dropped
     ],
 )
 def test_strips_equal_the_unmodified_decoder(name: str, spec: str, decoding: set[int]) -> None:

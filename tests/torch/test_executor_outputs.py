@@ -66,7 +66,9 @@ def test_decoding_equals_the_pipeline(name: str) -> None:
         latent = pipe._unpack_latents(latent, 64, 64, 8)
     found = decoder(ours_of(pipe, name))(latent)
     pictures = (found / 2 + 0.5).clamp(0, 1).movedim(1, -1).numpy()
-    np.testing.assert_allclose(pictures, expected, rtol=0, atol=1e-6)
+    # SVD's pipeline multiplies by 1 / scale: a rounding of float32 more, that its layers carry on.
+    atol = 4e-6 if name == "svd" else 1e-6
+    np.testing.assert_allclose(pictures, expected, rtol=0, atol=atol)
 
 
 def test_decoding_equals_cogvideox_and_audioldm2() -> None:

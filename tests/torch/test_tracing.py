@@ -256,6 +256,16 @@ def test_launches_of_every_other_stage_equal_profile(name: str) -> None:
         assert launches(record(spec, spec.build(), at)) == predicted(stage, at), spec.name
 
 
+@pytest.mark.parametrize("name", ["sdxl", "svd", "mochi"])
+def test_launches_of_a_strip_of_a_decoder_equal_profile(name: str) -> None:
+    stage = shipped(name).stages["vae"]
+    spec = next(spec for spec in plan_for(name).stages if spec.name == "vae")
+    modules, frames = spec.build(), 4 if shipped(name).defaults["frames"] > 1 else 1
+    for rows, neighbours in ((6, 1), (5, 2)):
+        at = shape(2, frames, rows, 9, k=17, h=neighbours)
+        assert launches(record(spec, modules, at, key_counts(stage))) == predicted(stage, at), at
+
+
 @pytest.mark.parametrize("name", FIRST)
 def test_default_request_of_one_is_exact_but_for_known_copies(name: str) -> None:
     """At the model's defaults with one request. Flux and SVD: for a batch of one no launch is
