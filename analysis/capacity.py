@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from analysis.text import seconds
+from analysis.text import count_of, seconds
 from simulator.capacity import HOURS_PER_MONTH, Answer, Option
 from simulator.estimates import Estimate
 from simulator.outcome import MAX_LOAD, Outcome
@@ -100,7 +100,7 @@ def recommendation(answer: Answer) -> Iterator[str]:
     if best.outcome is None or best.cut is None:
         return
     o = best.outcome
-    nodes = f"{best.nodes} node{'s' * (best.nodes != 1)} of {best.box.topology.name}"
+    nodes = f"{count_of(best.nodes or 0, 'node')} of {best.box.topology.name}"
     verb = "Buy" if q.nodes is None else "With"
     yield f"{verb} {nodes} ({best.box.gpus} GPUs each), each cut {best.cut.text(q.labels)}."
     if o.saturated:
@@ -144,7 +144,7 @@ def _too_near(o: Outcome) -> str:
 
 
 def _nodes_or(nodes: int | None) -> str:
-    return "out of the reach of this cut" if nodes is None else f"{nodes} node{'s' * (nodes != 1)}"
+    return "out of the reach of this cut" if nodes is None else count_of(nodes, "node")
 
 
 def _ways(option: Option, kind: int) -> list[Service]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from analysis import capacity as words
 from analysis.page import PALETTE, Chart, Figure, axis, figure, line, render, rule
+from analysis.text import count_of
 from simulator.capacity import HOURS_PER_MONTH, Answer, Curves, Option
 
 
@@ -45,8 +46,8 @@ def _charts(answer: Answer, best: Option) -> Iterator[Chart]:
     yield Chart(
         "load",
         "Latency against load",
-        f"{best.box.topology.name}, {best.nodes} nodes. Right of the saturation rate there is no steady "
-        "state, so there is no latency to draw.",
+        f"{best.box.topology.name}, {count_of(best.nodes or 0, 'node')}. Right of the saturation rate "
+        "there is no steady state, so there is no latency to draw.",
         _load(answer, best, curves),
     )
     cost = _cost(answer)
@@ -124,7 +125,7 @@ def _cost(answer: Answer) -> Figure:
                 [nodes * unit for nodes, _ in points],
                 k,
                 mode="lines+markers",
-                text=[f"{nodes} nodes" for nodes, _ in points],
+                text=[count_of(nodes, "node") for nodes, _ in points],
                 hovertemplate="%{text}: %{x:.3g} s, %{y:,.0f}",
             )
         )

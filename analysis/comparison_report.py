@@ -12,7 +12,7 @@ from typing import Any
 from analysis.comparison import Both, Comparison, Group
 from analysis.page import Chart, axis, bars, figure, render
 from analysis.text import plain, seconds
-from analysis.timeline import lanes, timeline, windows, within
+from analysis.timeline import View, lanes, steps_of, timeline, view, windows
 from paradiff.graph import ScheduleGraph
 from paradiff.trace import Span
 
@@ -177,29 +177,29 @@ def _charts(graph: ScheduleGraph, found: Comparison, facts: Mapping[str, Any]) -
         height_rem=9 + 3.2 * len(found.ranks),
     )
     for name, heading, steps in windows(found.predicted, 0):
-        runs, complete = _both_within(found, steps)
-        limit = "" if complete else " Not all ops are drawn, only the first of each run."
+        shown = view([found.predicted, found.typical], steps)
+        runs = _both_within(found, shown)
         rows = sum(len(lanes(spans)) for spans in runs.values())
         yield Chart(
             name,
             f"Timelines: {heading}",
-            f"Steps {steps[0]} to {steps[-1]} as predicted and below as measured (the run with the"
-            " median latency), a row for each rank and stream, both from the begin of these steps"
-            f" on.{limit}",
+            f"{steps_of(shown.steps).capitalize()} as predicted and below as measured (the run with"
+            " the median latency), a row for each rank and stream, both from the begin of these steps"
+            f" on.{shown.note}",
             timeline(graph, runs),
             height_rem=9 + 1.4 * rows,
         )
 
 
-def _both_within(found: Comparison, steps: range) -> tuple[dict[str, list[Span]], bool]:
-    """Spans of ``steps`` in both runs, each moved so that these steps begin at zero."""
-    runs, is_complete = {}, True
+def _both_within(found: Comparison, shown: View) -> dict[str, list[Span]]:
+    """What is shown of both runs, each moved so that these steps begin at zero."""
+    runs = {}
     for name, trace in (("predicted:", found.predicted), ("measured:", found.typical)):
-        spans, complete = within(trace, steps)
-        begin = min(span.start_s for span in spans if span.step in steps)
-        runs[name] = [s._replace(start_s=s.start_s - begin, end_s=s.end_s - begin) for s in spans]
-        is_complete = is_complete and complete
-    return runs, is_complete
+        begin = min(span.start_s for span in trace.spans if span.step in shown.steps)
+        runs[name] = [
+            s._replace(start_s=s.start_s - begin, end_s=s.end_s - begin) for s in shown.spans(trace)
+        ]
+    return runs
 
 
 def _ranks(found: Comparison) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from analysis.page import (
     plain,
     render,
 )
-from analysis.timeline import lanes, timeline, windows, within
+from analysis.timeline import lanes, steps_of, timeline, view, windows
 from analysis.topology_picture import path_of, positions
 from analysis.what_if import Outlook
 from simulator.network import Network
@@ -250,14 +250,13 @@ def _memory(best: CloseUp, first: Candidate, capacity_bytes: int) -> Figure:
 def _timelines(place: str, candidate: Candidate, seen: CloseUp) -> Iterator[Chart]:
     """``place``: what their ids begin with."""
     for name, heading, steps in windows(seen.trace, candidate.synchronous_steps or 0):
-        spans, complete = within(seen.trace, steps)
-        limit = "" if complete else f" Only the first {len(spans)} spans are drawn."
-        alike = _alike(seen.representative)
+        shown = view([seen.trace], steps)
+        spans, alike = shown.spans(seen.trace), _alike(seen.representative)
         yield Chart(
             place + name,
             f"Timeline{' of the runner-up' * bool(place)}: {heading}",
-            f"{candidate.spec}, steps {steps[0]} to {steps[-1]}, a row for each rank and "
-            f"stream.{limit}{alike}",
+            f"{candidate.spec}, {steps_of(shown.steps)}, a row for each rank and stream."
+            f"{shown.note}{alike}",
             timeline(seen.graph, {"": spans}),
             height_rem=9 + 1.4 * len(lanes(spans)),
         )

@@ -169,7 +169,7 @@ def recommendation(plan: Plan) -> str:
             f"Output: {_output_sentence(plan)}",
             f"Memory: {gigabytes(best.peak_memory_bytes)} of {gigabytes(plan.gpu_memory_bytes)} a GPU "
             f"at its peak. Basis of the times: {best.provenance}.",
-            *(f"Note: {note}" for note in plan.notes),
+            *(f"Note: {note}." for note in plan.notes),
         ]
     )
 

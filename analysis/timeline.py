@@ -5,7 +5,9 @@ Every time comes from a trace, every word from the graph that it is a run of.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from analysis.page import COLOURS, Figure, axis, bars, figure, plain
 from paradiff.graph import Instance, OpKind, ScheduleGraph
@@ -13,7 +15,7 @@ from paradiff.trace import Span, Trace
 
 KINDS: tuple[OpKind, ...] = ("compute", "collective", "permute", "p2p", "host")
 MAX_SPANS = 3000
-"""Bars of one timeline; a browser takes a second for as many."""
+"""Bars of one timeline, unless a rank has more in a step; a browser takes a second for as many."""
 SHOWN_STEPS = 2
 
 
@@ -27,12 +29,46 @@ def windows(trace: Trace, synchronous: int) -> Iterator[tuple[str, str, range]]:
         yield "steady", "steady steps", range(first, min(first + SHOWN_STEPS, steps))
 
 
-def within(trace: Trace, steps: range) -> tuple[list[Span], bool]:
-    """The spans that overlap ``steps``, and whether that is all of them."""
-    own = [span for span in trace.spans if span.step in steps]
-    begin, end = min(s.start_s for s in own), max(s.end_s for s in own)
-    found = [s for s in trace.spans if s.start_s < end and s.end_s > begin and s.end_s > s.start_s]
-    return found[:MAX_SPANS], len(found) <= MAX_SPANS
+class View(NamedTuple):
+    """Whole steps of a run, of all its ranks or of the first ones."""
+
+    steps: range
+    ranks: tuple[int, ...]
+    note: str = ""
+    """What is left out, as a sentence."""
+
+    def spans(self, trace: Trace) -> list[Span]:
+        """What its ranks do while any rank is in its steps."""
+        own = [span for span in trace.spans if span.step in self.steps]
+        begin, end = min(s.start_s for s in own), max(s.end_s for s in own)
+        return [
+            s
+            for s in trace.spans
+            if s.start_s < end and s.end_s > begin and s.end_s > s.start_s and s.rank in self.ranks
+        ]
+
+
+def view(traces: Sequence[Trace], steps: range) -> View:
+    """``steps`` of all ranks where that is few enough bars for each of ``traces``, which are runs of one
+    graph; else the first of them, of as many ranks as that is few enough for, one at least."""
+    ranks = tuple(sorted({span.rank for trace in traces for span in trace.spans}))
+    whole = View(steps, ranks)
+    if all(len(whole.spans(trace)) <= MAX_SPANS for trace in traces):
+        return whole
+    one = View(steps[:1], ranks)
+    bars_of = [Counter(span.rank for span in one.spans(trace)) for trace in traces]
+    most = [
+        sum(max(bars[r] for bars in bars_of) for r in ranks[: n + 1]) for n in range(len(ranks))
+    ]
+    room = max(1, sum(total <= MAX_SPANS for total in most))
+    if room == len(ranks):
+        return one
+    drawn = f"rank {ranks[0]} is" if room == 1 else f"the first {room} are"
+    return View(steps[:1], ranks[:room], f" Of {len(ranks)} ranks {drawn} drawn.")
+
+
+def steps_of(steps: range) -> str:
+    return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
 
 
 def lanes(spans: Iterable[Span]) -> list[tuple[int, str]]:

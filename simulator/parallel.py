@@ -71,6 +71,10 @@ def _one_pool(
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in sorted(done, key=lambda f: running[f]):
                 yield running.pop(future), future.result()
+    except (KeyboardInterrupt, SystemExit):
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -228,7 +228,7 @@ def _read(file: Path) -> list[Row] | None:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return found if isinstance(found, list) else None
+    return found if found and isinstance(found, list) else None
 
 
 def _write(file: Path, text: str) -> None:

@@ -119,7 +119,8 @@ class Trace(NamedTuple):
 def load_trace(path: str | Path, classes: Sequence[RequestClass]) -> Trace:
     """Read ``arrival_s[,model]`` rows with a header line. Raises ConfigError with file and line.
 
-    Times are seconds, ascending; ``model`` names a class of the mix. Other columns are not read.
+    Times are seconds from any instant, ascending; ``model`` names a class of the mix. Other columns are
+    not read.
     """
     names = [entry.label for entry in classes]
     times: list[float] = []

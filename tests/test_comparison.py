@@ -11,8 +11,9 @@ import pytest
 from pages import HOSTILE, Scripts, check_hovers, opened
 from unit_hardware import UnitCosts, exchange, run
 
-from analysis import comparison_report
+from analysis import comparison_report, timeline
 from analysis.comparison import SCHEMA, Comparison, compare, to_json
+from analysis.timeline import view
 from paradiff.graph import ScheduleGraph
 from paradiff.trace import Trace, TraceMismatch
 from simulator.topology import Topology
@@ -184,6 +185,39 @@ def test_what_is_predicted_to_take_no_time_has_no_error(graph: ScheduleGraph) ->
     rows = {row[0]: row[1:] for row in comparison_report.kind_table(compare(made, [seen]))[1]}
     assert rows["host"] == ["6", "0 s", "12.0 s", "-", "-"]
     assert rows["permute"][-2:] == ["+0.0%", "0.0%"]
+
+
+@pytest.mark.parametrize(
+    ("room", "ranks", "steps", "note"),
+    [
+        (24, 4, 2, ""),
+        (12, 4, 1, ""),
+        (8, 2, 1, " Of 4 ranks the first 2 are drawn."),
+        (1, 1, 1, " Of 4 ranks rank 0 is drawn."),
+    ],
+)
+def test_what_is_too_much_for_one_timeline_is_a_whole_step_of_the_first_ranks(
+    graph: ScheduleGraph,
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
+    ranks: int,
+    steps: int,
+    note: str,
+) -> None:
+    """Four ranks of three spans a step. With room for both steps, for one, for two ranks and a part, for
+    less than one rank: what is shown are whole steps of whole ranks, one of each at least."""
+    monkeypatch.setattr(timeline, "MAX_SPANS", room)
+    like = run(graph).spans[0]
+    spans = [
+        like._replace(rank=rank, step=step, start_s=3.0 * step + k, end_s=3.0 * step + k + 1)
+        for step in range(2)
+        for k in range(3)
+        for rank in range(4)
+    ]
+    trace = Trace(tuple(spans), 6.0)
+    shown = view([trace, trace], range(2))
+    assert (len(shown.ranks), len(shown.steps), shown.note) == (ranks, steps, note)
+    assert len(shown.spans(trace)) == 3 * ranks * steps
 
 
 def test_the_page_shows_both_timelines_on_one_axis(graph: ScheduleGraph, tmp_path: Path) -> None:

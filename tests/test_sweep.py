@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -21,6 +22,7 @@ from paradiff.strategies import Workload, build, parse_spec
 from simulator.measured import Row, append_row, begin_table, kernels_of
 from simulator.sweep import COLUMNS
 
+Popen = subprocess.Popen[bytes]
 SWEEP = """
 models: [sdxl, pixart-alpha]
 topologies: [pcie2-3090]
@@ -90,7 +92,7 @@ def test_a_local_ray_writes_the_same_bytes_though_a_worker_is_killed(
     assert (tmp_path / "out" / "sweep.csv").read_bytes() == expected
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, *more: str, stderr: IO[str] | int = subprocess.DEVNULL) -> Popen:
     """The sweep as a process of its own."""
     (folder / "sweep.yaml").write_text(SWEEP)
     arguments = ["plan", "--sweep", "sweep.yaml", "--output-dir", "out", *more]
@@ -100,7 +102,7 @@ def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
         cwd=folder,
         env={**os.environ, "PYTHONPATH": root, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
     )
 
 
@@ -108,7 +110,7 @@ def parts(folder: Path) -> list[Path]:
     return sorted((folder / "out" / "sweep.parts").glob("[!.]*.json"))
 
 
-def wait_for_parts(running: subprocess.Popen[bytes], folder: Path, count: int) -> None:
+def wait_for_parts(running: Popen, folder: Path, count: int) -> None:
     while len(parts(folder)) < count:
         assert running.poll() is None, "it ended before it could be disturbed"
         time.sleep(0.005)
@@ -130,6 +132,22 @@ def test_a_killed_sweep_goes_on_where_it_stopped(expected: bytes, tmp_path: Path
     assert again.wait(300) == 0
     assert (tmp_path / "out" / "sweep.csv").read_bytes() == expected
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep.csv"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds workers in /proc")
+def test_a_terminated_sweep_takes_its_workers_along(tmp_path: Path) -> None:
+    """SIGTERM, as from ``timeout`` or a job's end, does what Ctrl-C does: one line, no worker left."""
+    with (tmp_path / "said").open("w+") as said:
+        running = start(tmp_path, "--processes", "2", stderr=said)
+        wait_for_parts(running, tmp_path, 1)
+        workers = descendants(running.pid)
+        assert len(workers) >= 2
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(120) == 128 + signal.SIGTERM
+        said.seek(0)
+        assert said.read() == "12 combinations; interrupted, the same command goes on.\n"
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        time.sleep(0.05)
 
 
 def test_what_was_measured_since_is_planned_again(expected: bytes, tmp_path: Path) -> None:
@@ -160,7 +178,7 @@ def test_killing_a_worker_loses_nothing(expected: bytes, tmp_path: Path) -> None
     assert (tmp_path / "out" / "sweep.csv").read_bytes() == expected
 
 
-def kill_a_worker(running: subprocess.Popen[bytes], name: str) -> None:
+def kill_a_worker(running: Popen, name: str) -> None:
     """Kill one of its descendants whose command has ``name`` in it."""
     while running.poll() is None:
         for pid in descendants(running.pid):

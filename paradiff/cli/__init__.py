@@ -7,7 +7,9 @@ is imported inside the command that needs it, so ``--help`` costs little more th
 from __future__ import annotations
 
 import gc
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -49,10 +51,16 @@ def _run(command: typer.Typer, name: str) -> None:
     # Graphs and simulations are a million small objects, nearly none in cycles: collecting them as
     # often as Python does by default is a third of a plan's time.
     gc.set_threshold(1_000_000)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         command(prog_name=name)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    """What is open is closed on the way out, worker processes included."""
+    sys.exit(128 + number)
 
 
 @app.callback(invoke_without_command=True)
