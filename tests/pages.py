@@ -164,6 +164,7 @@ def opened(path: Path, width: int, scheme: str) -> Iterator[Any]:
             has_touch=width < 600,
             is_mobile=width < 600,
         )
+        context.set_default_timeout(200_000)  # of a machine that is busy with other tests
         page = context.new_page()
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
