@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from analysis.emit import ENGINES, EngineName, Inexpressible, emit, expressible
 from paradiff.cli import plan_app
-from paradiff.strategies import Workload, parse_spec
+from paradiff.strategies import Workload, build, parse_spec
 
 AXES = ("cfg", "data", "tensor", "ulysses", "ring", "pipefusion")
 DOCUMENTED: dict[str, set[str]] = {
@@ -195,17 +195,17 @@ def test_what_an_engine_has_not_is_said(
 HYBRIDS: tuple[tuple[EngineName, str, str, dict[str, int]], ...] = (
     ("xdit", "flux1-dev", "ulysses=2,ring=2,pipefusion=2,patches=2,warmup=1", {}),
     ("xdit", "sd3.5-large", "cfg=2,ulysses=2,ring=2", {}),
-    ("xdit", "wan2.1-14b", "ulysses=4,ring=2", {}),
+    ("xdit", "wan2.1-14b", "ulysses=4,ring=2", {"height": 768}),
     ("xdit", "pixart-alpha", "cfg=2,pipefusion=4,patches=8,warmup=2,stages=6:7:8:7", {}),
     ("xdit", "pixart-alpha", "data=2,ulysses=2,pipefusion=2,patches=4,warmup=3", {"batch": 2}),
     ("xdit", "hunyuandit", "cfg=2,ulysses=2,pipefusion=2,patches=2,warmup=1", {}),
     ("sglang", "flux1-dev", "tensor=2,ulysses=2,ring=2", {"height": 768, "steps": 7}),
-    ("sglang", "wan2.1-14b", "cfg=2,ulysses=2,ring=2", {}),
-    ("sglang", "hunyuanvideo", "ulysses=8", {"frames": 125}),
-    ("vllm-omni", "wan2.1-14b", "cfg=2,tensor=2,ulysses=2,ring=2", {}),
+    ("sglang", "wan2.1-14b", "cfg=2,ulysses=2,ring=2", {"height": 768}),
+    ("sglang", "hunyuanvideo", "ulysses=8", {"height": 768, "frames": 125}),
+    ("vllm-omni", "wan2.1-14b", "cfg=2,tensor=2,ulysses=2,ring=2", {"height": 768}),
     ("vllm-omni", "sd3-medium", "cfg=2,tensor=4", {}),
     ("cache-dit", "flux1-dev", "tensor=2,ulysses=2,ring=2", {}),
-    ("cache-dit", "hunyuanvideo", "ulysses=2,ring=4,rotate=allgather", {}),
+    ("cache-dit", "hunyuanvideo", "ulysses=2,ring=4,rotate=allgather", {"height": 768}),
 )
 """On up to 16 GPUs, for the parsers beside all on four; changes of the workload."""
 
@@ -255,7 +255,9 @@ def test_an_engine_reads_the_plan_that_was_made(engine: EngineName) -> None:
     """Every line through the engine's own parser and its own checks of degrees: GPUs, the degree of each
     axis and of no other, sizes, steps, PipeFusion's parameters are those of the plan."""
     cases = [(*case, {}) for case in everything(engine)]
-    cases += [(m, s, written(engine, m, s, **c), c) for e, m, s, c in HYBRIDS if e == engine]
+    for _, model, spec, changes in (each for each in HYBRIDS if each[0] == engine):
+        build(parse_spec(spec), profile(model), work(model, **changes))  # a plan that there is
+        cases.append((model, spec, written(engine, model, spec, **changes), changes))
     answers = read_by(engine, [line(engine, text) for _, _, text, _ in cases])
     for (model, spec, text, changes), answer in zip(cases, answers, strict=True):
         assert "read" in answer, (text, answer)
@@ -317,8 +319,8 @@ def test_the_scripts_of_xdit_are_in_its_wheel() -> None:
 def test_sglang_would_make_a_longer_clip() -> None:
     """HunyuanVideo's 129 frames are 33 latent ones, of which sglang makes 36 on four ranks: 141."""
     with pytest.raises(Inexpressible, match="between latent frames: 33 over 4 ranks"):
-        written("sglang", "hunyuanvideo", "ulysses=4")
-    words = line("sglang", written("sglang", "hunyuanvideo", "ulysses=4", frames=125))
+        written("sglang", "hunyuanvideo", "ulysses=4", height=704)
+    words = line("sglang", written("sglang", "hunyuanvideo", "ulysses=4", height=704, frames=125))
     assert isinstance(words, list)
     words[words.index("125")] = "129"
     (answer,) = read_by("sglang", [words])
