@@ -41,7 +41,6 @@ def script(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProc
         text=True,
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        timeout=300,
         check=False,
     )
 

@@ -86,19 +86,39 @@ def test_a_local_ray_writes_the_same_bytes_though_a_worker_is_killed(
 ) -> None:
     pytest.importorskip("ray", reason="Ray is not installed (the [ray] extra)")
     running = start(tmp_path, "--ray", "local")
-    wait_for_parts(running, tmp_path, 1)
     kill_a_worker(running, "ray::rows")
-    assert running.wait(300) == 0
+    assert running.wait() == 0
     assert (tmp_path / "out" / "sweep.csv").read_bytes() == expected
 
 
-def start(folder: Path, *more: str, stderr: IO[str] | int = subprocess.DEVNULL) -> Popen:
-    """The sweep as a process of its own."""
+HELD = """
+import sys, time
+from pathlib import Path
+from paradiff.cli import main
+from simulator import sweep
+write, left = sweep._write, [int(sys.argv.pop(1))]
+def held(file, text):
+    write(file, text)
+    left[0] -= 1
+    if left[0] == 0:
+        Path("held").touch()
+        while not Path("go").exists():
+            time.sleep(0.005)
+sweep._write = held
+main()
+"""
+"""The program, which stops after so many parts until it is told to go on."""
+
+
+def start(
+    folder: Path, *more: str, held_after: int = 0, stderr: IO[str] | int = subprocess.DEVNULL
+) -> Popen:
+    """The sweep as a process of its own; it stops after ``held_after`` parts, if any."""
     (folder / "sweep.yaml").write_text(SWEEP)
     arguments = ["plan", "--sweep", "sweep.yaml", "--output-dir", "out", *more]
     root = str(Path(__file__).parent.parent)
     return subprocess.Popen(
-        [sys.executable, "-c", "from paradiff.cli import main; main()", *arguments],
+        [sys.executable, "-c", HELD, str(held_after), *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": root, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
         stdout=subprocess.DEVNULL,
@@ -110,26 +130,34 @@ def parts(folder: Path) -> list[Path]:
     return sorted((folder / "out" / "sweep.parts").glob("[!.]*.json"))
 
 
-def wait_for_parts(running: Popen, folder: Path, count: int) -> None:
-    while len(parts(folder)) < count:
-        assert running.poll() is None, "it ended before it could be disturbed"
+def until_held(running: Popen, folder: Path) -> None:
+    while not (folder / "held").exists():
+        assert running.poll() is None
         time.sleep(0.005)
 
 
-def test_a_killed_sweep_goes_on_where_it_stopped(expected: bytes, tmp_path: Path) -> None:
-    running = start(tmp_path, "--processes", "1")
-    wait_for_parts(running, tmp_path, 2)
+def kill_after_two(folder: Path) -> None:
+    """Start the sweep, and kill it when it has two parts."""
+    running = start(folder, "--processes", "1", held_after=2)
+    until_held(running, folder)
     running.send_signal(signal.SIGKILL)
     running.wait()
+    (folder / "held").unlink()
+
+
+def test_a_killed_sweep_goes_on_where_it_stopped(expected: bytes, tmp_path: Path) -> None:
+    kill_after_two(tmp_path)
     kept = {path: path.stat().st_mtime_ns for path in parts(tmp_path)}
-    assert 2 <= len(kept) < COMBINATIONS - 1
+    assert len(kept) == 2
     torn, _ = kept.popitem()
     torn.write_bytes(torn.read_bytes()[:100])  # as when the power is cut: made again
     assert not (tmp_path / "out" / "sweep.csv").exists()
-    again = start(tmp_path, "--processes", "1")
-    wait_for_parts(again, tmp_path, len(kept) + 2)
+    again = start(tmp_path, "--processes", "1", held_after=COMBINATIONS - 1)
+    until_held(again, tmp_path)
+    assert len(parts(tmp_path)) == COMBINATIONS
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
-    assert again.wait(300) == 0
+    (tmp_path / "go").touch()
+    assert again.wait() == 0
     assert (tmp_path / "out" / "sweep.csv").read_bytes() == expected
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep.csv"]
 
@@ -138,12 +166,12 @@ def test_a_killed_sweep_goes_on_where_it_stopped(expected: bytes, tmp_path: Path
 def test_a_terminated_sweep_takes_its_workers_along(tmp_path: Path) -> None:
     """SIGTERM, as from ``timeout`` or a job's end, does what Ctrl-C does: one line, no worker left."""
     with (tmp_path / "said").open("w+") as said:
-        running = start(tmp_path, "--processes", "2", stderr=said)
-        wait_for_parts(running, tmp_path, 1)
+        running = start(tmp_path, "--processes", "2", held_after=1, stderr=said)
+        until_held(running, tmp_path)
         workers = descendants(running.pid)
         assert len(workers) >= 2
         running.send_signal(signal.SIGTERM)
-        assert running.wait(120) == 128 + signal.SIGTERM
+        assert running.wait() == 128 + signal.SIGTERM
         said.seek(0)
         assert said.read() == "12 combinations; interrupted, the same command goes on.\n"
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
@@ -153,10 +181,7 @@ def test_a_terminated_sweep_takes_its_workers_along(tmp_path: Path) -> None:
 def test_what_was_measured_since_is_planned_again(expected: bytes, tmp_path: Path) -> None:
     """Part of a sweep is done; then the box's GPU gets a kernel table, of one product that one GPU runs.
     The end is that of a sweep that had the table all along, and not that of one without."""
-    running = start(tmp_path, "--processes", "1")
-    wait_for_parts(running, tmp_path, 2)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    kill_after_two(tmp_path)
     profile = load_profile(find("models", "sdxl", ".json"))
     graph = build(parse_spec("serial"), profile, Workload(512, 512, 1, 4))
     product = next(key for key in kernels_of(graph, profile) if key.kind == "gemm")
@@ -164,17 +189,18 @@ def test_what_was_measured_since_is_planned_again(expected: bytes, tmp_path: Pat
         table = folder / "hardware_profiles" / "measured" / "rtx3090" / "kernels.csv"
         begin_table(table, {"device": "by hand", "threads": "1", "torch": "none"})
         append_row(table, product, "bf16", Row(5e-3, 4.9e-3, 5.1e-3, 9))
-        assert start(folder, "--processes", "2").wait(300) == 0
+        assert start(folder, "--processes", "2").wait() == 0
     again, afresh = (f / "out" / "sweep.csv" for f in (tmp_path, tmp_path / "afresh"))
     assert again.read_bytes() == afresh.read_bytes() != expected
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds workers in /proc")
 def test_killing_a_worker_loses_nothing(expected: bytes, tmp_path: Path) -> None:
-    running = start(tmp_path, "--processes", "2")
-    wait_for_parts(running, tmp_path, 1)
+    running = start(tmp_path, "--processes", "2", held_after=1)
+    until_held(running, tmp_path)
     kill_a_worker(running, "spawn_main")
-    assert running.wait(300) == 0
+    (tmp_path / "go").touch()
+    assert running.wait() == 0
     assert (tmp_path / "out" / "sweep.csv").read_bytes() == expected
 
 

@@ -80,7 +80,7 @@ def test_the_command_runs_there(tmp_path: Path) -> None:
 def test_one_rank_over_nccl(tmp_path: Path) -> None:
     """The threads, groups and clocks of a launch, with a GPU in place of the CPU."""
     arguments = ["run", "--model", "sd21", "--steps", "2", "--device", "cuda", "--launch", "1",
-                 "--output-dir", str(tmp_path / "out")]  # fmt: skip
+                 "--timeout", "200", "--output-dir", str(tmp_path / "out")]  # fmt: skip
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out" / "image-0.png").is_file()
@@ -91,7 +91,7 @@ def test_a_plan_runs_on_the_gpu_that_it_names(tmp_path: Path) -> None:
             "--output-dir", str(tmp_path / "plan")]  # fmt: skip
     assert CliRunner().invoke(app, plan).exit_code == 0
     (file,) = (tmp_path / "plan").glob("*.plan.yaml")
-    arguments = ["run", str(file), "--device", "cuda", "--launch", "1"]
+    arguments = ["run", str(file), "--device", "cuda", "--launch", "1", "--timeout", "200"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     absent = torch.cuda.device_count()

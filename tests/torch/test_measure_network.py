@@ -83,9 +83,7 @@ def test_two_processes_measure_each_other(tmp_path: Path) -> None:
     command += ["--min-bytes", "4 KiB", "--max-bytes", "16 KiB", "--output-dir", str(tmp_path)]
     command += ["--topology", "pcie2-3090", "--output", str(tmp_path / "box.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 2  # rank 0 alone speaks
     lines = (tmp_path / "network.csv").read_text().splitlines()

@@ -44,7 +44,7 @@ def launched(cache: Path, folder: Path, *arguments: str) -> subprocess.Completed
     }  # fmt: skip
     return subprocess.run(
         [sys.executable, "-m", "paradiff", "validate", "run", *SMALL, *arguments],
-        capture_output=True, text=True, cwd=folder, check=False, timeout=300, env=environment,
+        capture_output=True, text=True, cwd=folder, check=False, env=environment,
     )  # fmt: skip
 
 
@@ -141,20 +141,20 @@ def test_one_process_takes_turns(
 def test_the_gate_fails_for_a_machine_that_is_kept_wrong(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Six times as long as measured passes here, whatever else the machine does; works that are kept as
-    thirty times as long as they are do not."""
+    """Thirty times as long as measured passes here, whatever else the machine does; works that are kept
+    as a thousand times as long as they are do not."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    command = (*SMALL, "--strategy", "cfg=2", "--repeats", "1", "--max-error", "5")
+    command = (*SMALL, "--strategy", "cfg=2", "--repeats", "1", "--max-error", "30")
     right = here(*command)
     assert right.exit_code == 0, right.output
     assert "One run does not show" in right.stdout
     (file,) = tmp_path.glob("paradiff/measured/*.json")
     kept = json.loads(file.read_text())
-    kept["works"] = {key: [30 * s for s in each] for key, each in kept["works"].items()}
+    kept["works"] = {key: [1000 * s for s in each] for key, each in kept["works"].items()}
     file.write_text(json.dumps(kept))
     wrong = here(*command)
     assert wrong.exit_code == 1, wrong.output
-    assert "allowed: 500.0% (--max-error)" in wrong.stderr
+    assert "allowed: 3000.0% (--max-error)" in wrong.stderr
 
 
 def test_works_are_timed_once_for_all_that_have_them(
