@@ -120,7 +120,12 @@ def start(
     return subprocess.Popen(
         [sys.executable, "-c", HELD, str(held_after), *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": root, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+        env={
+            **os.environ,
+            "PYTHONPATH": root,
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_worker_niceness": "0",  # else 15: beside other tests its workers would not get on
+        },
         stdout=subprocess.DEVNULL,
         stderr=stderr,
     )
