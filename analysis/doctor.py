@@ -14,11 +14,22 @@ from dataclasses import dataclass, replace
 from itertools import chain, combinations, pairwise
 from typing import Literal
 
+import networkx as nx
+
 from paradiff.profiles import Profile
 from paradiff.strategies import Workload, candidate_specs, parse_spec
 from paradiff.strategies import facts as strategy_facts
 from simulator.gpu import Gpu, load_gpu
-from simulator.importers.assemble import NVLINK_SHARE, PCIE_SHARE
+from simulator.importers.assemble import (
+    AS_HOST,
+    ASSUMED_NVLINKS,
+    ASSUMED_PEERS,
+    IDLE,
+    NVLINK_SHARE,
+    PCIE_SHARE,
+    as_switch,
+    pcie_access,
+)
 from simulator.importers.machine import Facts, pcie_bytes_per_s
 from simulator.network import Network
 from simulator.planner import Candidate, Request, plan
@@ -35,7 +46,11 @@ WIRE_SHARE = 0.94
 """What RDMA reaches of an Ethernet or InfiniBand line: 47 of 50 GB/s (as in nvlink8x8-h100)."""
 SOCKET_KINDS = ("upi", "qpi", "xgmi")
 _PCIE = re.compile(r"pcie(\d)-x(\d+)")
-_WIRE = re.compile(r"(?:ethernet|eth|roce|ib|infiniband)-?(\d+)(?:g|gbe)?")
+_WIRE = re.compile(r"(?:network|ethernet|eth|roce|ib|infiniband)-?(\d+(?:\.\d+)?)(?:g|gbe)?")
+_BETWEEN = re.compile(rf", GPU \d+ to \d+(?!\d|{AS_HOST})")
+"""In the source of a link whose rate is that of a copy between GPUs alone."""
+_MODEL = re.compile(r"[A-Z]*\d+[A-Z]*")
+_NO_MODEL = re.compile(r"\d{1,3}|\d+GB?|SXM\d|HBM\dE?")
 GB = 1e9
 Pair = tuple[int, int]
 """Two device numbers, ascending."""
@@ -69,9 +84,11 @@ def diagnose(box: Topology, facts: Facts | None = None) -> tuple[Finding, ...]:
     gpus = {name: load_gpu(name) for name in dict.fromkeys(box.profiles)}
     by_pcie = _by_pcie(box)
     found = [
+        *_other_gpu(gpus[box.profiles[0]], facts),
         *_peer_access(box, facts, list(by_pcie)),
         *_slow_peers(box, facts),
-        *_pcie(box, gpus),
+        *_pcie(box, gpus, facts),
+        *_idle(box),
         *_nvlinks(box, gpus, facts),
         *_sockets(box, by_pcie),
         *_host_memory(box, list(by_pcie)),
@@ -135,20 +152,50 @@ def _named(pairs: Sequence[Pair]) -> str:
     return shown + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
 
 
+def _other_gpu(gpu: Gpu, facts: Facts | None) -> Iterator[Finding]:
+    """A file that names another model than the profile is of."""
+    if facts is None:
+        return
+    tables = [facts.machine.cards, *(b.cards for b in facts.bandwidths)]
+    cards = [
+        *chain.from_iterable(t.values() for t in tables),
+        *chain(*(r.cards for r in facts.runs)),
+    ]
+    other = [c for c in cards if _models(c.model) and not _models(c.model) & _models(gpu.full_name)]
+    if other and _models(gpu.full_name):
+        yield Finding(
+            code="other-gpu",
+            severity="wrong",
+            what=f"the box has {other[0].model}, and is taken for {gpu.full_name}",
+            evidence=other[0].at,
+            remedy="--gpu with the profile of the GPU that is there",
+        )
+
+
+def _models(name: str) -> set[str]:
+    """``NVIDIA H100 80GB HBM3`` -> {H100}: words with a number that is no size."""
+    words = _MODEL.findall(name.upper())
+    return {word for word in words if not _NO_MODEL.fullmatch(word)}
+
+
 # --------------------------------------------------------------------------------- peer-to-peer
 
 
 def _peer_access(box: Topology, facts: Facts | None, pairs: Sequence[Pair]) -> Iterator[Finding]:
     if box.peer_to_peer or not pairs:
         return
-    refused = [] if facts is None else [w for able, w in facts.access.values() if not able]
-    known = facts is None or bool(facts.access)
+    told = {} if facts is None else pcie_access(facts)
+    refused = [said for able, said in told.values() if not able]
+    known = bool(told) or ASSUMED_PEERS not in box.source
+    what = (
+        "peer-to-peer is off" if known else "nobody says whether peer-to-peer works; taken as off"
+    )
+    if 0 < len(refused) < len(told):
+        what = f"{what} on {len(refused)} of {len(told)} directed pairs; taken as off for all"
     yield Finding(
         code="peer-to-peer",
         severity="wrong" if known else "unknown",
-        what="peer-to-peer is off"
-        if known
-        else "nobody says whether peer-to-peer works; taken as off",
+        what=what,
         evidence=refused[0]
         if refused
         else f"peer_to_peer: false; GPU pairs {_named(pairs)} use PCIe",
@@ -195,19 +242,54 @@ def _slow_peers(box: Topology, facts: Facts | None) -> Iterator[Finding]:
 # ------------------------------------------------------------------------------------------ PCIe
 
 
-def _pcie(box: Topology, gpus: Mapping[str, Gpu]) -> Iterator[Finding]:
-    """Links with fewer lanes, an older generation, or less bandwidth than there should be; those with
-    the same complaint together."""
+_Case = tuple[Link, float]
+"""A link and the bandwidth that it should have."""
+
+
+def _complaints(
+    box: Topology, gpus: Mapping[str, Gpu]
+) -> tuple[dict[tuple[str, str], list[_Case]], list[_Case]]:
+    """Links by what is wrong with them (code, sentence), and those that only copies between GPUs say to
+    be slow: these tell of a GPU's lanes where copies of other GPUs were fast, else the way between
+    them may be slow."""
     profile = dict(zip(box.gpus, box.profiles, strict=True))
-    complaints: dict[tuple[str, str], list[tuple[Link, float]]] = {}
+    tree = nx.Graph((k.a, k.b) for k in box.links if not k.is_nvlink)
+    complaints: dict[tuple[str, str], list[_Case]] = {}
+    unsure: list[_Case] = []
+    fine = False
     for link in box.links:
         if not link.kind.startswith("pcie"):
             continue
-        ends = [end for end in (link.a, link.b) if end in profile]
-        has = gpus[profile[ends[0]]].pcie if ends else None
-        found = _complaint(link, has.value if has is not None else None)
-        if found is not None:
+        below = [gpus[profile[gpu]].pcie for gpu in _below(box, tree, link)]
+        found = _complaint(link, max((has.value for has in below if has is not None), default=None))
+        own = link.a in profile or link.b in profile
+        fine |= own and found is None and link.source.startswith("measured")
+        if found is not None and found[0].startswith("slow") and _BETWEEN.search(link.source):
+            unsure.append((link, found[2]))
+        elif found is not None:
             complaints.setdefault(found[:2], []).append((link, found[2]))
+    if fine:
+        own_links = [case for case in unsure if {case[0].a, case[0].b} & profile.keys()]
+        for link, rate in own_links:
+            complaints.setdefault(_too_slow(link, rate), []).append((link, rate))
+        unsure = [case for case in unsure if case not in own_links]
+    return complaints, unsure
+
+
+def _pcie(box: Topology, gpus: Mapping[str, Gpu], facts: Facts | None) -> Iterator[Finding]:
+    """Links with fewer lanes, an older generation, or less bandwidth than there should be; those with
+    the same complaint together."""
+    complaints, unsure = _complaints(box, gpus)
+    if unsure and next(_slow_peers(box, facts), None) is None:
+        link, rate = min(unsure, key=lambda case: case[0].bandwidth_bytes_per_s / case[1])
+        yield Finding(
+            code="slow-copies",
+            severity="unknown",
+            what=f"copies between GPUs reach {link.bandwidth_bytes_per_s / GB:.3g} GB/s of the "
+            f"{rate / GB:.3g} of {link.a} to {link.b}: its lanes, or the way through the host",
+            evidence=link.source,
+            remedy="nvbandwidth -j for --nvbandwidth: copies from the host cross the GPU's link alone",
+        )
     for (code, what), cases in complaints.items():
         full = {id(link): rate for link, rate in cases}
         links = tuple(
@@ -227,9 +309,22 @@ def _pcie(box: Topology, gpus: Mapping[str, Gpu]) -> Iterator[Finding]:
         )
 
 
+def _below(box: Topology, tree: nx.Graph, link: Link) -> list[str]:
+    """The GPUs that a link leads to: the one at its end, else those on the side without host memory."""
+    own = [end for end in (link.a, link.b) if end in box.gpus]
+    memory = {at for node in box.nodes for at in node.memory_at}
+    if own or not memory:
+        return own
+    tree.remove_edge(link.a, link.b)
+    sides = [nx.node_connected_component(tree, end) for end in (link.a, link.b)]
+    tree.add_edge(link.a, link.b)
+    lower = set().union(*(side for side in sides if not side & memory))
+    return [gpu for gpu in box.gpus if gpu in lower]
+
+
 def _complaint(link: Link, generation: int | None) -> tuple[str, str, float] | None:
-    """(code, sentence, bandwidth if it were right). ``generation`` is the GPU's, None for links
-    between switches, which are compared with their own kind."""
+    """(code, sentence, bandwidth if it were right). ``generation`` is that of the GPUs below, None
+    where there are none: compared with its own kind, then."""
     kind = _PCIE.fullmatch(link.kind)
     is_, lanes = (int(kind[1]), int(kind[2])) if kind else (generation, 16)
     wanted = generation or is_
@@ -237,15 +332,35 @@ def _complaint(link: Link, generation: int | None) -> tuple[str, str, float] | N
         return None
     full = pcie_bytes_per_s(wanted, 16) * PCIE_SHARE
     rate = link.bandwidth_bytes_per_s
+    older = f"PCIe {is_} where the GPU has {wanted}"
     if lanes < 16:
-        return f"pcie-x{lanes}", f"{lanes} of 16 lanes", full
+        what = f"{lanes} of 16 lanes" + (f", and {older}" if is_ < wanted else "")
+        return f"pcie{is_ if is_ < wanted else ''}-x{lanes}", what, full
     if is_ < wanted:
-        return f"pcie{is_}", f"PCIe {is_} where the GPU has {wanted}", full
-    if rate < SHORT * full:
-        lanes = max(1, 2 ** round(math.log2(16 * rate / full)))
-        what = f"{rate / GB:.3g} GB/s of {full / GB:.3g}, as if on {lanes} lanes"
-        return f"slow-pcie-{lanes}", what, full
-    return None
+        return f"pcie{is_}", older, full
+    return (*_too_slow(link, full), full) if rate < SHORT * full else None
+
+
+def _too_slow(link: Link, full: float) -> tuple[str, str]:
+    """Code and sentence for a rate far below the full one."""
+    rate = link.bandwidth_bytes_per_s
+    lanes = max(1, 2 ** round(math.log2(16 * rate / full)))
+    what = f"{rate / GB:.3g} GB/s of {full / GB:.3g}, as if on {lanes} lanes"
+    return f"slow-pcie-{lanes}", what
+
+
+def _idle(box: Topology) -> Iterator[Finding]:
+    """Links that a file has at 2.5 GT/s, all of them."""
+    idle = [k for k in box.links if IDLE in k.source]
+    if idle:
+        yield Finding(
+            code="idle-links",
+            severity="unknown",
+            what=f"{len(idle)} PCIe links were at 2.5 GT/s, which idle GPUs train down to; taken at the "
+            "generation of the GPU",
+            evidence=idle[0].source,
+            remedy="make the file while the GPUs work, or nvbandwidth -j for --nvbandwidth",
+        )
 
 
 # ---------------------------------------------------------------------------------------- NVLink
@@ -282,6 +397,33 @@ def _nvlinks(box: Topology, gpus: Mapping[str, Gpu], facts: Facts | None) -> Ite
                 evidence=next(k.source for k in box.links if k.is_nvlink) or f"links of {box.name}",
                 remedy="keep groups that exchange most on bridged pairs (the plan's placement does)",
             )
+    elif not joined and ASSUMED_NVLINKS in box.source:
+        yield Finding(
+            code="no-nvlink",
+            severity="unknown",
+            what=f"nobody says whether the NVLinks of the {first.full_name} are up; taken as none",
+            evidence=box.source,
+            remedy="nvidia-smi topo -m for --nvidia-smi",
+        )
+    elif not joined and "SXM" in first.full_name:
+        rate = first.nvlinks.value * first.nvlink_bandwidth.value * NVLINK_SHARE
+        ports = tuple(
+            Link(
+                a=gpu, b="nvswitch", bandwidth_bytes_per_s=rate, latency_s=1e-6, kind="nvlink",
+                source="what if",
+            )
+            for gpu in box.gpus
+        )  # fmt: skip
+        whole = replace(box, switches=(*box.switches, "nvswitch"), links=(*box.links, *ports))
+        yield Finding(
+            code="no-nvlink",
+            severity="wrong",
+            what=f"no NVLink is up, and each {first.full_name} has {first.nvlinks.value}",
+            evidence=box.source if facts is None else facts.machine.at,
+            remedy="nvidia-smi nvlink -s; the fabric manager must run (systemctl status "
+            "nvidia-fabricmanager), in the driver's version; a virtual machine may have none by design",
+            repaired=whole if len(box.nodes) == 1 else None,
+        )
     elif not joined:
         rate = first.nvlinks.value * first.nvlink_bandwidth.value * NVLINK_SHARE
         bridges = tuple(
@@ -307,21 +449,24 @@ def _down(box: Topology, gpu: Gpu, facts: Facts | None, switched: bool) -> Itera
     if facts is None or not switched:
         return
     has = gpu.nvlinks.value
-    few = [k for k in facts.machine.nvlinks if k.count is not None and k.count < has]
+    ports = [k for k in as_switch(facts.machine, gpu) if k.b is None]
+    few = [k for k in ports if k.count is not None and k.count < has]
     if few:
         link = min(few, key=lambda k: k.count or 0)
+        lacking = {box.gpus[k.a]: has / k.count for k in few if k.count}
+        more = f", and {len(few) - 1} more GPUs have too few" if len(few) > 1 else ""
         yield Finding(
             code="nvlinks-down",
             severity="wrong",
-            what=f"GPU {link.a} has {link.count} NVLinks up of {has}",
+            what=f"GPU {link.a} has {link.count} NVLinks up of {has}{more}",
             evidence=link.at,
             remedy="nvidia-smi nvlink -s shows which are down; restart the fabric manager, then the "
             "machine; a virtual machine may get fewer by design",
             repaired=replace(
                 box,
                 links=tuple(
-                    replace(k, bandwidth_bytes_per_s=k.bandwidth_bytes_per_s * has / link.count)
-                    if k.is_nvlink and link.count and f"gpu{link.a}" in (k.a, k.b)
+                    replace(k, bandwidth_bytes_per_s=k.bandwidth_bytes_per_s * lacking[end])
+                    if k.is_nvlink and (end := k.a if k.a in lacking else k.b) in lacking
                     else k
                     for k in box.links
                 ),
@@ -393,8 +538,8 @@ def _wires(box: Topology, facts: Facts | None) -> Iterator[Finding]:
     slow = []
     for link in box.links:
         line = _WIRE.fullmatch(link.kind)
-        if line and link.bandwidth_bytes_per_s < SHORT * int(line[1]) * GB / 8:
-            slow.append((link, int(line[1]) * GB / 8))
+        if line and link.bandwidth_bytes_per_s < SHORT * float(line[1]) * GB / 8:
+            slow.append((link, float(line[1]) * GB / 8))
     remedy = (
         "TCP over one socket reaches half of a fast line: RDMA (RoCE, InfiniBand) where there is, else "
         "NCCL_SOCKET_NTHREADS and NCCL_NSOCKS_PERTHREAD, jumbo frames"
@@ -441,11 +586,12 @@ def _mig(facts: Facts | None) -> Iterator[Finding]:
 def _unmeasured(box: Topology) -> Iterator[Finding]:
     """Links that rest on nothing but their line rate."""
     used = [k for k in box.links if k.source.startswith(("nominal", "assumed"))]
-    if used and not box.collectives:
+    if used:
+        none = "" if box.collectives else ", and no collective is"
         yield Finding(
             code="unmeasured",
             severity="unknown",
-            what=f"{len(used)} of {len(box.links)} links are not measured, and no collective is",
+            what=f"{len(used)} of {len(box.links)} links are not measured{none}",
             evidence=used[0].source,
             remedy="nvbandwidth -j for --nvbandwidth; all_to_all and all_gather of nccl-tests at 2, 4 "
             "and 8 GPUs for --nccl-tests; or paradiff profile network",

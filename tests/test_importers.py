@@ -508,6 +508,16 @@ def test_files_of_two_boxes_are_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(ConfigError, match=r"8 GPUs, but .* has 4"):
         imported(tmp_path, "l40s", nccl_xml="switches.nccl.xml", nvidia_smi="two-sockets.topo.txt")
+    with pytest.raises(
+        ConfigError, match=r"refused\.p2p\.txt:2: CNS, .* for GPU 0 to 1, but .*: copied, allowed"
+    ):
+        imported(
+            tmp_path,
+            "l40s",
+            nvidia_smi="two-sockets.topo.txt",
+            p2p="refused.p2p.txt",
+            nvbandwidth="two-sockets.nvbandwidth.json",
+        )
     with pytest.raises(ConfigError, match="no file has the structure"):
         imported(tmp_path, "l40s", p2p="granted.p2p.txt")
     with pytest.raises(ConfigError, match=r"GPU 4, but .* has 4 GPUs"):

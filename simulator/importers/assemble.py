@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +29,7 @@ from simulator.importers.machine import (
     Machine,
     Nvlinks,
     Pair,
+    Pcie,
     Reading,
     Vertex,
     pcie_bytes_per_s,
@@ -59,6 +61,16 @@ LIMITED = 0.95
 ALIKE = 1.03
 """Measured links of one kind within this factor are one link with noise: each gets their median, so that
 the planner sees the symmetry of the box."""
+BETWEEN, AS_HOST = ", GPU {} to {}", ", as with the host"
+"""What the source of a link says whose rate is that of a copy between GPUs, and where one from the host
+was no faster: the link itself, then, is what limits."""
+IDLE_BYTES_PER_S = pcie_bytes_per_s(1, 16)
+"""PCIe links that are no faster than 2.5 GT/s gives sixteen lanes: what an idle GPU trains down to."""
+ASSUMED_PEERS = "peer-to-peer assumed"
+ASSUMED_NVLINKS = "no NVLink assumed"
+"""What a topology's source says where no file tells."""
+IDLE = "idle?"
+"""What the source of a link says whose file has it at 2.5 GT/s, as those of all GPUs."""
 MOST_NVLINKS = 18
 """NVLinks of a GPU whose profile does not say."""
 GB = 1e9
@@ -103,9 +115,9 @@ def read_facts(files: Files, nccl_tests: Sequence[str] = ()) -> Facts:
         allowed = "--nccl-xml, --nvidia-smi, --lstopo or --nccl-log"
         raise ConfigError(f"no file has the structure of the box, allowed: one of {allowed}")
     machine = _merged(list(machines.values()))
-    access |= {pair: told for b in measured for pair, told in b.access.items()}
-    if "p2p" in reports:
-        access |= read_p2p(reports["p2p"])
+    told = [each.access for each in measured]
+    told += [read_p2p(reports["p2p"])] if "p2p" in reports else []
+    access = {**access, **_agreed(told)}
     tables = [read_nccl_tests(read_report(path)) for path in nccl_tests]
     runs = [run for found, _ in tables for run in found]
     notes = [note for _, said in tables for note in said]
@@ -124,6 +136,22 @@ def read_facts(files: Files, nccl_tests: Sequence[str] = ()) -> Facts:
         notes=tuple(notes),
     )
     return replace(facts, runs=tuple(_placed(run, facts) for run in runs))
+
+
+def _agreed(
+    told: Sequence[Mapping[Pair, tuple[bool, str]]],
+) -> dict[Pair, tuple[bool, str]]:
+    """Whether pairs have peer access, by the last file that says. Raises ConfigError where two
+    differ."""
+    access: dict[Pair, tuple[bool, str]] = {}
+    for each in told:
+        for pair, (able, said) in each.items():
+            before, other = access.get(pair, (able, said))
+            if before != able:
+                what = f"{said} for GPU {pair[0]} to {pair[1]}, but {other}"
+                raise ConfigError(f"{what}, allowed: files that agree (leave out the wrong one)")
+        access |= each
+    return access
 
 
 def _placed(run: CollectiveRun, facts: Facts) -> CollectiveRun:
@@ -153,6 +181,7 @@ def _merged(machines: Sequence[Machine]) -> Machine:
         cpu=next((m.cpu for m in machines if m.cpu), None),
         between_sockets=next((m.between_sockets for m in machines if m.between_sockets), None),
         cards=next((m.cards for m in machines if m.cards), {}),
+        tells_nvlinks=any(m.tells_nvlinks for m in machines),
         nics=max((m.nics for m in machines), key=lambda nics: (any(r for _, r in nics), len(nics))),
     )
 
@@ -175,26 +204,32 @@ def _check_counts(
             raise ConfigError(f"{run.at}: {run.ranks} ranks, but {machine.at} has {count} GPUs")
 
 
+def pcie_access(facts: Facts) -> dict[Pair, tuple[bool, str]]:
+    """What the files say of peer access between GPUs that NVLink does not join."""
+    return {
+        pair: said for pair, said in facts.access.items() if not _by_nvlink(facts.machine, pair)
+    }
+
+
+def _by_nvlink(machine: Machine, pair: Pair) -> bool:
+    switched = {link.a for link in machine.nvlinks if link.b is None}
+    return switched.issuperset(pair) or any({k.a, k.b} == set(pair) for k in machine.nvlinks)
+
+
 def peer_access(facts: Facts) -> tuple[bool, str]:
     """Whether GPUs that NVLink does not join reach each other's memory, and who says so. False where
     one such pair does not, and where nobody says."""
-    joined = {frozenset((link.a, link.b)) for link in facts.machine.nvlinks if link.b is not None}
-    switched = {link.a for link in facts.machine.nvlinks if link.b is None}
-    told = {
-        pair: said
-        for pair, said in facts.access.items()
-        if frozenset(pair) not in joined and not switched.issuperset(pair)
-    }
-    count = len(facts.machine.gpus)
-    if not told:
-        if switched or len(joined) == count * (count - 1) // 2:
-            return True, f"NVLink joins every pair ({facts.machine.at})"
-        return (
-            False,
-            "assumed: no file says whether GPUs reach each other (nvidia-smi topo -p2p rw)",
-        )
-    refused = next((said for able, said in told.values() if not able), None)
-    return (True, next(iter(told.values()))[1]) if refused is None else (False, refused)
+    told, machine = pcie_access(facts), facts.machine
+    if told:
+        refused = [said for able, said in told.values() if not able]
+        if not refused:
+            return True, next(iter(told.values()))[1]
+        some = f" ({len(told) - len(refused)} of {len(told)} pairs have it)"
+        return False, refused[0] + (some if len(refused) < len(told) else "")
+    if all(_by_nvlink(machine, pair) for pair in combinations(range(len(machine.gpus)), 2)):
+        one = "one GPU" if len(machine.gpus) == 1 else "NVLink joins every pair"
+        return True, f"{one} ({machine.at})"
+    return False, "assumed: no file says whether GPUs reach each other (nvidia-smi topo -p2p rw)"
 
 
 def _assumed_memory(sockets: int) -> tuple[float, str]:
@@ -208,8 +243,8 @@ def topology_data(facts: Facts, name: str, gpu_name: str) -> dict[str, Any]:
     """The topology as plain data, in the order of its keys; ``TopologyFile`` has been asked whether it
     is one. Raises ConfigError."""
     gpu = load_gpu(gpu_name)
-    nvlinks = _as_switch(facts.machine, gpu)
-    facts = replace(facts, machine=replace(facts.machine, nvlinks=nvlinks))
+    machine = _awake(facts.machine, gpu)
+    facts = replace(facts, machine=replace(machine, nvlinks=as_switch(machine, gpu)))
     able, who = peer_access(facts)
     cables = _levelled([*_pcie_cables(facts, gpu, able), *_nvlink_cables(facts, gpu)])
     sockets = [v.name for v in facts.machine.vertices if v.kind == "socket"]
@@ -219,6 +254,7 @@ def topology_data(facts: Facts, name: str, gpu_name: str) -> dict[str, Any]:
         best = max(readings, key=lambda reading: reading.value)
         memory, memory_source = best.value, f"measured: {best.at}, at least"
     ends = dict.fromkeys(end for cable in cables for end in (cable.a, cable.b))
+    nvlinks = "" if machine.tells_nvlinks else f"; {ASSUMED_NVLINKS}"
     data = {
         "name": name,
         "gpu": gpu_name,
@@ -245,7 +281,7 @@ def topology_data(facts: Facts, name: str, gpu_name: str) -> dict[str, Any]:
             for cable in cables
         ],
         "collectives": [_collective(facts, run) for run in facts.runs if len(run.hosts) == 1],
-        "source": f"imported: structure {facts.machine.at}; peer-to-peer {who}; latencies assumed",
+        "source": f"imported: structure {machine.at}; peer-to-peer {who}{nvlinks}; latencies assumed",
     }
     validated(data, facts.machine.at)
     return data
@@ -315,10 +351,9 @@ def _pcie_cables(facts: Facts, gpu: Gpu, able: bool) -> list[_Cable]:
     machine = facts.machine
     cables = {v.name: _nominal(v, gpu) for v in machine.vertices if v.parent is not None}
     for i, name in enumerate(machine.gpus):
-        reading = _own_rate(facts, i, able)
-        if reading is not None:
-            source = f"measured: {reading.at}"
-            cables[name] = replace(cables[name], bytes_per_s=reading.value, source=source)
+        found = _own_rate(facts, i, able)
+        if found is not None:
+            cables[name] = replace(cables[name], bytes_per_s=found[0], source=found[1])
     sockets = [v.name for v in machine.vertices if v.kind == "socket"]
     nominal, why = _socket_rate(machine)
     joints = {
@@ -334,6 +369,36 @@ def _pcie_cables(facts: Facts, gpu: Gpu, able: bool) -> list[_Cable]:
     for name, cable in shared.items():
         shared[name] = _limited(machine, name, cable, own, measured)
     return [*(shared.get(n, c) for n, c in cables.items()), *(shared[n] for n in joints)]
+
+
+def _awake(machine: Machine, gpu: Gpu) -> Machine:
+    """The machine with links of the GPU's generation in place of 2.5 GT/s, where all GPUs have that:
+    they train them down to save power, which is more likely than a box that is so slow throughout."""
+    slow = {
+        v.name
+        for v in machine.vertices
+        if v.pcie is not None
+        and (
+            v.pcie.generation == 1
+            or (v.pcie.generation is None and v.pcie.bytes_per_s <= IDLE_BYTES_PER_S)
+        )
+    }
+    if not slow.issuperset(machine.gpus):
+        return machine
+    generation = gpu.pcie.value if gpu.pcie is not None else 4
+    vertices = []
+    for vertex in machine.vertices:
+        if vertex.name in slow and vertex.pcie is not None:
+            width = vertex.pcie.width or 16
+            link = Pcie(
+                bytes_per_s=pcie_bytes_per_s(generation, width),
+                at=f"{vertex.pcie.at} has 2.5 GT/s: {IDLE}",
+                generation=generation,
+                width=width,
+            )
+            vertex = replace(vertex, pcie=link)
+        vertices.append(vertex)
+    return replace(machine, vertices=tuple(vertices))
 
 
 def _nominal(vertex: Vertex, gpu: Gpu) -> _Cable:
@@ -358,10 +423,10 @@ def _nominal(vertex: Vertex, gpu: Gpu) -> _Cable:
     )
 
 
-def _own_rate(facts: Facts, index: int, able: bool) -> Reading | None:
-    """The best copy that crossed a GPU's PCIe link, to or from the host or another GPU. Where peers
-    below one switch are slower than each is from the host, peer access itself is slow: the best copy
-    between GPUs, then."""
+def _own_rate(facts: Facts, index: int, able: bool) -> tuple[float, str] | None:
+    """The best copy that crossed a GPU's PCIe link, to or from the host or another GPU, and its source.
+    Where peers below one switch are slower than each is from the host, peer access itself is slow: the
+    best copy between GPUs, then."""
     host = {i: b.host[i] for b in facts.bandwidths for i in b.host}
     between = {pair: r for pair, r in _crossings(facts, able).items() if index in pair}
     near = [p for p in between if _path(facts.machine, *p) == {f"gpu{i}" for i in p}]
@@ -370,24 +435,30 @@ def _own_rate(facts: Facts, index: int, able: bool) -> Reading | None:
         for p in near
         if host.keys() >= set(p) and between[p].value < LIMITED * min(host[i].value for i in p)
     ]
-    own = [host[index]] if index in host else []
-    if able and between and (slow or not own):
-        own = list(between.values())
+    mine = host.get(index)
+    own = [] if mine is None else [(mine.value, f"measured: {mine.at}")]
+    copies = [
+        (
+            r.value,
+            f"measured: {r.at}{BETWEEN.format(*pair)}"
+            + (AS_HOST if mine is not None and LIMITED * mine.value < r.value else ""),
+        )
+        for pair, r in between.items()
+    ]
+    if able and copies and (slow or not own):
+        own = copies
     elif able or not own:
-        own += between.values()
-    return max(own, key=lambda r: r.value, default=None)
+        own += copies
+    return max(own, key=lambda each: each[0], default=None)
 
 
 def _crossings(facts: Facts, able: bool) -> dict[Pair, Reading]:
     """Measured copies between GPUs over PCIe, in the way that they exchange: with peer access, or
     through host memory."""
-    machine = facts.machine
-    joined = {frozenset((link.a, link.b)) for link in machine.nvlinks if link.b is not None}
-    switched = {link.a for link in machine.nvlinks if link.b is None}
     found: dict[Pair, Reading] = {}
     for each in facts.bandwidths:
         for pair, reading in (each.peer if able else each.staged).items():
-            if frozenset(pair) not in joined and not switched.issuperset(pair):
+            if not _by_nvlink(facts.machine, pair):
                 found.setdefault(pair, reading)
     return found
 
@@ -407,7 +478,7 @@ def _limited(
     if not crossing:
         return cable
     pair, best = max(crossing.items(), key=lambda item: item[1].value)
-    source = f"measured: {best.at}, GPU {pair[0]} to {pair[1]}"
+    source = f"measured: {best.at}{BETWEEN.format(*pair)}"
     ends = min(own[f"gpu{i}"] for i in pair)
     if best.value < LIMITED * ends:
         return replace(cable, bytes_per_s=best.value, source=source)
@@ -459,16 +530,22 @@ def _nvlink_cables(facts: Facts, gpu: Gpu) -> Iterator[_Cable]:
         yield _Cable(a=f"gpu{link.a}", b=end, kind=kind, bytes_per_s=nominal, source=source)
 
 
-def _as_switch(machine: Machine, gpu: Gpu) -> tuple[Nvlinks, ...]:
+def as_switch(machine: Machine, gpu: Gpu) -> tuple[Nvlinks, ...]:
     """The NVLinks; all pairs with more links than a GPU has together means NVSwitches: nvidia-smi
-    prints NV12 for each of eight A100, which have twelve links each."""
+    prints NV12 for each of eight A100, which have twelve links each. A pair has those of the GPU with
+    fewer up, so a GPU has the most of its pairs."""
     links = machine.nvlinks
     per_gpu = gpu.nvlinks.value if gpu.nvlinks is not None else MOST_NVLINKS
-    total = sum(link.count or 0 for link in links if 0 in (link.a, link.b))
+    of: dict[int, list[Nvlinks]] = {}
+    for link in links:
+        for i in (link.a, link.b):
+            if i is not None:
+                of.setdefault(i, []).append(link)
+    total = max((sum(k.count or 0 for k in pairs) for pairs in of.values()), default=0)
     if any(link.b is None for link in links) or total <= per_gpu:
         return links
-    members = sorted({i for link in links for i in (link.a, link.b) if i is not None})
-    return tuple(Nvlinks(a=i, b=None, count=links[0].count, at=links[0].at) for i in members)
+    most = {i: max(of[i], key=lambda link: link.count or 0) for i in sorted(of)}
+    return tuple(Nvlinks(a=i, b=None, count=k.count, at=k.at) for i, k in most.items())
 
 
 def _nvlink_rate(link: Nvlinks, gpu: Gpu) -> tuple[float, str]:

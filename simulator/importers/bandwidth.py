@@ -53,7 +53,8 @@ def read_nvbandwidth(report: Report) -> Bandwidths:
                 pair = (row, column) if name == _PEER[0] else (column, row)
                 if value is not None and (pair not in peer or name == _PEER[0]):
                     peer[pair] = Reading(value, at)
-                access.setdefault(pair, (value is not None, at))
+                said = "N/A" if value is None else "copied"
+                access.setdefault(pair, (value is not None, f"{at}: {said}"))
         elif name in _HOST:
             for j in {j for _, j in cells}:
                 near = max(v or 0.0 for (_, column), v in cells.items() if column == j)

@@ -6,6 +6,7 @@ are not read from it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from simulator.importers.machine import Card, Kind, Machine, Pcie, Reading, Vertex, pci_address
@@ -70,8 +71,9 @@ class _Reader:
         busid = element.attributes.get("pci_busid", "")
         index = [int(n[4:]) for n in inner if n[:4] in ("nvml", "cuda") and n[4:].isdecimal()]
         name = f"pci {busid}"
+        model = re.search(r"\[(.+)\]", element.attributes.get("name", ""))  # AD102GL [L40S]
         self.cards[name] = Card(
-            model=element.attributes.get("name", ""),
+            model=model[1] if model else "",
             address=pci_address(busid),
             at=self.report.at(element.line),
         )
@@ -111,6 +113,7 @@ class _Reader:
             cpu=(vendor, int(model) if model.isdecimal() else -1) if vendor else None,
             nics=tuple(self.nics),
             cards=cards,
+            tells_nvlinks=False,
         ).pruned()
 
 

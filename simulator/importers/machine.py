@@ -116,6 +116,8 @@ class Machine:
     """Bytes/s of what joins the sockets, where stated."""
     cards: Mapping[int, Card] = field(default_factory=dict)
     """GPUs by device index, where named."""
+    tells_nvlinks: bool = True
+    """Whether the file would say so if there were NVLinks."""
 
     @property
     def gpus(self) -> tuple[str, ...]:
