@@ -89,7 +89,7 @@ def test_host_floor() -> None:
     assert simulate(g.build(), network, UnitCosts()).makespan_s == 12.0
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 10**6),
     spec=st.sampled_from(SPECS),
@@ -202,7 +202,7 @@ def test_what_is_shared_between_plans_changes_none() -> None:
         assert plan(request, runs=runs) == alone
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_whatever_is_compared_on_whatever_links(data: st.DataObject) -> None:
     """Subsets of the specs, links of the box up to ten times slower, each objective."""

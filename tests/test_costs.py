@@ -314,7 +314,7 @@ def test_streams_are_monotone(elements: int, more: int) -> None:
     assert stream_s(CHIP, elements + more, 2) >= stream_s(CHIP, elements, 2)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rows=st.integers(1, 64), lo=st.integers(0, 85))
 def test_costs_are_ordered(rows: int, lo: int) -> None:
     """low <= device <= high and device <= contended, for every cut and strip."""

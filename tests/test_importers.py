@@ -536,9 +536,7 @@ def test_binary_empty_and_missing_files(tmp_path: Path) -> None:
             read_report(tmp_path / name)
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     fixture=st.sampled_from(sorted(path.name for path in BOXES.iterdir())),
     cut=st.integers(0, 4000),

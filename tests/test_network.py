@@ -305,13 +305,13 @@ def lexicographic_max_min(
     return [settled[i] for i in range(n)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases())
 def test_against_the_definition_by_linear_programs(case: Case) -> None:
     assert max_min_rates(*case) == pytest.approx(lexicographic_max_min(*case), rel=1e-5)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(cases())
 def test_every_flow_has_a_bottleneck(case: Case) -> None:
     """Rates are max-min fair iff they fit and each flow crosses a full resource on which no other
@@ -362,7 +362,7 @@ def traffic(draw: st.DrawFn) -> tuple[Topology, list[Flow]]:
     return topology, draw(st.lists(flow, min_size=1, max_size=8))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(topologies(), st.randoms(use_true_random=False))
 def test_routes_do_not_depend_on_what_was_asked_before(topology: Topology, pick) -> None:  # type: ignore[no-untyped-def]
     """A search goes on where the last one from the same GPU stopped: as good as one of its own."""
@@ -373,7 +373,7 @@ def test_routes_do_not_depend_on_what_was_asked_before(topology: Topology, pick)
         assert replace(found, id=0) == replace(alone, id=0)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(traffic())
 def test_rates_of_the_network_equal_one_plain_solve(case: tuple[Topology, list[Flow]]) -> None:
     """Splitting into groups, merging equal routes and remembering change nothing."""
@@ -423,7 +423,7 @@ def exact_finish(topology: Topology, flows: list[Flow]) -> list[float]:
     return [float(end[i]) for i in range(len(flows))]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(traffic())
 def test_finish_times_against_exact_arithmetic(case: tuple[Topology, list[Flow]]) -> None:
     topology, flows = case

@@ -85,7 +85,7 @@ def test_the_quotient_runs_as_the_whole(model: str, box: str) -> None:
         assert peaks[0] == peaks[1], spec
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), spec=st.sampled_from(SPECS))
 def test_on_any_box_it_is_exact_or_refused(seed: int, spec: str) -> None:
     """Random links, bridges and staging; alike ranks may sit on unlike links."""
@@ -181,7 +181,7 @@ def test_what_the_mesh_says_is_what_refinement_finds(model: Profile, spec: str) 
     check_stands_for(small, graph, model)
 
 
-@settings(derandomize=True, max_examples=40, deadline=None)
+@settings(derandomize=True, max_examples=40)
 @given(
     tp=st.sampled_from([1, 2]), u=st.sampled_from([1, 2]), r=st.sampled_from([1, 2]),
     cfg=st.sampled_from([1, 2]), dp=st.sampled_from([1, 2]), seed=st.integers(0, 10**6),
