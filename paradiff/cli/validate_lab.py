@@ -98,7 +98,7 @@ def lab(
         verdict, calibration = _ran(boxes, cells, repeats, max_error, format_ == "table")
         answer = json_text(report.to_json(verdict, calibration, repeats, facts()))
         if output_dir is not None:
-            _write(output_dir, boxes, verdict, calibration, answer)
+            _write(output_dir, verdict, answer)
     typer.echo(answer if format_ == "json" else report.text(verdict), nl=format_ == "table")
     if verdict.failures:
         raise typer.Exit(GATE_FAILED)
@@ -182,7 +182,7 @@ def _ran(
 ) -> tuple[Verdict, Calibration]:
     """Calibrate, predict, measure. Raises ConfigError; exits 1, 3 and 130."""
     from paradiff.lab.calibration import calibrate
-    from paradiff.lab.laboratory import Oracle, Verdict, measure
+    from paradiff.lab.laboratory import Oracle, Verdict, check, measure
     from paradiff.lab.ranks import LaboratoryFailed
     from paradiff.lab.ranks import ranks as started
     from paradiff.strategies import Infeasible, parse_spec
@@ -190,6 +190,7 @@ def _ran(
     profiles = {name: load_model(name) for name in {cell.model for cell in cells}}
     sizes = {parse_spec(cell.spec).n_gpus for cell in cells}
     try:
+        check(boxes, profiles, cells)
         with started() as running, progress("calibrating", enabled=is_shown) as advance:
             calibration = calibrate(running, sizes, advance)
             predictions = [Oracle(box, calibration).predict_all(profiles, cells) for box in boxes]
@@ -214,19 +215,11 @@ def _advance(
         advance(number * total + done, boxes * total)
 
 
-def _write(
-    target: Path,
-    boxes: Sequence[Topology],
-    verdict: Verdict,
-    calibration: Calibration,
-    answer: str,
-) -> None:
+def _write(target: Path, verdict: Verdict, answer: str) -> None:
     from analysis.tracks import measured
     from paradiff.lab import report
-    from paradiff.lab.laboratory import Oracle
     from paradiff.trace import write_chrome_trace
 
-    oracles = {box.name: Oracle(box, calibration) for box in boxes}
     with staged(target) as folder:
         (folder / "lab.json").write_text(answer, encoding="utf-8")
         (folder / "cells.md").write_text(report.markdown(verdict.results), encoding="utf-8")
@@ -234,7 +227,7 @@ def _write(
             profile, own = load_model(result.cell.model), result.prediction
             predicted, typical = result.comparison.predicted, result.comparison.typical
             for name, trace, tracks in (
-                ("predicted", predicted, oracles[result.box].tracks(profile, own)),
+                ("predicted", predicted, own.tracks(profile)),
                 ("measured", typical, measured(own.graph, typical, profile)),
             ):
                 write_chrome_trace(trace, folder / f"{number:03d}-{name}.trace.json.gz", tracks)

@@ -127,10 +127,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Prediction(Prepared):
-    """A cell on a box, before it runs; ``flows``: over its links."""
+    """A cell on a box, before it runs; ``flows``: over the links of ``network``."""
 
     trace: Trace
+    network: TcpNetwork
     flows: tuple[Flows, ...]
+
+    def tracks(self, profile: Profile) -> Tracks:
+        """Links and memory, for its trace file."""
+        memory = modelled_memory(self.graph, self.trace, profile)
+        return simulated(self.flows, self.network, whole(self.graph), memory)
 
     def seconds(self, op: Op) -> float:
         """What a compute op sleeps."""
@@ -174,6 +180,23 @@ class Result:
     def alike(self) -> tuple[object, ...]:
         """What two results have in common whose order says something: all but the strategy."""
         return self.box, self.ranks, self.cell.regime, self.cell.work, self.prediction.costs.stretch
+
+
+def graph_of(profile: Profile, cell: Cell) -> ScheduleGraph:
+    """Raises Infeasible."""
+    size = Workload(cell.height, cell.width, profile.defaults["frames"], cell.steps)
+    return build(parse_spec(cell.spec), profile, size)
+
+
+def check(
+    boxes: Sequence[Topology], profiles: Mapping[str, Profile], cells: Sequence[Cell]
+) -> None:
+    """Before anything is measured. Raises ConfigError where a strategy takes more ranks than a box has
+    hosts, Infeasible where it does not go with its model and size."""
+    for cell in cells:
+        graph = graph_of(profiles[cell.model], cell)
+        for box in boxes:
+            spread_over(box, graph.world_size)
 
 
 def spread_over(box: Topology, ranks: int) -> tuple[int, ...]:
@@ -230,14 +253,13 @@ class Oracle:
 
     def _prepared(self, profile: Profile, cell: Cell) -> Prepared:
         """With the stretch that gives the cell its balance."""
-        size = Workload(cell.height, cell.width, profile.defaults["frames"], cell.steps)
-        graph = build(parse_spec(cell.spec), profile, size)
+        graph = graph_of(profile, cell)
         placement = spread_over(self.box, graph.world_size)
         gpus = [load_gpu(name) for name in self.box.profiles]
         fastest = max(
             max(link.rate_from(end) for end in (link.a, link.b)) for link in self.box.links
         )
-        kernels = CostModel(profile, gpus, size.dtype)
+        kernels = CostModel(profile, gpus, dict(graph.meta)["dtype"])
         costs = TimedCosts(kernels, self.calibration, fastest, graph.world_size)
         alone = self._run(graph, replace(costs, stretch=0.0), placement)
         if not any(span.busy_s > 0 for span in alone.spans if span.kind in TRANSFERS):
@@ -253,7 +275,14 @@ class Oracle:
         flows = list[Flows]()
         trace = self._run(of.graph, costs, of.placement, flows)
         return Prediction(
-            of.cell, of.graph, of.placement, costs, of.fixed_share, trace, tuple(flows)
+            of.cell,
+            of.graph,
+            of.placement,
+            costs,
+            of.fixed_share,
+            trace,
+            self.network,
+            tuple(flows),
         )
 
     def _run(
@@ -272,11 +301,6 @@ class Oracle:
             backend="gloo",
             flows=flows,
         )
-
-    def tracks(self, profile: Profile, of: Prediction) -> Tracks:
-        """Links and memory of a prediction, for its trace file."""
-        memory = modelled_memory(of.graph, of.trace, profile)
-        return simulated(of.flows, self.network, whole(of.graph), memory)
 
 
 def fixed_share(graph: ScheduleGraph, alone: Trace, calibration: Calibration) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import os
 import random
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from analysis.comparison import compare
 from paradiff.cli import app
 from paradiff.cli.common import load_model
+from paradiff.cli.validate_lab import _write
 from paradiff.config import ConfigError
 from paradiff.dependencies import validate
 from paradiff.graph import Op
@@ -36,7 +38,7 @@ from paradiff.lab.laboratory import (
 )
 from paradiff.lab.ranks import LaboratoryFailed, Ranks, Run, ranks, sweep
 from paradiff.strategies import AXES, STRATEGIES, parse_spec
-from paradiff.trace import TRANSFERS, Trace
+from paradiff.trace import TRANSFERS, Trace, read_chrome_trace
 from simulator.engine import simulate
 from simulator.topology import load_topology
 
@@ -197,7 +199,7 @@ def test_a_prediction_shows_links_that_are_never_more_than_full() -> None:
     its rate at most, headers and acknowledgements included; at some time a host's link is full."""
     oracle, profile = Oracle(load_topology("lab-star"), CALIBRATION), load_model(PATCH.model)
     found = oracle.predict(profile, PATCH)
-    tracks = oracle.tracks(profile, found)
+    tracks = found.tracks(profile)
     gathers = [i.id for i in found.graph.instances() if i.op.kind in TRANSFERS]
     ring = [(0, 1), (1, 2), (2, 3), (3, 0)]
     assert [(a.op, (a.source, a.destination)) for a in tracks.arrows] == [
@@ -221,8 +223,28 @@ def test_a_cell_is_simulated_once_with_its_kernels(monkeypatch: pytest.MonkeyPat
     oracle, profile = Oracle(load_topology("lab-star"), CALIBRATION), load_model(PATCH.model)
     cells = [PATCH, *(PATCH._replace(spec=s, shared=True) for s in ("patch=2", "ring=2"))]
     for found in oracle.predict_all({PATCH.model: profile}, cells):
-        oracle.tracks(profile, found)
+        found.tracks(profile)
     assert sorted(runs) == sorted(2 * [cell.spec for cell in cells])
+
+
+def test_what_a_run_writes(tmp_path: Path) -> None:
+    """On two boxes, as if it had gone as predicted: the answer, the table, and two traces a cell, with
+    links and who sends to whom."""
+    results = []
+    for box in map(load_topology, ("lab-star", "lab-trunk")):
+        found = Oracle(box, CALIBRATION).predict(load_model(PATCH.model), PATCH)
+        as_predicted = compare(found.trace, [found.trace.expanded()] * 2)
+        results.append(Result(box.name, found, as_predicted))
+    _write(tmp_path / "out", Verdict(tuple(results), 0.10), "{}\n")
+    names = [f"00{n}-{which}.trace.json.gz" for n in (1, 2) for which in ("measured", "predicted")]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *names, "cells.md", "lab.json",
+    ]  # fmt: skip
+    for name, result in zip(names[1::2], results, strict=True):
+        trace = read_chrome_trace(tmp_path / "out" / name)
+        assert trace.makespan_s == pytest.approx(result.prediction.trace.makespan_s)
+        written = gzip.decompress((tmp_path / "out" / name).read_bytes()).decode()
+        assert "gpu0->switch" in written
 
 
 def words(spec: str) -> set[str]:
@@ -382,6 +404,10 @@ def test_what_makes_the_gate_fail() -> None:
         (["--strategy", "serial"], "--strategy serial: one rank, allowed: two or more"),
         (["--strategy", "patch=4", "--ranks", "8"], "--ranks 8: no strategy takes so many"),
         (["--set", "links.0.bandwidth=fast"], "links.0.bandwidth"),
+        (
+            ["--strategy", "patch=9", "--height", "144"],
+            "lab-star: 8 hosts, the strategy takes 9 ranks",
+        ),
     ],
 )
 def test_bad_input_is_one_message(arguments: list[str], message: str) -> None:
