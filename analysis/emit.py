@@ -122,7 +122,7 @@ def _check_axes(name: str, engine: Engine, spec: Spec, profile: Profile, support
     else:
         parameters = frozenset({"serial"})
     for key, value in spec.options.items():
-        if key == "rotate":
+        if key == "rotate" or (key, value) == ("order", "qkv"):
             continue
         if key in engine.degrees:
             if spec.degree(key) > 1 and key not in support.axes:

@@ -73,7 +73,8 @@ class Work(NamedTuple):
     of how many blocks of keys this attention is one; their results are merged. ``copies``: kernels that
     the schedule adds to the network's own (K and V laid side by side, tensors packed), which read and
     write ``copied`` bytes; ``joined``: bytes of what lies side by side for an attention or a convolution
-    of it, beside the parts, while that runs.
+    of it, beside the parts, while that runs. ``values``: ``until``: after the ranges also of segment
+    ``hi`` what lies before V has been projected; ``from``: of the first segment only what follows that.
     """
 
     stage: str
@@ -84,6 +85,7 @@ class Work(NamedTuple):
     copies: int = 0
     copied: int = 0
     joined: int = 0
+    values: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,7 +408,7 @@ _REF = re.compile(
 )
 _WORK = re.compile(
     r"(?P<stage>\w+)\[(?P<ranges>[\d:,]*)\]\{(?P<shape>[\d,]+)\}(?P<stored>\w*)(?:/(?P<blocks>\d+))?"
-    r"(?:\+(?P<copies>\d+):(?P<copied>\d+)(?::(?P<joined>\d+))?)?"
+    r"(?:\+(?P<copies>\d+):(?P<copied>\d+)(?::(?P<joined>\d+))?)?(?:@(?P<values>until|from))?"
 )
 
 
@@ -451,7 +453,8 @@ def work_text(work: Work) -> str:
     blocks = f"/{work.blocks}" if work.blocks > 1 else ""
     copies = f"+{work.copies}:{work.copied}" if work.copies else ""
     copies += f":{work.joined}" if work.joined else ""
-    return f"{work.stage}[{ranges}]{{{shape}}}{work.stored}{blocks}{copies}"
+    values = f"@{work.values}" if work.values else ""
+    return f"{work.stage}[{ranges}]{{{shape}}}{work.stored}{blocks}{copies}{values}"
 
 
 def _op_text(op: Op, step: str | None = None, ref_text: Callable[[Ref], str] = _ref_text) -> str:
@@ -499,8 +502,11 @@ def _parse_op(fields: list[str]) -> Op:
         pairs = [p.split(":") for p in found["ranges"].split(",") if p]
         shape = Shape(*map(int, found["shape"].split(",")))
         ranges = tuple((int(lo), int(hi)) for lo, hi in pairs)
-        counts = (int(found["blocks"] or 1), *(int(found[k] or 0) for k in _COPIES))
-        work = Work(found["stage"], ranges, shape, found["stored"], *counts)
+        blocks, part = int(found["blocks"] or 1), found["values"] or ""
+        copies, copied, joined = (int(found[k] or 0) for k in _COPIES)
+        work = Work(
+            found["stage"], ranges, shape, found["stored"], blocks, copies, copied, joined, part
+        )
     return Op(
         name=name,
         kind=kind,  # type: ignore[arg-type]

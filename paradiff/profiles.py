@@ -26,9 +26,10 @@ difference of products, for example ``320*b*r2*w2 + 64*b*t`` or ``2*f2 - f`` (1 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from operator import gt
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -176,7 +177,8 @@ class Segment:
     A segment whose point is ``kv`` holds the attention kernel alone, so that sequence parallelism can
     exchange before and after it. ``weights`` counts parameters first used here, ``shared`` those of
     them that ranks divide under tensor parallelism; ``live`` the elements alive at the segment's peak,
-    its inputs included.
+    its inputs included. ``projected``: launches of each of ``kernels`` until V of the next ``kv`` point
+    has been projected, where that is in this segment and launches follow it before the point.
     """
 
     name: str
@@ -186,6 +188,22 @@ class Segment:
     point: Point | None = None
     total: Total | None = None
     shared: int = 0
+    projected: tuple[int, ...] = ()
+
+    def until_values(self) -> Segment:
+        """What lies before V has been projected; all parameters count here."""
+        return replace(self, kernels=self._launched(self.projected), total=None, projected=())
+
+    def from_values(self) -> Segment:
+        """What follows V's projection."""
+        left = (k.count - n for k, n in zip(self.kernels, self.projected, strict=True))
+        return replace(
+            self, kernels=self._launched(left), weights=0, shared=0, point=None, projected=()
+        )
+
+    def _launched(self, counts: Iterable[int]) -> tuple[Kernel, ...]:
+        pairs = zip(self.kernels, counts, strict=True)
+        return tuple(replace(kernel, count=count) for kernel, count in pairs if count)
 
     def held(self, ranks: int) -> int:
         """Parameters on the first of ``ranks`` ranks that share its weights."""
@@ -237,6 +255,27 @@ class Stage:
         bound = self.bind(shape)
         once = sum(k.flops(bound) for segment in self.segments for k in segment.kernels)
         return once * self.repeat(shape)
+
+    def covered(self, ranges: Iterable[tuple[int, int]], values: str = "") -> Iterator[Segment]:
+        """Segments of ``ranges``, the last or first of them in part as ``Work.values`` says."""
+        for lo, hi in ranges:
+            own = self.segments[lo:hi]
+            if values == "until":
+                own = (*own, self.segments[hi].until_values())
+            elif values == "from":
+                own = (own[0].from_values(), *own[1:])
+            yield from own
+
+    def projections(self) -> dict[int, int]:
+        """``kv`` point -> the segment before it in which its V has been projected, where that is known
+        and launches follow it."""
+        found, seen = {}, None
+        for index, segment in enumerate(self.segments):
+            if segment.point is not None and segment.point.kind == "kv" and seen is not None:
+                found[index], seen = seen, None
+            if segment.projected:
+                seen = index
+        return found
 
     def points(self, *kinds: str) -> Iterator[tuple[int, Point]]:
         """(segment index, point) of every exchange point, of the given kinds if any are given."""
@@ -366,6 +405,8 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
             out["total"] = {"kind": each.total.kind, "elements": str(each.total.elements)}
         if each.shared:
             out["shared"] = each.shared
+        if each.projected:
+            out["projected"] = list(each.projected)
         return out
 
     def stage(each: Stage) -> dict[str, Any]:
@@ -435,6 +476,10 @@ def _check(profile: Profile) -> None:
     if missing:
         raise InvalidProfile(f"defaults: no {', '.join(sorted(missing))}")
     for stage in profile.stages.values():
+        for each in (s for s in stage.segments if s.projected):
+            counts = [k.count for k in each.kernels]
+            if len(counts) != len(each.projected) or any(map(gt, each.projected, counts)):
+                raise InvalidProfile(f"segment {each.name}: projected {each.projected} of {counts}")
         end = 0
         for cut in stage.cuts:
             if not end <= cut.lo < cut.hi <= len(stage.segments):
@@ -483,6 +528,7 @@ def _read_profile(data: Mapping[str, Any]) -> Profile:
                     point=point(s.get("point")),
                     total=total(s.get("total")),
                     shared=_natural(s.get("shared", 0)),
+                    projected=tuple(map(_natural, s.get("projected", ()))),
                 )
                 for s in row["segments"]
             ),

@@ -382,6 +382,7 @@ class _Pricer:
         self.spread = spread_of(gpu, dtype, attention_kernel)
         self._works: dict[Work, _Sum] = {}
         self._prefix: dict[tuple[str, Shape], list[_Sum]] = {}
+        self._parts: dict[tuple[str, Shape, int, tuple[int, ...], bool], _Sum] = {}
         self._corrections: dict[tuple[str, tuple[int, ...]], float | None] = {}
 
     def price(self, work: Work) -> _Sum:
@@ -403,8 +404,11 @@ class _Pricer:
         prefix, repeat = self._prefix[key], stage.repeat(work.shape._asdict())
         total = _Sum()
         for lo, hi in work.ranges:
-            part = (b - a for a, b in zip(prefix[lo], prefix[hi], strict=True))
+            first = lo + (work.values == "from")
+            part = (b - a for a, b in zip(prefix[first], prefix[hi], strict=True))
             total = _add(total, _Sum(*part))  # type: ignore[arg-type]
+        if work.values:
+            total = _add(total, self._in_part(stage, work))
         if work.stored == "fp8":
             total = _add(total, self._cast(stage, work))
         if work.blocks > 1:
@@ -422,6 +426,17 @@ class _Pricer:
             launches = GRAPH_LAUNCH_NODES * len(work.ranges)
         return _Sum(*(value * repeat for value in total))._replace(launches=launches * repeat)  # type: ignore[arg-type]
 
+    def _in_part(self, stage: Stage, work: Work) -> _Sum:
+        """The segment in which ``work`` ends or begins, where V has been projected."""
+        until = work.values == "until"
+        whole = stage.segments[work.ranges[-1][1] if until else work.ranges[0][0]]
+        key = (work.stage, work.shape, id(whole.kernels), whole.projected, until)
+        if key not in self._parts:
+            segment = whole.until_values() if until else whole.from_values()
+            bound = stage.bind(work.shape._asdict())
+            self._parts[key] = self._list(segment.kernels, bound, _ends_in_matmul(segment))
+        return self._parts[key]
+
     def placed_s(self, work: Work) -> float:
         """Seconds until the grid of a ring's block has been placed; 0 for work of many kernels, between
         any two of which a collective finds its SMs."""
@@ -429,7 +444,7 @@ class _Pricer:
             return 0.0
         stage = self.profile.stages[work.stage]
         bound, total_s = stage.bind(work.shape._asdict()), 0.0
-        for segment in (s for lo, hi in work.ranges for s in stage.segments[lo:hi]):
+        for segment in stage.covered(work.ranges, work.values):
             for kernel in segment.kernels:
                 if kernel.kind == "attention":
                     sizes = kernel.sizes(bound)
@@ -454,7 +469,7 @@ class _Pricer:
         """Share of one block in merging the results of ``work.blocks`` blocks of keys (MERGE_BYTES)."""
         bound, n = stage.bind(work.shape._asdict()), work.blocks
         outputs = 0
-        for segment in (s for lo, hi in work.ranges for s in stage.segments[lo:hi]):
+        for segment in stage.covered(work.ranges, work.values):
             for kernel in segment.kernels:
                 if kernel.kind == "attention":
                     batch, heads, q, _, _, width = kernel.sizes(bound)
@@ -474,7 +489,7 @@ class _Pricer:
         """Weights from one byte to the network's dtype before each layer that has any: one kernel a
         segment, which reads one byte and writes ``itemsize`` for every parameter."""
         total = _Sum()
-        for segment in (s for lo, hi in work.ranges for s in stage.segments[lo:hi] if s.weights):
+        for segment in (s for s in stage.covered(work.ranges, work.values) if s.weights):
             weights = segment.held(work.shape.p)
             elements = weights * (1 + self.itemsize) // self.itemsize
             total = _add(total, self._stream(elements))

@@ -106,7 +106,7 @@ def kernels_of(graph: ScheduleGraph, profile: Profile) -> tuple[Key, ...]:
             continue
         stage = profile.stages[work.stage]
         bound = stage.bind(work.shape._asdict())
-        for segment in (s for lo, hi in work.ranges for s in stage.segments[lo:hi]):
+        for segment in stage.covered(work.ranges, work.values):
             keys = (Key(kernel.kind, tuple(kernel.sizes(bound))) for kernel in segment.kernels)
             found |= dict.fromkeys(key for key in keys if min(key.dims) > 0)
     return tuple(found)

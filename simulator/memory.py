@@ -206,8 +206,7 @@ def live_bytes(profile: Profile, work: Work, itemsize: int) -> float:
         (
             itemsize * (s.live(bound) + _relaid(s, bound, itemsize))
             + (work.joined if s.point is not None and s.point.kind != "moments" else 0)
-            for lo, hi in work.ranges
-            for s in stage.segments[lo:hi]
+            for s in stage.covered(work.ranges, work.values)
         ),
         default=0,
     )

@@ -2,7 +2,8 @@
 phases where it has several machines.
 
 Strategies know no devices, so what the box decides is written into the spec (``stages=11:11:3:3``,
-``exchange=8x2``), and a plan says the same everywhere. How long these take is simulated like any other.
+``exchange=8x2``, with V first where a model can), and a plan says the same everywhere. How long these
+take is simulated like any other.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, product
 
 from paradiff.graph import Shape, Work
 from paradiff.profiles import Profile
@@ -29,10 +30,12 @@ def tailored_specs(
     """Specs on up to ``gpus`` GPUs of this box, beside ``candidate_specs``."""
     guided = profile.geometry.guidance == "cfg"
     names = network.topology.profiles[:gpus]
-    for n, inside in _groups_over_machines(network.topology, gpus):
-        yield f"ulysses={n},exchange={inside}x{n // inside}"
+    attentions = {at for at, _ in profile.denoiser.points("kv")}
+    orders = ["", ",order=v-first"] if attentions == profile.denoiser.projections().keys() else [""]
+    for (n, inside), order in product(_groups_over_machines(network.topology, gpus), orders):
+        yield f"ulysses={n},exchange={inside}x{n // inside}{order}"
         if guided and 2 * n <= gpus:
-            yield f"cfg=2,ulysses={n},exchange={inside}x{n // inside}"
+            yield f"cfg=2,ulysses={n},exchange={inside}x{n // inside}{order}"
     if len(set(names)) > 1:
         uneven = _Uneven(profile, workload, costs, network, names)
         for cfg in (1, 2) if guided else (1,):

@@ -171,6 +171,7 @@ def test_ranks_are_put_on_the_gpus_of_the_plan() -> None:
         ("xdit", "flux1-dev", "pipefusion=3,patches=3,warmup=2", "cannot set warmup=2"),
         ("xdit", "pixart-alpha", "pipefusion=4,patches=4,text=per_patch", "no text=per_patch"),
         ("xdit", "pixart-alpha", "ulysses=8,exchange=4x2", "no exchange=4x2"),
+        ("xdit", "flux1-dev", "ulysses=8,order=v-first", "no order=v-first"),
         ("xdit", "pixart-alpha", "ulysses=4,weights=fp8", "weights=fp8 is not carried over"),
         ("diffusers", "flux1-dev", "ring=4", "no rotate=p2p"),
         ("diffusers", "flux1-dev", "tensor=2,ulysses=2", "does not combine ulysses and tensor"),

@@ -98,6 +98,7 @@ CASES: dict[int, list[tuple[str, str]]] = {
         ("sd21", "cfg=2,skip=2:3"),
         ("wan2.1-1.3b", "ring=2"),
         ("hunyuanvideo", "ulysses=2"),
+        ("flux1-dev", "ulysses=2,order=v-first"),
         ("mochi", "pipefusion=2,patches=2"),
         ("sd21", "pcpp=2,warmup=1,slice=sender"),
         ("sd21", "data=2,batchstep=2,warmup=1"),

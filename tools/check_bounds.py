@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -90,9 +91,16 @@ def _hardware(box: Topology) -> bytes:
     return json.dumps(_numbers([gpus, asdict(box)]), sort_keys=True, default=str).encode()
 
 
+def _model(name: str, box: Topology) -> bytes:
+    """The profile's text; without where V is projected on a box of one machine, for which no candidate
+    asks (``simulator.tailored``)."""
+    text = find("models", name, ".json").read_bytes()
+    return text if len(box.nodes) > 1 else re.sub(rb', "projected": \[[\d, ]*\]', b"", text)
+
+
 def inputs(model: str, box: Topology) -> str:
     """What a plan of ``model`` on ``box`` is made from, as twelve digits."""
-    return _digest(find("models", model, ".json").read_bytes(), _hardware(box), *_tables())
+    return _digest(_model(model, box), _hardware(box), *_tables())
 
 
 def wanted(result: Plan) -> list[object]:

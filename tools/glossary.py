@@ -264,6 +264,7 @@ MEANINGS: Mapping[str, str] = {
     "point.kind": "What strategies exchange just before it.",
     "elements": "Of what is exchanged.",
     "segments.shared": "Those of `weights` that tensor parallelism divides.",
+    "segments.projected": "Launches of each kernel until V of the next attention is projected.",
     "total.kind": "The sum that tensor parallelism needs just after it.",
     "heads": "Of attention.",
     "head_dim": "Width of a head.",

@@ -64,6 +64,7 @@ class Task:
     lo: int
     hi: int
     tags: Mapping[str, str]
+    values: str = ""
 
 
 @dataclass(eq=False)
@@ -99,6 +100,7 @@ class Forward(Handler):
     _given: Conditioning = field(default_factory=dict)
     _at: int = 0
     _again: int = -1
+    _values: list[Tensor] = field(default_factory=list)
     _stopped: bool = False
 
     def __post_init__(self) -> None:
@@ -290,6 +292,23 @@ class Forward(Handler):
     def spans(self) -> tuple[tuple[int, int], ...] | None:
         return self.rows
 
+    def projected(self, name: str, value: Tensor, is_last: bool) -> None:
+        """V goes out when the op in hand ends here, image and text apart as at the attention."""
+        if self.task.values != "until":
+            return
+        at = self.network.point_of.get(name)
+        if at is None or self.layout is None:
+            return
+        self._values.append(value)
+        if is_last:
+            point = self._segments[at].point
+            assert point is not None
+            local = [z.unflatten(-1, (-1, point.head_dim)).transpose(1, 2) for z in self._values]
+            tokens = self._apart(local[0]) if len(local) == 1 else Tokens(*local)
+            self.streams = [heads_apart(tokens, "v", self.rows[0], self.layout)]
+            self._at = self.network.projections[at]
+            getcurrent().parent.switch()
+
     def attention(
         self, name: str, call: Callable[[], Tensor], query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
@@ -322,7 +341,8 @@ class Forward(Handler):
         text = {r: own_heads(z, layout) for r, z in local.items()}
         sent = {r: heads_apart(z, r, span, layout) for r, z in local.items()}
         if layout.ulysses > 1:
-            self.streams = list(sent.values())
+            self.streams = [sent[role] for role in ("qk" if self._values else "qkv")]
+            self._values = []
         else:
             self.streams = [sent["k"] + sent["v"]]
         self._pause(at)
@@ -461,7 +481,8 @@ def _frames_flat(x: Tensor | None) -> Tensor | None:
 def task_of(op: Op, op_id: str) -> Task:
     """The task of a compute op of the denoiser."""
     assert op.work is not None
-    return Task(op_id, op.work.ranges[0][0], op.work.ranges[-1][1], dict(op.tags))
+    lo, hi = op.work.ranges[0][0], op.work.ranges[-1][1]
+    return Task(op_id, lo, hi, dict(op.tags), op.work.values)
 
 
 def _longer(z: Tokens, w: Tokens) -> Tokens:
@@ -486,6 +507,9 @@ class Router(Handler):
 
     def kv(self, *args: Any) -> tuple[Tensor, Tensor]:
         return self.active.kv(*args)
+
+    def projected(self, *args: Any) -> None:
+        self.active.projected(*args)
 
     def halo(self, *args: Any) -> tuple[Tensor | None, Tensor | None]:
         return self.active.halo(*args)

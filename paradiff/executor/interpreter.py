@@ -230,10 +230,20 @@ class _Run:
         kv = self.network.kv({**self.shape, "t": shape.t})
         model, units, strips = self.network.model, self.units, self.request.strips
         shards = shards_of(model) if shape.p > 1 else {}
+        works = (i.op.work for i in self.graph.instances())
+        early = any(work is not None and work.values for work in works)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(
-                intercept(model, self.router, kv=kv, units=units, shards=shards, degree=shape.p)
+                intercept(
+                    model,
+                    self.router,
+                    kv=kv,
+                    units=units,
+                    shards=shards,
+                    degree=shape.p,
+                    projections=early,
+                )
             )
             if strips is not None and any(plan.stage == "vae" for plan in self.plans.values()):
                 stack.enter_context(intercept(strips.model, self.router, kv=strips.kv(self.shape)))

@@ -65,6 +65,11 @@ class Network:
         return {segments[i].name: i for i, _ in self.stage.points()}
 
     @cached_property
+    def projections(self) -> dict[int, int]:
+        """Exchange point of an attention -> the segment in which its V has been projected."""
+        return self.stage.projections()
+
+    @cached_property
     def text_first(self) -> bool:
         return TEXT_FIRST.get(self.class_name, False)
 

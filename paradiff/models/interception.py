@@ -7,6 +7,7 @@ handler is asked, and may replace what the layer would have used:
 
 - ``kv``: keys and values of *image self attention*, after norm and rotary embedding, image rows
   only; text tokens of a joint attention are put back beside whatever the handler returns;
+- ``projected``: V of such an attention, as soon as it has been projected (only told);
 - ``halo``: the neighbours' rows of a convolution with vertical kernel and padding;
 - ``moments``: mean and mean of squares of a GroupNorm;
 - ``total`` and ``squares``: what ranks add up that share a layer's weights;
@@ -86,6 +87,8 @@ BLOCK_LISTS = (
     "blocks",
 )
 """Names under which transformers keep their blocks."""
+VALUES = ("to_v", "add_v_proj")
+"""Projections of V and of the text's in a joint attention; then V is only laid out, text by image."""
 EMBEDDINGS = ("PatchEmbed", "CogVideoXPatchEmbed")
 """Modules that add positions of their own to patches."""
 TOKEN_AXIS = {"WanRotaryPosEmbed": 1, "HunyuanVideoRotaryPosEmbed": 0, "MochiRoPE": 0}
@@ -112,6 +115,9 @@ class Handler(Sharing):
     ) -> Tensor:
         """Every attention, exchange or not; ``key`` and ``value`` are what ``kv`` made of them."""
         return call()
+
+    def projected(self, name: str, value: Tensor, is_last: bool) -> None:
+        """V of attention ``name``, (batch, tokens, heads x head_dim): image's, then text's, or both."""
 
     def kv(self, site: Site, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Image rows of K and V, (batch, heads, tokens, head_dim): returns the visible ones."""
@@ -314,12 +320,14 @@ def intercept(
     units: Sequence[str] = (),
     shards: Mapping[str, Shard] | None = None,
     degree: int = 1,
+    projections: bool = False,
 ) -> Iterator[None]:
     """Run forwards of ``model`` under ``handler``.
 
     ``kv`` maps the attentions that are exchange points to how many text tokens are part of them
     (0 for pure self attention). ``units`` are the modules to report to ``enter`` and ``leave``.
-    ``shards`` are divided among ``degree`` ranks, which must divide each of their pieces.
+    ``shards`` are divided among ``degree`` ranks, which must divide each of their pieces;
+    ``projections``: those of V are reported.
     """
     text_first = TEXT_FIRST.get(type(model).__name__, False)
     together = type(model).__name__ == "MochiTransformer3DModel"
@@ -344,6 +352,10 @@ def intercept(
                 stack.enter_context(mock.patch.object(module, "chunk_size", ALL_FRAMES))
         for name in self_attention_names(model):
             wrap(name, partial(_attention_scope, inside, name, together))
+            parts = [part for part in VALUES if projections and f"{name}.{part}" in modules]
+            for part in parts:
+                told = partial(_tell_values, handler, name, part == parts[-1])
+                stack.enter_context(modules[f"{name}.{part}"].register_forward_hook(told))
         if together:
             stack.enter_context(_samples_together())
         for site in exchange_sites(model):
@@ -449,6 +461,10 @@ def _unit_scope(handler: Handler, name: str, forward: Callable[..., Any]) -> Any
         return handler.leave(name, handler.unit(name, forward, args, kwargs))
 
     return run
+
+
+def _tell_values(handler: Handler, name: str, is_last: bool, *called: Any) -> None:
+    handler.projected(name, called[-1], is_last)
 
 
 def _attend(

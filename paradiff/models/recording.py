@@ -48,7 +48,8 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Something between two launches: ``enter`` or ``leave`` of a unit, or the kind of a point.
+    """Something between two launches: ``enter`` or ``leave`` of a unit, V of an attention ``projected``,
+    or the kind of a point.
 
     ``sizes`` are the tensors of a unit's output tuple, or those published at a point."""
 
@@ -232,6 +233,9 @@ class RecordingHandler(Handler):
         tokens = self._visible(site.name)
         shape = (*key.shape[:2], tokens if tokens is not None else key.shape[2])
         return key.new_empty(*shape, key.shape[3]), value.new_empty(*shape, value.shape[3])
+
+    def projected(self, name: str, value: Tensor, is_last: bool) -> None:
+        self._recorder.mark(Mark("projected", name))
 
     def halo(self, site: Site, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         edge = (*x.shape[:-2], site.rows, x.shape[-1])

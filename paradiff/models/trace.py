@@ -199,7 +199,15 @@ def record(
                 recorder.divide(shard.parameters(model.get_submodule(name)), degree)
             one_piece = {n: replace(s, pieces=(sum(s.pieces),)) for n, s in shards.items()}
             stack.enter_context(
-                intercept(model, handler, kv=text, units=units, shards=one_piece, degree=degree)
+                intercept(
+                    model,
+                    handler,
+                    kv=text,
+                    units=units,
+                    shards=one_piece,
+                    degree=degree,
+                    projections=spec.is_denoiser,
+                )
             )
         stack.enter_context(recorder)
         call(*args, **kwargs)
@@ -305,6 +313,7 @@ class _Assembly:
         self._sizes = [value((shape,)) for shape in aligned.base.tensors]
         self._open = _Open("")
         self._waiting = [0, 0]
+        self._values = "", 0, self._open.kernels
 
     def build(self, stage: str, parents: Mapping[str, str]) -> None:
         self._open = _Open("head" if parents else stage)
@@ -326,6 +335,8 @@ class _Assembly:
             elif first.what in ("sum", "squares"):
                 self._open.total = Total(first.what, self._quantity([e.sizes for e in events]))
                 self._split(f"{first.name}.after")
+            elif first.what == "projected":
+                self._values = first.name, len(self.segments), self._open.kernels.copy()
             elif first.what != "enter":
                 point = Point(first.what, self._quantity([e.sizes for e in events]))
                 self._split(first.name, point)
@@ -354,6 +365,7 @@ class _Assembly:
         dims = tuple(self._quantity([e.dims[i] for e in events]) for i in range(len(first.dims)))
         if is_point:
             self._split(first.attention, self._kv_point(dims))
+            self._mark_values(first.attention)
         current = self._open
         current.kernels[first.kind, dims] += 1
         current.weights += self._waiting[0]
@@ -363,6 +375,16 @@ class _Assembly:
         current.peak = max(current.peak, (sum(self._sizes[i] for i in alive), alive))
         if is_point:
             self._split(f"{first.attention}.after")
+
+    def _mark_values(self, attention: str) -> None:
+        """Say in which segment the last projection of V of ``attention`` was, if launches follow it."""
+        name, at, counts = self._values
+        if name != attention:
+            return
+        done = self.segments[at]
+        before = tuple(counts[k.kind, k.dims] for k in done.kernels)
+        if at < len(self.segments) - 1 or before != tuple(k.count for k in done.kernels):
+            self.segments[at] = replace(done, projected=before)
 
     def _kv_point(self, dims: tuple[Expr, ...]) -> Point:
         batch, heads, _, keys, head_dim, value_dim = dims

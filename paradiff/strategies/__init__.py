@@ -184,7 +184,10 @@ STRATEGIES: Mapping[str, Strategy] = {
     ),
 }
 AXES = ("cfg", "data", "ulysses", "ring", "tensor")
-AXIS_PARAMETERS = {"ring": {"rotate": "p2p|allgather"}, "ulysses": {"exchange": PRODUCT}}
+AXIS_PARAMETERS = {
+    "ring": {"rotate": "p2p|allgather"},
+    "ulysses": {"exchange": PRODUCT, "order": "qkv|v-first"},
+}
 
 
 class SpecError(ValueError):

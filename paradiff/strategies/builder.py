@@ -185,6 +185,7 @@ class Builder:
         self.branches = 2 if self.profile.geometry.guidance == "cfg" else 1
         self.call_batch = w.batch * self.branches // self.mesh.cfg
         self.points = dict(self.denoiser.points())
+        self.projections = self.denoiser.projections()
         self.attention = [p for p in self.points.values() if p.kind == "kv"]
         self.joint_text = any(p.joint_text for p in self.attention)
 
@@ -358,6 +359,7 @@ class Builder:
         tags: Tags = (),
         blocks: int = 1,
         copies: Copies = NO_COPIES,
+        values: str = "",
     ) -> None:
         """A compute op on ``rank``: the whole stage, or the given segment ranges of it."""
         if not self.keeps(rank):
@@ -372,7 +374,7 @@ class Builder:
             reads=reads,
             writes=writes,
             step=step,
-            work=Work(stage, ranges or whole, shape, "", blocks, *copies),
+            work=Work(stage, ranges or whole, shape, "", blocks, *copies, values),
             tags=tags,
         )
 
@@ -581,6 +583,7 @@ class Forward:
     _reads: dict[int, list[Ref]] = field(default_factory=dict)
     _then: list[Callable[[], None]] = field(default_factory=list)
     _at: int = -1
+    _values: str = ""
 
     def __post_init__(self) -> None:
         self._at = self.lo
@@ -612,12 +615,21 @@ class Forward:
 
     def run(self, stop: int, writes: Mapping[int, Sequence[Ref]] | None = None) -> None:
         """Compute up to segment ``stop`` (exclusive) on all ranks; the last ops write ``writes``."""
+        self._add_up_to(stop)
+        if stop > self._at or writes:
+            self._compute(stop, writes or {})
+
+    def run_until_values(self, at: int, writes: Mapping[int, Sequence[Ref]]) -> None:
+        """Compute until V has been projected in segment ``at``; the next op goes on there."""
+        self._add_up_to(at)
+        self._values = "until"
+        self._compute(at, writes)
+
+    def _add_up_to(self, stop: int) -> None:
         if self.build.mesh.tp > 1:
             for at, total in self.build.denoiser.totals():
                 if self._at <= at < stop:
                     self._add_up(at + 1, total)
-        if stop > self._at or writes:
-            self._compute(stop, writes or {})
 
     def _add_up(self, stop: int, total: Total) -> None:
         """Compute up to ``stop`` and all-reduce in place what that leaves in parts; blocking."""
@@ -652,7 +664,7 @@ class Forward:
     def _compute(self, stop: int, writes: Mapping[int, Sequence[Ref]]) -> None:
         """One compute op a rank; without work where the last one ended at ``stop`` with a sum."""
         segments = self.build.denoiser.segments
-        ended = stop == self._at
+        ended = stop == self._at and not self._values
         added = [self.copies[at] for at in self.copies if self._at <= at < stop]
         copies = Copies(
             sum(c.kernels for c in added),
@@ -660,6 +672,7 @@ class Forward:
             max((c.joined for c in added), default=0),
         )
         name = f"{segments[self._at - 1].name}/end" if ended else segments[self._at].name
+        name += "/qk" if self._values == "from" else ""
         for rank, shape, tags in zip(self.ranks, self.shapes, self.tags, strict=True):
             if not self.build.keeps(rank):
                 continue
@@ -675,8 +688,9 @@ class Forward:
                 call="forward",
                 tags=tags,
                 copies=copies,
+                values=self._values,
             )
-        self._at = stop
+        self._at, self._values = stop, "from" if self._values == "until" else ""
         while self._then:
             self._then.pop(0)()
 

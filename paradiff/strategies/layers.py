@@ -33,6 +33,7 @@ class SequenceParallel:
     ``split_text``: the text tokens of a joint attention are sharded like image tokens; otherwise they
     are replicated, enter a ring in one iteration only, and their heads are gathered after Ulysses.
     ``phases``: (ranks inside a machine, machines) of an all-to-all in two phases; None: all at once.
+    ``v_first``: V is exchanged while Q and K are still normed and rotated.
     """
 
     ulysses: int
@@ -40,6 +41,7 @@ class SequenceParallel:
     rotate: str
     split_text: bool
     phases: tuple[int, int] | None = None
+    v_first: bool = False
 
     @property
     def degree(self) -> int:
@@ -88,7 +90,8 @@ def plan_sequence(build: Builder, options: Options, patches: int) -> SequencePar
     divides = build.joint_text and mesh.sp > 1 and patches == 1 and mesh.pp == 1
     split = divides and text % mesh.sp == 0 and not mixes_text(build)
     rotate, phases = options.get("rotate", "p2p"), two_phases(mesh.ulysses, options)
-    return SequenceParallel(mesh.ulysses, mesh.ring, rotate, split, phases)
+    v_first = is_v_first(build, options)
+    return SequenceParallel(mesh.ulysses, mesh.ring, rotate, split, phases, v_first)
 
 
 def two_phases(ulysses: int, options: Options) -> tuple[int, int] | None:
@@ -103,6 +106,27 @@ def two_phases(ulysses: int, options: Options) -> tuple[int, int] | None:
             f"exchange={widest}x{ulysses // widest}" if widest else "ulysses=4,exchange=2x2",
         )
     return inside, across
+
+
+def is_v_first(build: Builder, options: Options) -> bool:
+    """Whether V goes first (``order=v-first``). Raises Infeasible where that is no other order."""
+    if options.get("order", "qkv") == "qkv" or build.mesh.ulysses == 1:
+        return False
+    segments = build.denoiser.segments
+    missing = [segments[at].name for at in build.points if at not in build.projections]
+    if missing:
+        raise Infeasible(
+            f"order=v-first: in {missing[0]} of {build.profile.name} nothing is done to Q and K between"
+            " V's projection, where that is a module of its own, and the attention",
+            "order=qkv",
+        )
+    if "hsdp" in options.get("weights", ""):
+        raise Infeasible(
+            "order=v-first with weights=hsdp: weights are gathered where segments begin, not where V"
+            " has been projected",
+            "order=qkv",
+        )
+    return True
 
 
 def mixes_text(build: Builder) -> bool:
@@ -279,11 +303,16 @@ class _Exchange:
         self.exchange("all_to_all", f"{label}/across", nbytes, between, target, across)
 
     def to_heads(self) -> None:
-        """Tokens to heads: one all-to-all each for Q, K and V."""
+        """Tokens to heads: one all-to-all each for Q, K and V, or of V before Q and K are ready."""
         size = self.token_bytes
         ranks = self.forward.kept
-        self.forward.run(self.at, {r: [self.ref(n, r, size=size) for n in "qkv"] for r in ranks})
-        for n in "qkv":
+        then = "qkv"
+        if self.sp.v_first:
+            at, then = self.build.projections[self.at], "qk"
+            self.forward.run_until_values(at, {r: [self.ref("v", r, size=size)] for r in ranks})
+            self.all_to_all("v", size, "v", "vh")
+        self.forward.run(self.at, {r: [self.ref(n, r, size=size) for n in then] for r in ranks})
+        for n in then:
             self.all_to_all(n, size, n, f"{n}h")
         for rank in ranks:
             self.forward.need(rank, *(self.ref(f"{n}h", rank, size=size) for n in "qkv"))

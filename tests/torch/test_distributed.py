@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from paradiff.trace import Span, Trace, read_chrome_trace
+
 pytestmark = [pytest.mark.torch]
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +49,31 @@ def test_processes_equal_one_process(world: int, tmp_path: Path) -> None:
         replicas = re.search(r"data=(\d+)", each["case"][1])
         assert each["replicas"] == list(range(int(replicas[1]) if replicas else 1))
         assert [rank["rank"] for rank in each["ranks"]] == list(range(world))
+    early = list((output / "traces").glob("*order=v-first*"))
+    assert len(early) == (world == 2)
+    for path in early:
+        v_goes_beside_what_follows_it(read_chrome_trace(path))
+
+
+def v_goes_beside_what_follows_it(trace: Trace) -> None:
+    """V may go when what is done to Q and K begins; somewhere it does before that ends (which a
+    machine with other work may delay, and which no order but this allows once)."""
+
+    def spans(rank: int, step: int, end: str) -> list[Span]:
+        own = (s for s in trace.spans if (s.rank, s.step) == (rank, step))
+        found = (s for s in own if s.name.partition("@")[0].endswith(end))
+        return sorted(found, key=lambda s: s.ready_s)
+
+    ranks, steps = (0, 1), sorted({s.step for s in trace.spans if s.name.endswith("/qk@r0")})
+    pairs = [
+        pair
+        for rank in ranks
+        for step in steps
+        for pair in zip(spans(rank, step, ".attn/v"), spans(rank, step, "/qk"), strict=True)
+    ]
+    assert len(pairs) >= len(ranks) * len(steps) > 0
+    assert all(v.ready_s <= qk.start_s + 1e-9 for v, qk in pairs)
+    assert any(v.start_s < qk.end_s for v, qk in pairs)
 
 
 def test_spread_attention_agrees_with_diffusers() -> None:

@@ -54,6 +54,25 @@ def test_spread_attention_is_exact(name: str, spec: str) -> None:
     assert plain.relative(latent(name, without_guidance(name, spec)), reference(name)) < 1e-10
 
 
+V_FIRST = [
+    # a norm over all heads, joint projections, those of the text apart, tables given, and a mask
+    *itertools.product(["flux1-dev", "sd3.5-large", "wan2.1-1.3b"], ["ulysses=2"]),
+    *itertools.product(["cogvideox-2b", "hunyuandit", "hunyuanvideo", "mochi"], ["ulysses=2"]),
+    ("flux1-dev", "ulysses=4,exchange=2x2"),
+    ("flux1-dev", "cfg=2,ulysses=2,ring=2"),
+    ("wan2.1-1.3b", "tensor=2,ulysses=2"),
+    ("flux1-dev", "tensor=2,ulysses=2"),
+    ("cogvideox-2b", "pipefusion=2,patches=2,ulysses=2"),
+    ("flux1-dev", "pipefusion=2,patches=2,ulysses=2,ring=2"),
+]
+
+
+@pytest.mark.parametrize(("name", "spec"), V_FIRST)
+def test_v_first_changes_no_bit(name: str, spec: str) -> None:
+    spec = without_guidance(name, spec)
+    assert torch.equal(latent(name, f"{spec},order=v-first"), latent(name, spec))
+
+
 def test_both_ways_of_having_text_occur() -> None:
     def words(model: str, spec: str) -> set[str]:
         ops = (i.op for i in graph_of(model, spec).instances())
