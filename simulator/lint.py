@@ -30,8 +30,8 @@ LOW_SHARE = 0.55
 needs a source that says its peak is dense, as a sparse peak is twice the dense one."""
 WHEN = re.compile(r"(?<!older than )\b20\d\d\b|\bcommit [0-9a-f]{7}|\bundated\b")
 """What a price's source must say: a year, a day, the commit of the list it was read in, or undated."""
-PORT_SLACK = 1.1
-"""How far a collective may exceed its links, which are measurements too."""
+FLOOR_SHARE = 0.25
+"""Part of a GPU's shortest kernel that none can take: the profile's is one launch's, seldom measured."""
 
 
 def read_table(path: Path, table: str, gpu: Gpu) -> list[dict[str, str]]:
@@ -62,18 +62,26 @@ def row_problem(row: Mapping[str, str], table: str, gpu: Gpu) -> str | None:
     if bad := [c for c, value in sizes.items() if not 0 < value < math.inf]:
         return f"{bad[0]}: not allowed ({row[bad[0]]}), allowed: a positive number"
     seconds = sizes.pop("time_us") * 1e-6
-    flops, nbytes = _work(table, sizes, row)
-    peak = gpu.peak.of(row["dtype"]).value
+    return time_problem(*_work(table, sizes, row), seconds, row["dtype"], gpu)
+
+
+def time_problem(flops: float, nbytes: float, seconds: float, dtype: str, gpu: Gpu) -> str | None:
+    """Why a kernel of ``flops`` and ``nbytes`` cannot have taken ``seconds``; None where it can. fp32
+    may be TF32, of half the rate of fp16."""
+    time = f"time_us: {seconds * 1e6:g}"
+    peak = gpu.peak.of(dtype).value
+    peak = max(peak, gpu.peak.half / 2) if dtype == "fp32" else peak
     if flops / seconds > BOOST * peak:
+        rate = f"{flops / seconds / 1e12:.0f} TFLOP/s"
+        return f"{time} implies {rate}, {gpu.name} has {peak / 1e12:.0f} in {dtype}"
+    memory = gpu.memory_bandwidth_peak.value
+    if nbytes > gpu.l2.value and nbytes / seconds > BOOST * memory:
         return (
-            f"time_us: {row['time_us']} implies {flops / seconds / 1e12:.0f} TFLOP/s,"
-            f" {gpu.name} has {peak / 1e12:.0f} in {row['dtype']}"
+            f"{time} implies {nbytes / seconds / 1e9:.0f} GB/s, {gpu.name} has {memory / 1e9:.0f}"
         )
-    if nbytes > gpu.l2.value and nbytes / seconds > BOOST * gpu.memory_bandwidth_peak.value:
-        return (
-            f"time_us: {row['time_us']} implies {nbytes / seconds / 1e9:.0f} GB/s,"
-            f" {gpu.name} has {gpu.memory_bandwidth_peak.value / 1e9:.0f}"
-        )
+    if seconds < FLOOR_SHARE * gpu.kernel_floor.value:
+        floor = f"{gpu.kernel_floor.value * 1e6:g} us"
+        return f"{time} is less than a launch takes: {gpu.name} needs {floor} for its shortest"
     return None
 
 
@@ -86,6 +94,13 @@ def _work(table: str, sizes: Mapping[str, float], row: Mapping[str, str]) -> tup
     tokens = sizes["batch"] * sizes["heads"] * sizes["seq"] * sizes["head_dim"]
     half = 0.5 if row["causal"] == "yes" else 1.0
     return half * 4 * tokens * sizes["seq"], itemsize * 4 * tokens
+
+
+def is_the_gpu(device: str, gpu: Gpu) -> bool:
+    """Whether a device's own name (``NVIDIA A100-SXM4-80GB``) is that of a profile: by the first word of
+    the profile's that has a digit, ``A100``."""
+    words = re.findall(r"[A-Za-z]*\d+[A-Za-z]*", gpu.full_name)
+    return gpu.is_ideal or not words or words[0].lower() in re.split(r"[^a-z0-9]+", device.lower())
 
 
 def gpu_problems(gpu: Gpu) -> Iterator[str]:
@@ -141,19 +156,12 @@ def shipped_problems() -> list[str]:
 
 
 def _collective_problems() -> Iterator[str]:
-    """Tables of collectives that beat their links, or that are another box's and do not say so."""
+    """Tables of collectives that are another box's and do not say so."""
     tables: dict[str, list[tuple[float, ...]]] = {}
     for name in available("topologies"):
         box = load_topology(name)
-        port = max((link.bandwidth_bytes_per_s for link in box.links), default=math.inf)
         for table in box.collectives:
             points: list[tuple[float, ...]] = [*zip(table.sizes, table.seconds, strict=True)]
-            sent = (table.ranks - 1) / table.ranks
-            if any(
-                size * sent / s > PORT_SLACK * port
-                for size, s in zip(table.sizes, table.seconds, strict=True)
-            ):
-                yield f"{name}: {table.kind} over {table.ranks} is faster than its links"
             if "transferred" not in table.source:
                 tables[f"{name} {table.kind} {table.ranks} {table.source}"] = points
     for a, b in twins(tables):

@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 from paradiff.config import ConfigError
 from paradiff.graph import ScheduleGraph
 from paradiff.profiles import KERNEL_DIMS, Profile, Stage
+from simulator.gpu import load_gpu
+from simulator.lint import is_the_gpu, time_problem
 
 COLUMNS = ("kind", "dims", "dtype", "time_us", "low_us", "high_us", "runs")
 """``dims``: those of KERNEL_DIMS joined by x. ``time_us``: the median of ``runs`` samples; ``low_us``
@@ -41,6 +43,8 @@ NUGGET = 1e-3
 LEFT_OUT = 256
 """Rows, evenly spaced, whose left-out error chooses the transform."""
 LEAST_ROWS = 8
+UNSTEADY = 1.25
+"""A row whose quartiles lie farther apart was measured beside something else."""
 FARTHEST = 64
 """How many times as far from a row as left-out ones were a shape may lie to be interpolated."""
 
@@ -65,6 +69,18 @@ class Key(NamedTuple):
             return 2.0 * d[0] * d[1] * d[2] * d[3] * (d[4] + d[5])
         return float(d[0])
 
+    @property
+    def elements(self) -> int:
+        """Those that it reads and writes at least."""
+        d = self.dims
+        if self.kind == "gemm":
+            return d[0] * (d[1] * d[3] + d[3] * d[2] + d[1] * d[2])
+        if self.kind == "conv":
+            return d[3] + d[1] * d[2] + d[0] * d[1]
+        if self.kind == "attention":
+            return d[0] * d[1] * (d[2] + d[3]) * (d[4] + d[5])
+        return d[0]
+
 
 class Row(NamedTuple):
     """One measurement, seconds."""
@@ -73,6 +89,10 @@ class Row(NamedTuple):
     low_s: float
     high_s: float
     runs: int
+
+    @property
+    def is_unsteady(self) -> bool:
+        return self.high_s > UNSTEADY * self.low_s
 
 
 # ----------------------------------------------------------------------------- which to measure
@@ -418,9 +438,33 @@ def measured_on(gpu: str, dtype: str) -> Mapping[str, KernelTable]:
         path = folder / gpu / FILE
         if path.is_file():
             header, rows = read_rows(path)
+            _check_rows(path, header, rows, gpu)
             told = [f"{key} {value}" for key, value in header.items()]
             return tables(rows, dtype, ", ".join([f"{path}", *told]))
     return {}
+
+
+def _check_rows(
+    path: Path, header: Mapping[str, str], rows: Mapping[tuple[Key, str], Row], gpu: str
+) -> None:
+    """Raises ConfigError where the table cannot be of ``gpu``: of another device, or faster than it is.
+    Of what has no profile (a CPU) nothing is known."""
+    try:
+        known = load_gpu(gpu)
+    except ConfigError:
+        return
+    if not is_the_gpu(header.get("device", gpu), known):
+        what = f"measured on {header['device']}, which is not a {gpu} ({known.full_name})"
+        raise ConfigError(f"{path}: {what}, allowed: the folder of its own name")
+    for (key, dtype), row in rows.items():
+        moved = key.elements * (4 if dtype == "fp32" else 2)
+        flops = key.flops if key.kind in ("gemm", "conv", "attention") else 0.0
+        if known.is_ideal or dtype not in ("fp16", "bf16", "fp32"):
+            continue
+        if problem := time_problem(flops, moved, row.time_s, dtype, known):
+            raise ConfigError(
+                f"{path}: {key.kind},{'x'.join(map(str, key.dims))},{dtype}: {problem}"
+            )
 
 
 def _folders() -> tuple[Path, Path]:

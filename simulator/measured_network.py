@@ -56,6 +56,15 @@ def check_box(box: Topology, devices: Sequence[int]) -> None:
         raise ConfigError(f"ranks on several nodes of {box.name}, allowed: one node")
 
 
+def check_library(box: Topology, device: str) -> None:
+    """Raises ConfigError where calls between CPUs (gloo) would stand for those between a box's GPUs."""
+    joined = [k.kind for k in box.links if k.is_nvlink or k.kind.startswith("pcie")]
+    if device == "cpu" and joined:
+        what = f"gloo's times between CPUs are not those of GPUs on {joined[0]}"
+        allowed = "--device cuda, or no --topology and --output"
+        raise ConfigError(f"--topology {box.name}: {what}, allowed: {allowed}")
+
+
 def with_tables(name: str, rows: Sequence[Measured], devices: Sequence[int], source: str) -> str:
     """The text of the topology called ``name`` with the collectives among ``rows`` as measured tables.
 

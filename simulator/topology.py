@@ -20,8 +20,18 @@ from typing import Annotated, Any, Literal
 import networkx as nx
 from pydantic import BeforeValidator, Field, model_validator
 
-from paradiff.config import ConfigError, Name, Path_, Strict, available, find, load_yaml, problem
+from paradiff.config import (
+    ConfigError,
+    Name,
+    Path_,
+    Strict,
+    available,
+    find,
+    problem,
+    read_document,
+)  # fmt: skip
 from paradiff.units import Bytes, BytesPerSecond, Dollars, PositiveSeconds, Seconds, size_text
+from simulator.box_lint import box_problems
 
 Duplex = Literal["full", "half"]
 CollectiveKind = Literal["all_gather", "all_reduce", "all_to_all", "broadcast", "reduce_scatter"]
@@ -547,6 +557,12 @@ def _check_scopes(file: TopologyFile) -> None:
 def load_topology(name: str | Path, overrides: Sequence[str] = ()) -> Topology:
     """The topology called ``name`` (a path, or a shipped name such as ``pcie8``).
 
-    ``overrides`` are what-ifs on the file, ``links.0.bandwidth=52 GB/s``. Raises ConfigError.
+    ``overrides`` are what-ifs on the file, ``links.0.bandwidth=52 GB/s``. Raises ConfigError, also for
+    numbers that cannot be (``simulator.box_lint``) where no what-if is about links or tables.
     """
-    return load_yaml(find("topologies", str(name)), TopologyFile, overrides).topology()
+    document = read_document(find("topologies", str(name)), overrides, TopologyFile)
+    file = document.validate(TopologyFile)
+    if not any(item.startswith(("links.", "collectives")) for item in overrides):
+        for at, what in box_problems(file):
+            raise document.error(at, what)
+    return file.topology()

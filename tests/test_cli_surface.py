@@ -131,7 +131,7 @@ def test_capacity_options() -> None:
 def test_profile_options() -> None:
     commands = typer.main.get_command(app).commands["profile"].commands  # type: ignore[attr-defined]
     assert options(commands["kernels"]) == {
-        "--model", "--device", "--dtype", "--budget", "--gpu", "--output-dir",
+        "--model", "--device", "--dtype", "--budget", "--gpu", "--again", "--output-dir",
     }  # fmt: skip
     assert options(commands["fit"]) == {"--gpu", "--output", "--runtime"}
     assert options(commands["network"]) == {

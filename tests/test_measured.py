@@ -216,7 +216,7 @@ def test_a_table_of_the_gpu_wins_over_the_model_and_says_so(
     measured_on.cache_clear()
     before = CostModel(model, [l4]).compute(work, 0)
     path = tmp_path / "hardware_profiles" / "measured" / "l4" / "kernels.csv"
-    begin_table(path, HEADER)
+    begin_table(path, {**HEADER, "device": "NVIDIA L4"})
     pricer = CostModel(model, [l4])._pricers["l4"]
     heavy, seen = 0.0, set()
     for segment in model.denoiser.segments:
@@ -247,3 +247,33 @@ def test_no_table_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert measured_on("l40", "bf16") == {}
     assert math.isclose(Key("attention", (1, 2, 3, 4, 5, 6)).flops, 2 * 2 * 3 * 4 * 11)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "line", "message"),
+    [
+        ("AMD EPYC", "", "measured on AMD EPYC, which is not a l40s"),
+        ("NVIDIA L40", "", "measured on NVIDIA L40, which is not a l40s"),
+        # 2 x 4096^3 in 100 us: 1374 TFLOP/s
+        (
+            "NVIDIA L40S",
+            "gemm,1x4096x4096x4096,bf16,100,99,101,9",
+            "implies 1374 TFLOP/s, l40s has 362",
+        ),
+        # 10^9 elements of two bytes in 1 ms: 2000 GB/s
+        ("NVIDIA L40S", "norm,1000000000,bf16,1000,999,1001,9", "implies 2000 GB/s, l40s has 864"),
+        ("NVIDIA L40S", "norm,4096,bf16,0.05,0.05,0.05,9", "is less than a launch takes"),
+    ],
+)
+def test_a_table_that_cannot_be_of_its_gpu_is_refused(
+    device: str, line: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "hardware_profiles" / "measured" / "l40s" / "kernels.csv"
+    begin_table(path, {**HEADER, "device": device})
+    with path.open("a") as stream:
+        stream.write(f"{line}\n")
+    monkeypatch.chdir(tmp_path)
+    measured_on.cache_clear()
+    with pytest.raises(ConfigError, match=message):
+        measured_on("l40s", "bf16")
+    measured_on.cache_clear()

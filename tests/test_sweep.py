@@ -192,7 +192,7 @@ def test_what_was_measured_since_is_planned_again(expected: bytes, tmp_path: Pat
     product = next(key for key in kernels_of(graph, profile) if key.kind == "gemm")
     for folder in (tmp_path, tmp_path / "afresh"):
         table = folder / "hardware_profiles" / "measured" / "rtx3090" / "kernels.csv"
-        begin_table(table, {"device": "by hand", "threads": "1", "torch": "none"})
+        begin_table(table, {"device": "GeForce RTX 3090", "threads": "0", "torch": "none"})
         append_row(table, product, "bf16", Row(5e-3, 4.9e-3, 5.1e-3, 9))
         assert start(folder, "--processes", "2").wait() == 0
     again, afresh = (f / "out" / "sweep.csv" for f in (tmp_path, tmp_path / "afresh"))

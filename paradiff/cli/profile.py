@@ -92,6 +92,12 @@ def kernels(
             autocompletion=shipped("gpus"),
         ),
     ] = None,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again", help="Only what is there with quartiles more than 25 % apart, once more."
+        ),
+    ] = False,
     output_dir: Annotated[
         Path | None,
         typer.Option(
@@ -114,6 +120,7 @@ def kernels(
             append_row,
             begin_table,
             distinct_kernels,
+            read_rows,
         )  # fmt: skip
 
         with _needs_torch("measuring"):
@@ -124,6 +131,8 @@ def kernels(
         wanted = distinct_kernels([load_model(name) for name in names])
         chosen = dtype or ("fp32" if device == "cpu" else "bf16")
         about = measure.machine(device)
+        if gpu is not None:
+            _check_gpu(gpu, device, about["device"])
         name = gpu or re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
         folder = output_dir or MEASURED / name
         path = folder / FILE
@@ -131,8 +140,12 @@ def kernels(
         about |= {"date": time.strftime("%Y-%m-%d"), "command": command}
         try:
             done = begin_table(path, about)
+            unsteady = {kernel for kernel, row in read_rows(path)[1].items() if row.is_unsteady}
         except OSError as error:
             raise ConfigError(f"--output-dir {folder}: {error.strerror or error}") from None
+    if again:
+        wanted = tuple(key for key in wanted if (key, chosen) in unsteady)
+        done = set()
     left = [key for key in wanted if (key, chosen) not in done]
     began, taken, skipped = time.monotonic(), 0, 0
     try:
@@ -156,14 +169,37 @@ def kernels(
     _print_errors(path, chosen)
 
 
+def _check_gpu(name: str, device: str, seen: str) -> None:
+    """Raises ConfigError where measurements of this device are not those of the GPU profile ``name``."""
+    from paradiff.config import ConfigError
+    from simulator.gpu import load_gpu
+    from simulator.lint import is_the_gpu
+
+    profile = load_gpu(name)
+    if profile.name != name:
+        raise ConfigError(f"--gpu {name}: not a name, allowed: {profile.name}")
+    if device != "cuda":
+        what = f"plans for {profile.full_name} would take what --device {device} measures"
+        raise ConfigError(f"--gpu {name}: {what}, allowed: --device cuda, or no --gpu")
+    if not is_the_gpu(seen, profile):
+        raise ConfigError(f"--gpu {name}: this is a {seen}, not a {profile.full_name}")
+
+
 def _print_errors(path: Path, dtype: str) -> None:
-    """How well each kind of the table predicts a row from the others."""
+    """How well each kind of the table predicts a row from the others, and how many rows scatter."""
     import numpy as np
 
     from simulator.measured import LEAST_ROWS, read_rows, tables
 
-    for kind, table in sorted(tables(read_rows(path)[1], dtype).items()):
-        if len(table.rows) < LEAST_ROWS:
+    rows = read_rows(path)[1]
+    unsteady = sum(row.is_unsteady for (_, of), row in rows.items() if of == dtype)
+    if unsteady:
+        typer.echo(
+            f"{unsteady} of them scatter: quartiles more than 25 % apart. On a still machine, measure "
+            "them again: --again"
+        )
+    for kind, table in sorted(tables(rows, dtype).items()):
+        if len(table.rows) < LEAST_ROWS or not np.isfinite(table.errors).all():
             continue
         missed = np.abs(np.exp(table.errors) - 1)
         transform, trend = table.choice
@@ -206,7 +242,13 @@ def network(
     with one_message():
         from paradiff.config import ConfigError
         from paradiff.units import parse_quantity
-        from simulator.measured_network import Measured, check_box, to_csv, with_tables
+        from simulator.measured_network import (
+            Measured,
+            check_box,
+            check_library,
+            to_csv,
+            with_tables,
+        )
         from simulator.topology import load_topology
 
         with _needs_torch("measuring"):
@@ -239,6 +281,7 @@ def network(
         wanted = measure_network.cases(place.world_size, sizes)
         if topology is not None:
             check_box(load_topology(topology), range(place.world_size))
+            check_library(load_topology(topology), device)
         first = place.rank == 0
         rows: list[Measured] = []
         try:

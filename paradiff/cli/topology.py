@@ -114,6 +114,7 @@ def import_(
             files, nccl_tests or [], gpu, name or (output.stem if output else None)
         )
         data = cluster(box, facts.machine, nodes, nic_rate) if nodes > 1 else box
+        topology = _topology(box)
         command = shlex.join(["paradiff", "topology", "import", *sys.argv[3:]])
         text = to_yaml(data, [command])
         if output is not None:
@@ -126,7 +127,6 @@ def import_(
     from analysis import text as words
     from analysis.doctor import diagnose
 
-    topology = _topology(box)
     for line in words.measured_sizes(topology):
         typer.echo(line, err=output is None)
     _print_findings(diagnose(topology, facts), err=output is None)
@@ -215,9 +215,15 @@ def _imported(
 
 
 def _topology(data: dict[str, Any]) -> Topology:
+    """The box of an import. Raises ConfigError with the source of a number that cannot be."""
+    from paradiff.config import ConfigError
+    from simulator.box_lint import box_problems
     from simulator.topology import TopologyFile
 
-    return TopologyFile.model_validate(data).topology()
+    file = TopologyFile.model_validate(data)
+    for (part, number, *_), what in box_problems(file):
+        raise ConfigError(f"{data[str(part)][number]['source']}: {what}")
+    return file.topology()
 
 
 def _print_findings(

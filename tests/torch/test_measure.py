@@ -132,6 +132,23 @@ def test_the_command_measures_within_its_budget_and_resumes(
     assert all(isinstance(key, Key) and dtype == "fp32" for key, dtype in rows)
 
 
+def test_what_scatters_is_said_and_measured_again(tmp_path: Path) -> None:
+    """Two rows of a table are unsteady, one of them no kernel of the model: the other is measured."""
+    arguments = ("--model", "pixart-alpha", "--output-dir", str(tmp_path))
+    kernels(*arguments, "--budget", "1")
+    path = tmp_path / "kernels.csv"
+    steady = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    models = [load_profile(find("models", "pixart-alpha", ".json"))]
+    norm = next(key for key in distinct_kernels(models) if key.kind == "norm")
+    rows = [f"norm,{norm.dims[0]},fp32,54000,29000,181000,5", "norm,7,fp32,54000,29000,181000,5"]
+    path.write_text("\n".join([*steady, *rows, ""]))
+    done = kernels(*arguments, "--again")
+    assert done.exit_code == 0, done.output
+    assert "1 kernels measured, 0 were there" in done.stdout
+    assert " of them scatter: quartiles more than 25 % apart" in done.stdout
+    assert read_rows(path)[1][norm, "fp32"].time_s < 0.054
+
+
 def test_an_interruption_keeps_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +172,12 @@ def test_an_interruption_keeps_what_was_measured(
     [
         (["--model", "nothing"], "nothing: no such file in models"),
         (["--model", "sdxl", "--output-dir", "/proc/x"], "--output-dir /proc/x"),
+        (["--gpu", "nosuchgpu"], "nosuchgpu: no such file in gpus, allowed: a path, or one of"),
+        (["--gpu", "../../evil"], "../../evil: no such file in gpus"),
+        (
+            ["--gpu", "l40s", "--dtype", "bf16"],
+            "--gpu l40s: plans for NVIDIA L40S 48 GB PCIe would",
+        ),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "torch sees no GPU")]),
     ],
 )

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from paradiff.cli import app
 from paradiff.config import ConfigError, find
 from paradiff.executor.measure_network import COLLECTIVES, cases
-from simulator.measured_network import COLUMNS, Measured, to_csv, with_tables
+from simulator.measured_network import COLUMNS, Measured, check_library, to_csv, with_tables
 from simulator.topology import load_topology
 
 ROOT = Path(__file__).parent.parent.parent
@@ -67,6 +67,15 @@ def test_a_box_that_the_ranks_do_not_fit_is_refused() -> None:
         with_tables("pcie8x2", [], range(16), "x")
 
 
+def test_times_between_cpus_are_not_those_of_gpus() -> None:
+    with pytest.raises(
+        ConfigError, match="gloo's times between CPUs are not those of GPUs on pcie"
+    ):
+        check_library(load_topology("pcie8"), "cpu")
+    check_library(load_topology("pcie8"), "cuda")
+    check_library(load_topology("lab-star"), "cpu")
+
+
 def test_the_file_has_every_number() -> None:
     text = to_csv({"device": "a\nb"}, [measured("p2p", (0, 3), 4096, 12.5)])
     assert text.split("\n") == [
@@ -81,7 +90,13 @@ def test_two_processes_measure_each_other(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--standalone", str(script), "profile", "network"]
     command += ["--min-bytes", "4 KiB", "--max-bytes", "16 KiB", "--output-dir", str(tmp_path)]
-    command += ["--topology", "pcie2-3090", "--output", str(tmp_path / "box.yaml")]
+    hosts = tmp_path / "hosts.yaml"
+    hosts.write_text(
+        "{name: hosts, gpu: l40, peer_to_peer: true, source: 'assumed: a test', "
+        "nodes: [{name: host0, gpus: [gpu0..gpu1]}], links: [{ends: [gpu0, gpu1], kind: ethernet, "
+        "bandwidth: 1 GB/s, latency: 1 us}]}"
+    )
+    command += ["--topology", str(hosts), "--output", str(tmp_path / "box.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
