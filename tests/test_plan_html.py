@@ -123,6 +123,14 @@ def _sorts_and_filters(browser: Any, ranked: Sequence[Mapping[str, Any]]) -> Non
     assert len(column(2)) == len(ranked)
 
 
+LINES = """() => Math.max(...[...document.querySelectorAll('#ranked td:not(.left)')].map(cell => {
+  const text = document.createRange();
+  text.selectNodeContents(cell);
+  return text.getClientRects().length;
+}))"""
+"""Over how many lines a number of the table is, at most."""
+
+
 def test_on_paper_no_table_is_cut_off_and_sources_are_open(report: Path) -> None:
     """718 pixels: A4 less its margins. Paper is white, whatever the screen is."""
     with opened(report, 718, "dark") as browser:
@@ -135,6 +143,7 @@ def test_on_paper_no_table_is_cut_off_and_sources_are_open(report: Path) -> None
         rights = browser.evaluate(ends)
         assert len(rights) >= 4
         assert max(rights) <= 718
+        assert browser.evaluate(LINES) == 1, "no number is broken"
         assert browser.locator("details:not(.data):not([open])").count() == 0
 
 
