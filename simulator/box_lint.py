@@ -1,7 +1,8 @@
 """What cannot be true of a box's numbers: links above their kind, tables above their ports or twice.
 
 Asked of a file when it is read (:func:`simulator.topology.load_topology`), of what importers have put
-together, and in the tests of what ships. A what-if (``--set links.0.bandwidth=...``) is not asked.
+together, and in the tests of what ships. A what-if about links, tables or GPUs (``--set gpu=v100``) is
+not asked.
 """
 
 from __future__ import annotations

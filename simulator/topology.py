@@ -558,11 +558,12 @@ def load_topology(name: str | Path, overrides: Sequence[str] = ()) -> Topology:
     """The topology called ``name`` (a path, or a shipped name such as ``pcie8``).
 
     ``overrides`` are what-ifs on the file, ``links.0.bandwidth=52 GB/s``. Raises ConfigError, also for
-    numbers that cannot be (``simulator.box_lint``) where no what-if is about links or tables.
+    numbers that cannot be (``simulator.box_lint``) where no what-if is about GPUs, links or
+    tables.
     """
     document = read_document(find("topologies", str(name)), overrides, TopologyFile)
     file = document.validate(TopologyFile)
-    if not any(item.startswith(("links.", "collectives")) for item in overrides):
+    if not any(item.startswith(("gpu", "links.", "collectives")) for item in overrides):
         for at, what in box_problems(file):
             raise document.error(at, what)
     return file.topology()
