@@ -31,6 +31,7 @@ from simulator.importers.assemble import (
     pcie_access,
 )
 from simulator.importers.machine import Facts, pcie_bytes_per_s
+from simulator.lint import is_the_gpu, models
 from simulator.network import Network
 from simulator.planner import Candidate, Request, plan
 from simulator.topology import Link, Topology
@@ -49,8 +50,6 @@ _PCIE = re.compile(r"pcie(\d)-x(\d+)")
 _WIRE = re.compile(r"(?:network|ethernet|eth|roce|ib|infiniband)-?(\d+(?:\.\d+)?)(?:g|gbe)?")
 _BETWEEN = re.compile(rf", GPU \d+ to \d+(?!\d|{AS_HOST})")
 """In the source of a link whose rate is that of a copy between GPUs alone."""
-_MODEL = re.compile(r"[A-Z]*\d+[A-Z]*")
-_NO_MODEL = re.compile(r"\d{1,3}|\d+GB?|SXM\d|HBM\dE?")
 GB = 1e9
 Pair = tuple[int, int]
 """Two device numbers, ascending."""
@@ -161,8 +160,8 @@ def _other_gpu(gpu: Gpu, facts: Facts | None) -> Iterator[Finding]:
         *chain.from_iterable(t.values() for t in tables),
         *chain(*(r.cards for r in facts.runs)),
     ]
-    other = [c for c in cards if _models(c.model) and not _models(c.model) & _models(gpu.full_name)]
-    if other and _models(gpu.full_name):
+    other = [c for c in cards if models(c.model) and not is_the_gpu(c.model, gpu)]
+    if other:
         yield Finding(
             code="other-gpu",
             severity="wrong",
@@ -170,12 +169,6 @@ def _other_gpu(gpu: Gpu, facts: Facts | None) -> Iterator[Finding]:
             evidence=other[0].at,
             remedy="--gpu with the profile of the GPU that is there",
         )
-
-
-def _models(name: str) -> set[str]:
-    """``NVIDIA H100 80GB HBM3`` -> {H100}: words with a number that is no size."""
-    words = _MODEL.findall(name.upper())
-    return {word for word in words if not _NO_MODEL.fullmatch(word)}
 
 
 # --------------------------------------------------------------------------------- peer-to-peer

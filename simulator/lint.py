@@ -30,6 +30,8 @@ LOW_SHARE = 0.55
 needs a source that says its peak is dense, as a sparse peak is twice the dense one."""
 WHEN = re.compile(r"(?<!older than )\b20\d\d\b|\bcommit [0-9a-f]{7}|\bundated\b")
 """What a price's source must say: a year, a day, the commit of the list it was read in, or undated."""
+_MODEL = re.compile(r"[A-Z]*\d+[A-Z]*")
+_NO_MODEL = re.compile(r"\d{1,3}|\d+GB?|SXM\d|HBM\dE?")
 FLOOR_SHARE = 0.25
 """Part of a GPU's shortest kernel that none can take: the profile's is one launch's, seldom measured."""
 
@@ -96,11 +98,15 @@ def _work(table: str, sizes: Mapping[str, float], row: Mapping[str, str]) -> tup
     return half * 4 * tokens * sizes["seq"], itemsize * 4 * tokens
 
 
+def models(name: str) -> set[str]:
+    """``NVIDIA A100-SXM4-80GB`` -> {A100}: words with a number that is no size."""
+    return {word for word in _MODEL.findall(name.upper()) if not _NO_MODEL.fullmatch(word)}
+
+
 def is_the_gpu(device: str, gpu: Gpu) -> bool:
-    """Whether a device's own name (``NVIDIA A100-SXM4-80GB``) is that of a profile: by the first word of
-    the profile's that has a digit, ``A100``."""
-    words = re.findall(r"[A-Za-z]*\d+[A-Za-z]*", gpu.full_name)
-    return gpu.is_ideal or not words or words[0].lower() in re.split(r"[^a-z0-9]+", device.lower())
+    """Whether a device's own name is that of a profile; of a profile that names no model, any is."""
+    own = models(gpu.full_name)
+    return gpu.is_ideal or not own or not own.isdisjoint(models(device))
 
 
 def gpu_problems(gpu: Gpu) -> Iterator[str]:
