@@ -24,15 +24,14 @@ SLACK = 1.1
 _PCIE = re.compile(r"pcie([1-6])-x(\d+)", re.ASCII)
 
 
-def box_problems(file: TopologyFile) -> Iterator[tuple[Path_, str]]:
-    """Where a number stands and why it cannot be, for each that cannot.
+def box_problems(file: TopologyFile, box: Topology) -> Iterator[tuple[Path_, str]]:
+    """Where a number stands and why it cannot be, for each that cannot; ``box``: what ``file`` says.
 
     Example: a pcie5-x16 link of 26100 GB/s (GB/s taken for MB/s), which carries 63.
     """
     yield from _links(file)
-    if file.collectives:
-        box = file.topology()
-        yield from _twice(box.collectives)
+    yield from _twice(box.collectives)
+    if box.collectives:
         yield from _faster_than_ports(box)
 
 

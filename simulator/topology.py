@@ -563,7 +563,8 @@ def load_topology(name: str | Path, overrides: Sequence[str] = ()) -> Topology:
     """
     document = read_document(find("topologies", str(name)), overrides, TopologyFile)
     file = document.validate(TopologyFile)
+    box = file.topology()
     if not any(item.startswith(("gpu", "links.", "collectives")) for item in overrides):
-        for at, what in box_problems(file):
+        for at, what in box_problems(file, box):
             raise document.error(at, what)
-    return file.topology()
+    return box

@@ -140,10 +140,11 @@ def kernels(
         about |= {"date": time.strftime("%Y-%m-%d"), "command": command}
         try:
             done = begin_table(path, about)
-            unsteady = {kernel for kernel, row in read_rows(path)[1].items() if row.is_unsteady}
+            known = read_rows(path)[1] if again else {}
         except OSError as error:
             raise ConfigError(f"--output-dir {folder}: {error.strerror or error}") from None
     if again:
+        unsteady = {kernel for kernel, row in known.items() if row.is_unsteady}
         wanted = tuple(key for key in wanted if (key, chosen) in unsteady)
         done = set()
     left = [key for key in wanted if (key, chosen) not in done]
@@ -280,8 +281,9 @@ def network(
         sizes = [least * 4**i for i in range(40) if least * 4**i <= most]
         wanted = measure_network.cases(place.world_size, sizes)
         if topology is not None:
-            check_box(load_topology(topology), range(place.world_size))
-            check_library(load_topology(topology), device)
+            box = load_topology(topology)
+            check_box(box, range(place.world_size))
+            check_library(box, device)
         first = place.rank == 0
         rows: list[Measured] = []
         try:

@@ -221,9 +221,10 @@ def _topology(data: dict[str, Any]) -> Topology:
     from simulator.topology import TopologyFile
 
     file = TopologyFile.model_validate(data)
-    for (part, number, *_), what in box_problems(file):
+    box = file.topology()
+    for (part, number, *_), what in box_problems(file, box):
         raise ConfigError(f"{data[str(part)][number]['source']}: {what}")
-    return file.topology()
+    return box
 
 
 def _print_findings(
