@@ -20,13 +20,17 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from paradiff import __version__
 from paradiff.dependencies import Dependencies
 from paradiff.graph import OpKind, ScheduleGraph
 
 TRANSFERS = ("collective", "permute", "p2p")
 """Op kinds that move bytes between ranks."""
+
+Kernels = Literal["real", "timed", "simulated"]
+"""What made the times of a trace: modules that computed, sleeps as long as modelled, or the engine."""
 
 _SLACK = 1e-9
 """Relative to the makespan: how much a measured clock or a sum of floats may be off."""
@@ -122,7 +126,12 @@ NO_TRACKS = Tracks()
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A run. ``spans`` by start, then by canonical order of the graph, then by rank."""
+    """A run. ``spans`` by start, then by canonical order of the graph, then by rank.
+
+    ``meta`` (``meta_of``): what its graph is of, ``kernels`` and ``paradiff``; of a run also ``device``
+    (of several, by ``; ``), ``torch`` and other versions, ``date``, and of several processes
+    ``clock_residual_s``.
+    """
 
     spans: tuple[Span, ...]
     makespan_s: float
@@ -146,6 +155,12 @@ class Trace:
             spans = list(_unfold(spans, repeat))
         spans.sort(key=lambda span: span.start_s)
         return replace(self, spans=tuple(spans), repeats=())
+
+
+def meta_of(graph: ScheduleGraph, kernels: Kernels, **facts: str) -> tuple[tuple[str, str], ...]:
+    """What a trace says of its making: the graph's own facts, what took its times, and ``facts``."""
+    own = {**dict(graph.meta), "kernels": kernels, "paradiff": __version__}
+    return tuple(sorted((own | facts).items()))
 
 
 def _unfold(spans: list[Span], repeat: Repeat) -> Iterator[Span]:
@@ -418,8 +433,11 @@ def read_chrome_trace(path: Path) -> Trace:
         spans = tuple(
             _span(event, streams) for event in events if event["ph"] == "X" and event["cat"] != LINK
         )
-        makespan_s, meta = float(other["makespan_s"]), dict(other["meta"])
-    except (ValueError, KeyError, TypeError, OSError, EOFError, StopIteration) as error:
+        makespan_s = float(other["makespan_s"])
+        meta = {str(key): str(value) for key, value in other["meta"].items()}
+    except (
+        ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, StopIteration
+    ) as error:  # fmt: skip
         raise TraceMismatch(f"{path} is no paradiff trace: {error!r}") from error
     return Trace(spans, makespan_s, (), tuple(sorted(meta.items())))
 

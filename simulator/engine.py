@@ -42,7 +42,7 @@ from simpy.events import Event, EventPriority
 
 from paradiff.dependencies import Dependencies
 from paradiff.graph import Instance, Op, ScheduleGraph, Section, Work
-from paradiff.trace import TRANSFERS, Repeat, Span, Trace
+from paradiff.trace import TRANSFERS, Repeat, Span, Trace, meta_of
 from simulator.collectives import BACKENDS, Backend, Lowering
 from simulator.fluid import Alarm, Bundle, Drain, Fluid, Stretch, on_grid
 from simulator.network import Network
@@ -370,13 +370,14 @@ class _Engine:
         )
         makespan_s = max((record.end_s for record in self._records), default=0.0)
         makespan_s += sum(repeat.copies * repeat.period_s for repeat in self._repeats)
-        meta = {
-            **dict(self._graph.meta),
-            "backend": self.backend.name,
-            "placement": ",".join(map(str, self._lowering.placement)),
-            "topology": self._lowering.network.topology.name,
-        }
-        return Trace(spans, makespan_s, tuple(self._repeats), tuple(sorted(meta.items())))
+        meta = meta_of(
+            self._graph,
+            "simulated",
+            backend=self.backend.name,
+            placement=",".join(map(str, self._lowering.placement)),
+            topology=self._lowering.network.topology.name,
+        )
+        return Trace(spans, makespan_s, tuple(self._repeats), meta)
 
     def flows(self) -> Iterator[Flows]:
         """In the order in which they ended or changed."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from paradiff.config import ConfigError
 from paradiff.graph import Op, ScheduleGraph, Work, work_text
-from paradiff.trace import Span, Trace
+from paradiff.trace import Span, Trace, meta_of
 from simulator.collectives import BACKENDS, Backend
 from simulator.engine import Costs
 from simulator.measured import Key, Row
@@ -216,4 +216,4 @@ def in_turn(graph: ScheduleGraph, costs: Costs) -> Trace:
             )
             for rank in op.ranks
         ]  # fmt: skip
-    return Trace(tuple(spans), device_s, (), graph.meta)
+    return Trace(tuple(spans), device_s, (), meta_of(graph, "simulated"))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from paradiff.dependencies import validate
 from paradiff.executor.interpreter import Request, Result, _Run, check_executable
+from paradiff.executor.measure import made_on
 from paradiff.executor.network import Network
 from paradiff.executor.packing import header_of, packed, unpacked
 from paradiff.executor.payload import Piece
@@ -26,7 +27,7 @@ from paradiff.executor.session import Session
 from paradiff.executor.streams import Step, Threads, on_cuda, program
 from paradiff.executor.transports import Channel, Distributed, channels
 from paradiff.graph import Instance, Op, ScheduleGraph
-from paradiff.trace import TRANSFERS, Span, Trace
+from paradiff.trace import TRANSFERS, Kernels, Span, Trace, meta_of
 
 Doing = MutableMapping[str, str]
 Perform = Callable[[int, Instance], None]
@@ -65,7 +66,7 @@ def run_rank(
     session.follow_clocks()
     return Result(
         _collected(session, result.latents),
-        merged_trace(session, graph, result.trace.spans),
+        merged_trace(session, graph, result.trace.spans, "real"),
         _collected(session, result.decoded),
     )
 
@@ -82,7 +83,7 @@ def run_timed(
     timed = _Timed(session, channels(session, graph), seconds)
     spans = _threads(program(graph, session.rank), timed.perform, session, doing)
     session.arrive("ran")
-    return merged_trace(session, graph, tuple(spans))
+    return merged_trace(session, graph, tuple(spans), "timed")
 
 
 def _sleep_exactly() -> None:
@@ -146,14 +147,21 @@ class _Timed:
         return self._made[key]
 
 
-def merged_trace(session: Session, graph: ScheduleGraph, own: tuple[Span, ...]) -> Trace:
+def merged_trace(
+    session: Session, graph: ScheduleGraph, own: tuple[Span, ...], kernels: Kernels
+) -> Trace:
     """The spans of all ranks on rank 0's clock, from zero on.
 
     A transfer has begun when the last of its ranks has come to it: until then a rank waits, which is
     the time between ``ready_s`` and ``start_s``.
     """
-    rows = [[*span] for span in own]
-    mine = {"offset_s": session.offset_s, "residual_s": session.residual_s, "spans": rows}
+    rows, made = [[*span] for span in own], made_on(session.device)
+    mine = {
+        "offset_s": session.offset_s,
+        "residual_s": session.residual_s,
+        "device": made["device"],
+        "spans": rows,
+    }
     parts = [json.loads(text) for text in session.gather_text(json.dumps(mine))]
     spans = [_shifted(Span(*row), part["offset_s"]) for part in parts for row in part["spans"]]
     arrival: dict[str, float] = {}
@@ -167,8 +175,11 @@ def merged_trace(session: Session, graph: ScheduleGraph, own: tuple[Span, ...]) 
     spans.sort(key=lambda span: (span.start_s, order[span.id], span.rank))
     end = max((span.end_s for span in spans), default=0.0)
     residual = max(float(part["residual_s"]) for part in parts)
-    meta = {**dict(graph.meta), "clock_residual_s": f"{residual:.2e}"}
-    return Trace(tuple(spans), end, (), tuple(sorted(meta.items())))
+    made |= {
+        "device": "; ".join(dict.fromkeys(part["device"] for part in parts)),
+        "clock_residual_s": f"{residual:.2e}",
+    }
+    return Trace(tuple(spans), end, (), meta_of(graph, kernels, **made))
 
 
 def _shifted(span: Span, seconds: float) -> Span:

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -100,6 +101,13 @@ def machine(kind: str) -> dict[str, str]:
     return found
 
 
+def made_on(device: torch.device) -> dict[str, str]:
+    """What a trace must say of where and when it was measured."""
+    today = time.strftime("%Y-%m-%d")
+    return {**machine(str(device)), "diffusers": version("diffusers"), "date": today}
+
+
+@cache
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

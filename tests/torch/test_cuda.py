@@ -75,6 +75,8 @@ def test_the_command_runs_there(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     trace = read_chrome_trace(tmp_path / "out" / "trace.json.gz")
     assert {span.stream for span in trace.spans} > {"compute"}
+    made = dict(trace.meta)
+    assert (made["kernels"], made["device"]) == ("real", torch.cuda.get_device_name())
 
 
 def test_one_rank_over_nccl(tmp_path: Path) -> None:

@@ -76,9 +76,17 @@ def test_a_plan_runs_on_its_twin_in_one_process_and_launched(
     profile = cached_profile(tiny_plan("sd21"))
     graph = build(parse_spec("cfg=2"), profile, Workload(128, 128, 1, 3, 1, "fp64"))
     assert summary["fingerprint"] == graph.fingerprint()
-    check_trace(graph, read_chrome_trace(tmp_path / "b" / "trace.json.gz"))
     (machine,) = summary["machines"]
     assert (machine["ranks"], machine["torch"]) == ([0, 1], torch.__version__)
+    for name in "ab":
+        trace = read_chrome_trace(tmp_path / name / "trace.json.gz")
+        check_trace(graph, trace)
+        made = dict(trace.meta)
+        assert (made["kernels"], made["torch"]) == ("real", torch.__version__)
+        assert made["device"] in machine["cpu"]
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", made["date"])
+        assert made.keys() >= {"paradiff", "diffusers", "python", "system"}
+        assert ("clock_residual_s" in made) is (name == "b")
     for rank in summary["ranks"]:
         whole = rank["compute_s"] + rank["communication_s"] + rank["waiting_s"]
         assert whole == pytest.approx(summary["latency_s"], rel=1e-9)
@@ -111,6 +119,7 @@ def test_timed_kernels_take_their_modelled_time(tmp_path: Path) -> None:
     graph, costs = build(parse_spec("cfg=2"), profile, request.workload), request.runs().costs
     trace = read_chrome_trace(tmp_path / "out" / "trace.json.gz")
     check_trace(graph, trace)
+    assert dict(trace.meta)["kernels"] == "timed"
     priced = {i.id: costs.compute(i.op.work, i.op.ranks[0]) for i in graph.instances() if i.op.work}
     modelled_s = {name: max(cost.device_s, cost.host_s) for name, cost in priced.items()}
     over_s = [s.end_s - s.start_s - modelled_s[s.id] for s in trace.spans if s.id in modelled_s]

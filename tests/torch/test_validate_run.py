@@ -97,6 +97,7 @@ def _check_traces(folder: Path, answer: dict[str, Any]) -> None:
     traces = [read_chrome_trace(folder / name) for name in names]
     for trace in traces:
         check_trace(prepared.graph, trace)
+    assert [dict(t.meta)["kernels"] for t in traces] == ["simulated", "real", "real"]
     assert [t.makespan_s for t in traces] == [answer["predicted_s"], *answer["repeats_s"]]
     for name, note in zip(names, (None, UNWATCHED, UNWATCHED), strict=True):
         events = json.loads(gzip.decompress((folder / name).read_bytes()))["traceEvents"]
