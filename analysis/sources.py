@@ -42,6 +42,12 @@ def gpu_figures(box: Topology) -> Iterator[tuple[str, str, str, str]]:
         gpu = load_gpu(name)
         for label, number, kind, source in _figures_of(gpu, ""):
             yield f"{gpu.name}: {label}", number, kind, source
+        if gpu.fitted is not None:
+            for r in gpu.fitted.residuals:
+                missed = f"{r.n}: {r.median:.1%}, at worst {r.worst:.1%}"
+                held_out = f"held out {r.held_out_median:.1%}, at worst {r.held_out_worst:.1%}"
+                label = f"{gpu.name}: works missed, {r.kind}"
+                yield label, f"{missed}; {held_out}", "measured", gpu.fitted.source
 
 
 def _figures_of(value: Any, label: str) -> Iterator[tuple[str, str, str, str]]:

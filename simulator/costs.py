@@ -137,7 +137,7 @@ def chip_of(gpu: Gpu, dtype: str, attention_kernel: str = "auto") -> Chip:
     """The kernel model's view of a GPU. ``auto`` is what SDPA of torch >= 2.10 prefers: cuDNN on Hopper
     (sdp_utils.cpp, check_prefer_cudnn_attention), FlashAttention-2 elsewhere."""
     matmul = gpu.matmul.of(dtype).value
-    seen = _attention_figure(gpu, attention_kernel)
+    seen = attention_figure(gpu, attention_kernel)
     return Chip(
         sm_flops=matmul / gpu.sms.value,
         sms=gpu.sms.value,
@@ -156,7 +156,7 @@ def spread_of(gpu: Gpu, dtype: str, attention_kernel: str) -> Mapping[str, tuple
     if gpu.is_ideal:
         return dict.fromkeys(SPREAD, (1.0, 1.0))
     spread = dict(SPREAD)
-    seen = _attention_figure(gpu, attention_kernel)
+    seen = attention_figure(gpu, attention_kernel)
     widen = {
         "gemm": gpu.matmul.of(dtype).kind,
         "conv": gpu.matmul.of(dtype).kind,
@@ -178,7 +178,8 @@ def spread_of(gpu: Gpu, dtype: str, attention_kernel: str) -> Mapping[str, tuple
     return spread
 
 
-def _attention_figure(gpu: Gpu, attention_kernel: str) -> AttentionFigure:
+def attention_figure(gpu: Gpu, attention_kernel: str = "auto") -> AttentionFigure:
+    """The one that attention of every width is priced from."""
     return gpu.attention_figure(128, "cudnn" if attention_kernel == "auto" else attention_kernel)
 
 
@@ -211,7 +212,7 @@ class _Lent(NamedTuple):
 
 def _lent(gpu: Gpu, kind: str, dtype: str, attention_kernel: str) -> _Lent | None:
     """The shipped table that holds for ``gpu``. They are of two bytes an element."""
-    kernel = _attention_figure(gpu, attention_kernel).kernel
+    kernel = attention_figure(gpu, attention_kernel).kernel
     found = lender(gpu, kind, kernel) if ITEMSIZE[dtype] == 2 else None
     if found is None or gpu.is_ideal:
         return None

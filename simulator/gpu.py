@@ -24,6 +24,7 @@ Dtype = Literal["fp16", "bf16", "fp32"]
 AttentionKernel = Literal["flash2", "flash3", "cudnn", "efficient"]
 """``efficient`` is SDPA's memory-efficient kernel, which GPUs before Ampere fall back to."""
 Count = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BOOST = 1.1
 """How far a rate may exceed the peak: cards boost above the clock of their data sheet (an RTX 3090 by
 7.5 %)."""
@@ -90,6 +91,39 @@ class Launch(Strict):
         return known[runtime]
 
 
+class Residual(Strict):
+    """Sizes of predicted / measured - 1 of works of one kind, with the fitted rates."""
+
+    kind: Literal["matmul", "attention", "memory", "launches", "all"]
+    """What most of their time goes to, as the profile has it."""
+    n: Count
+    """Distinct works."""
+    median: Share
+    """With rates that were fitted to all works."""
+    worst: Share
+    """The same, the largest."""
+    held_out_median: Share
+    """With rates that were fitted without the work and without all that share its kernels."""
+    held_out_worst: Share
+    """The same, the largest."""
+
+
+class Fitted(Strict):
+    """What rates were fitted to, and how well."""
+
+    source: str = Field(min_length=1)
+    """Which runs, where and when."""
+    residuals: tuple[Residual, ...] = Field(min_length=1)
+    """By kind, then of all."""
+
+    @model_validator(mode="after")
+    def _all_last(self) -> Fitted:
+        last = self.residuals[-1].kind
+        if last != "all":
+            raise problem("the last residual", last, "all", ("residuals", len(self.residuals) - 1))
+        return self
+
+
 class Gpu(Strict):
     """A GPU profile."""
 
@@ -129,6 +163,8 @@ class Gpu(Strict):
     """Thermal design power."""
     price_per_hour: Figure[Dollars] | None = None
     """Of one GPU; None where nobody prints one."""
+    fitted: Fitted | None = None
+    """Of rates that `paradiff profile fit` has corrected; None where it has not."""
 
     @model_validator(mode="after")
     def _below_peak(self) -> Gpu:

@@ -13,6 +13,7 @@ import csv
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from importlib import resources
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paradiff.config import ConfigError
-from paradiff.graph import ScheduleGraph
+from paradiff.graph import ScheduleGraph, Work
 from paradiff.profiles import KERNEL_DIMS, Profile, Stage
 from simulator.gpu import load_gpu
 from simulator.lint import is_the_gpu, time_problem
@@ -120,16 +121,22 @@ def distinct_kernels(profiles: Iterable[Profile]) -> tuple[Key, ...]:
 
 def kernels_of(graph: ScheduleGraph, profile: Profile) -> tuple[Key, ...]:
     """Every kernel of the works of ``graph``, at their shapes."""
-    found: dict[Key, None] = {}
-    for work in dict.fromkeys(op.work for section in graph.sections for op in section.ops):
-        if work is None:
-            continue
-        stage = profile.stages[work.stage]
-        bound = stage.bind(work.shape._asdict())
-        for segment in stage.covered(work.ranges, work.values):
-            keys = (Key(kernel.kind, tuple(kernel.sizes(bound))) for kernel in segment.kernels)
-            found |= dict.fromkeys(key for key in keys if min(key.dims) > 0)
-    return tuple(found)
+    works = dict.fromkeys(op.work for section in graph.sections for op in section.ops)
+    found = (launches_of(work, profile) for work in works if work is not None)
+    return tuple(dict.fromkeys(key for launches in found for key in launches))
+
+
+def launches_of(work: Work, profile: Profile) -> Counter[Key]:
+    """How often ``work`` launches each of the network's kernels."""
+    stage, found = profile.stages[work.stage], Counter[Key]()
+    shape = work.shape._asdict()
+    bound = stage.bind(shape)
+    for segment in stage.covered(work.ranges, work.values):
+        for kernel in segment.kernels:
+            key = Key(kernel.kind, tuple(kernel.sizes(bound)))
+            if min(key.dims) > 0:
+                found[key] += kernel.count * stage.repeat(shape)
+    return found
 
 
 def _kernels(profile: Profile) -> Iterator[Key]:

@@ -42,6 +42,7 @@ from paradiff.strategies.places import PLACES
 from simulator.bounds import Incumbents, Merit, better, least_latency_s
 from simulator.collectives import table_bytes
 from simulator.costs import Runtime, Scope
+from simulator.gpu import load_gpu
 from simulator.memory import RankMemory, misfit
 from simulator.placement import MAX_GPUS, Placement, placements, promising
 from simulator.price import Price, price_of
@@ -660,6 +661,14 @@ def no_price(price: Price) -> str | None:
 def _notes(request: Request, price: Price) -> Iterator[str]:
     """What the reader should know about how the question was understood."""
     goal = request.goal
+    for gpu in map(load_gpu, dict.fromkeys(request.topology.profiles)):
+        if gpu.fitted is not None:
+            of_all = gpu.fitted.residuals[-1]
+            yield (
+                f"rates of {gpu.name} are fitted to measured traces: {of_all.n} works are missed by"
+                f" {of_all.median:.1%} in the median and {of_all.worst:.1%} at worst, held out by"
+                f" {of_all.held_out_median:.1%} and {of_all.held_out_worst:.1%}"
+            )
     if not request.specs:
         yield from not_compared(request.profile, request.gpus)
     if goal.max_quality_loss is not None:

@@ -73,9 +73,10 @@ def code() -> str:
 
 
 def _numbers(value: Any) -> Any:
-    """``value`` without what no plan depends on: where numbers are from, and prices."""
+    """``value`` without what no plan depends on: where numbers are from, how well they fit, prices."""
     if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items() if k not in ("source", "price_per_hour")}
+        left_out = ("source", "fitted", "price_per_hour")
+        return {k: _numbers(v) for k, v in value.items() if k not in left_out}
     return [_numbers(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 

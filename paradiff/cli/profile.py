@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,6 +23,11 @@ from paradiff.cli.common import (
     shipped,
     write_file,
 )
+
+if TYPE_CHECKING:
+    from paradiff.profiles import Profile
+    from paradiff.trace import Trace
+    from simulator.calibrate import Fit
 
 app = group("Model profiles, and measurements on this machine.")
 
@@ -356,14 +361,56 @@ def fit(
             raise ConfigError(f"--output {output}: allowed: a name that ends in .yaml")
         check_output_file(output)
         base = load_gpu(gpu)
-        seen: list[calibrate.Seen] = []
-        for number, path in enumerate(traces):
-            trace = calibrate.load_trace(path)
-            profile = load_model(dict(trace.meta)["model"])
-            seen += calibrate.observations(number, path, trace, profile)
-        found = calibrate.fit(seen, base, runtime)
-        files = ", ".join(path.name for path in traces)
-        source = f"fitted with its siblings to the ops of {files}"
-        write_file(output, calibrate.corrected_yaml(gpu, output.stem, found, source))
-    typer.echo(f"{output}: {gpu} corrected by {len(seen)} ops of {len(traces)} traces")
-    typer.echo("\n".join(calibrate.summary(found)))
+        runs = [
+            (path, trace, _model_of(path, trace))
+            for path, trace in calibrate.load_traces(traces, base)
+        ]
+        seen = calibrate.observations(runs, base, runtime)
+        found = calibrate.fit(seen, base, output.stem, runtime)
+        traced = {each.dtype for each in seen}
+        source = calibrate.source_of(trace for _, trace, _ in runs)
+        write_file(output, calibrate.corrected_yaml(gpu, found, traced, source))
+    typer.echo(f"{output}: {gpu} corrected by {len(seen)} works of {len(runs)} runs")
+    _print_fit(found)
+
+
+def _model_of(path: Path, trace: Trace) -> Profile:
+    """The profile that a trace was made with. Raises ConfigError."""
+    from paradiff.config import ConfigError, available, find, printable
+
+    name = printable(dict(trace.meta)["model"])
+    try:
+        find("models", name, ".json")
+    except ConfigError:
+        models = ", ".join(available("models", ".json"))
+        raise ConfigError(
+            f"{path}: a run of {name}, which has no profile here, allowed: {name}.json in this directory"
+            f" (paradiff profile trace makes it), or a run of {models}"
+        ) from None
+    return load_model(name)
+
+
+def _print_fit(found: Fit) -> None:
+    """Factors, and how far works are missed."""
+    import numpy as np
+
+    from analysis.text import plain
+    from simulator.calibrate import residuals
+
+    told = [f"{name} x {getattr(found.factors, name):.4g}" for name in found.told]
+    left = [name for name in found.factors._fields if name not in found.told]
+    stays = f"; not told by these works, as it was: {', '.join(left)}" if left else ""
+    typer.echo(f"{', '.join(told)}{stays}\n")
+    rows = []
+    for each in residuals(found):
+        of_it = [each.kind in ("all", kind) for kind in found.kinds]
+        before = np.abs(found.before)[of_it]
+        pairs = (
+            (np.median(before), before.max()),
+            (each.median, each.worst),
+            (each.held_out_median, each.held_out_worst),
+        )
+        missed = [f"{median:.1%} (worst {worst:.1%})" for median, worst in pairs]
+        rows.append([each.kind, str(each.n), *missed])
+    header = ["mostly", "works", "missed as it was", "fitted", "held out"]
+    typer.echo("\n".join(plain(header, rows, left=("mostly",))))
