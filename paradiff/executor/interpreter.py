@@ -505,7 +505,13 @@ class _Run:
         if replica not in self.latents:
             latent = self.latents[replica] = take_rows(pieces, [(0, self.shape["r"])])
             if self.request.decode is not None:
-                self.decoded[replica] = self.request.decode(latent)
+                self.decoded[replica] = self.request.decode(self._without_filling(latent))
+
+    def _without_filling(self, latent: Tensor) -> Tensor:
+        """Of (b, f, c, r, w) not the first frames, which fill patches up: CogVideoX 1.5's pipeline drops
+        them before it decodes."""
+        extra = -self.shape["f"] % self.network.profile.geometry.frame_multiple
+        return latent[:, extra:] if extra else latent
 
     def _image(self, _: int, instance: Instance) -> None:
         """The final latent, and the picture from the strips that ranks have decoded."""

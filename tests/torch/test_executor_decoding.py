@@ -96,6 +96,16 @@ def test_strips_equal_the_unmodified_decoder(name: str, spec: str, decoding: set
     assert {span.rank for span in split.trace.spans if span.call == "decode"} == decoding
 
 
+def test_frames_that_fill_up_a_patch_are_not_decoded() -> None:
+    """Three latent frames, patches of two: CogVideoX 1.5's pipeline adds one at the begin and drops it
+    before it decodes."""
+    found = execute("cogvideox1.5-5b", "cfg=2")
+    assert found.latents[0].shape[1] == 4
+    expected = decoder(pipeline("cogvideox1.5-5b"))(found.latents[0][:, 1:])
+    assert torch.equal(found.decoded[0], expected)
+    assert expected.shape[2] == 9
+
+
 def test_every_replica_decodes_its_own() -> None:
     split = execute("sdxl", "data=2,cfg=2,vae=split")
     for replica in range(2):
