@@ -75,6 +75,7 @@ class Work(NamedTuple):
     write ``copied`` bytes; ``joined``: bytes of what lies side by side for an attention or a convolution
     of it, beside the parts, while that runs. ``values``: ``until``: after the ranges also of segment
     ``hi`` what lies before V has been projected; ``from``: of the first segment only what follows that.
+    ``once``: one time, not as often as the stage repeats for a request (one chunk of a video's frames).
     """
 
     stage: str
@@ -86,6 +87,7 @@ class Work(NamedTuple):
     copied: int = 0
     joined: int = 0
     values: str = ""
+    once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,6 +411,7 @@ _REF = re.compile(
 _WORK = re.compile(
     r"(?P<stage>\w+)\[(?P<ranges>[\d:,]*)\]\{(?P<shape>[\d,]+)\}(?P<stored>\w*)(?:/(?P<blocks>\d+))?"
     r"(?:\+(?P<copies>\d+):(?P<copied>\d+)(?::(?P<joined>\d+))?)?(?:@(?P<values>until|from))?"
+    r"(?P<once>\*1)?"
 )
 
 
@@ -454,7 +457,8 @@ def work_text(work: Work) -> str:
     copies = f"+{work.copies}:{work.copied}" if work.copies else ""
     copies += f":{work.joined}" if work.joined else ""
     values = f"@{work.values}" if work.values else ""
-    return f"{work.stage}[{ranges}]{{{shape}}}{work.stored}{blocks}{copies}{values}"
+    once = "*1" if work.once else ""
+    return f"{work.stage}[{ranges}]{{{shape}}}{work.stored}{blocks}{copies}{values}{once}"
 
 
 def _op_text(op: Op, step: str | None = None, ref_text: Callable[[Ref], str] = _ref_text) -> str:
@@ -504,9 +508,8 @@ def _parse_op(fields: list[str]) -> Op:
         ranges = tuple((int(lo), int(hi)) for lo, hi in pairs)
         blocks, part = int(found["blocks"] or 1), found["values"] or ""
         copies, copied, joined = (int(found[k] or 0) for k in _COPIES)
-        work = Work(
-            found["stage"], ranges, shape, found["stored"], blocks, copies, copied, joined, part
-        )
+        texts = found["stage"], ranges, shape, found["stored"]
+        work = Work(*texts, blocks, copies, copied, joined, part, bool(found["once"]))
     return Op(
         name=name,
         kind=kind,  # type: ignore[arg-type]

@@ -387,7 +387,7 @@ class _Pricer:
         self._corrections: dict[tuple[str, tuple[int, ...]], float | None] = {}
 
     def price(self, work: Work) -> _Sum:
-        """Sum over the work's segments, times how often the stage repeats for one request."""
+        """Sum over the work's segments, times how often the stage repeats for one request, or once."""
         known = self._works.get(work)
         if known is None:
             known = self._works[work] = self._price(work)
@@ -402,7 +402,8 @@ class _Pricer:
             distinct = dict(zip(lists, stage.segments, strict=True))
             prices = {i: self._list(s.kernels, bound, i[1]) for i, s in distinct.items()}
             self._prefix[key] = list(accumulate((prices[i] for i in lists), _add, initial=_Sum()))
-        prefix, repeat = self._prefix[key], stage.repeat(work.shape._asdict())
+        repeat = 1 if work.once else stage.repeat(work.shape._asdict())
+        prefix = self._prefix[key]
         total = _Sum()
         for lo, hi in work.ranges:
             first = lo + (work.values == "from")

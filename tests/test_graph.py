@@ -58,7 +58,7 @@ def ops(draw: st.DrawFn, world: int, buffers: list[Buffer]) -> Op:
         copied = draw(st.integers(0, 10**12)) if copies else 0
         work = Work(
             "denoiser", ranges, shape, draw(st.sampled_from(("", "fp8"))), blocks, copies, copied
-        )
+        )._replace(once=draw(st.booleans()))
     return Op(
         name=draw(names),
         kind=kind,

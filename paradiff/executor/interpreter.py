@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 from paradiff.dependencies import validate
 from paradiff.executor.faults import NotFinite
 from paradiff.executor.forward import Forward, Router, Task, task_of
-from paradiff.executor.measure import made_on
 from paradiff.executor.network import Conditioning, Network
 from paradiff.executor.payload import (
     Payload,
@@ -42,8 +41,8 @@ from paradiff.graph import Instance, Op, Ref, ScheduleGraph
 from paradiff.models.interception import intercept
 from paradiff.models.sharding import shards_of
 from paradiff.strategies import parse_spec
-from paradiff.strategies.decoding import DECODE_AT_ONCE
-from paradiff.trace import Span, Trace, meta_of
+from paradiff.strategies.decoding import SPLIT
+from paradiff.trace import Span, Trace
 
 if TYPE_CHECKING:
     from paradiff.executor.decoding import Decoder
@@ -148,8 +147,8 @@ def check_executable(graph: ScheduleGraph, network: Network, request: Request) -
         )
     if spec.options.get("vae") == "split" and request.strips is None:
         raise Unexecutable(
-            f"{spec.text!r}: vae=split needs a pipeline with a VAE that decodes all at once, one of"
-            f" {', '.join(DECODE_AT_ONCE)}"
+            f"{spec.text!r}: vae=split needs a pipeline with a VAE that can be, one of"
+            f" {', '.join(SPLIT)}"
         )
     if meta["model"] != network.profile.name:
         raise Unexecutable(f"graph of {meta['model']}, network of {network.profile.name}")
@@ -246,12 +245,11 @@ class _Run:
                     projections=early,
                 )
             )
-            if strips is not None and any(plan.stage == "vae" for plan in self.plans.values()):
+            if strips is not None and any(plan.stage != "denoiser" for plan in self.plans.values()):
                 stack.enter_context(intercept(strips.model, self.router, kv=strips.kv(self.shape)))
             spans = walk(self.steps)
         end = max((span.end_s for span in spans), default=0.0)
-        made = meta_of(self.graph, "real", **made_on(self.blank.device))
-        trace = Trace(tuple(spans), end, (), made)
+        trace = Trace(tuple(spans), end, (), self.graph.meta)
         return Result(self.latents, trace, self.decoded)
 
     def perform(self, number: int, instance: Instance) -> None:
@@ -399,9 +397,10 @@ class _Run:
         op = instance.op
         assert op.work is not None
         network, strips = self.network, self.request.strips
-        if op.work.stage == "vae":
+        if op.work.stage != "denoiser":
             assert strips is not None
-            network, scale, timestep = strips, strips.unscaled, self.schedule.timestep(0)
+            network = strips.at(op.work.stage, int(task.tags.get("chunk", "0")))
+            scale, timestep = self._unscaled, self.schedule.timestep(0)
         else:
             assert op.step is not None
             step = op.step + instance.base
@@ -421,6 +420,11 @@ class _Run:
             blank=self.blank,
             frames=self.network.frames_together(self.shape),
         )
+
+    def _unscaled(self, latent: Tensor) -> Tensor:
+        """Latent rows as the decoder takes them."""
+        assert self.request.strips is not None
+        return self.request.strips.unscaled(self._without_filling(latent))
 
     def _points(self, op: Op, ref: Ref) -> tuple[int, ...]:
         """Exchange points whose tensors a write of a forward takes; none for the network output."""
@@ -514,13 +518,15 @@ class _Run:
         return latent[:, extra:] if extra else latent
 
     def _image(self, _: int, instance: Instance) -> None:
-        """The final latent, and the picture from the strips that ranks have decoded."""
+        """The final latent, and the picture from the strips that ranks have decoded, frames in order."""
         replica = self.replica[instance.op.ranks[0]]
         latent = chain.from_iterable(self._read(instance, "latent"))
         self.latents[replica] = take_rows(latent, [(0, self.shape["r"])])
-        strips = sorted(chain.from_iterable(self._read(instance, "image")), key=lambda p: p.span)
+        strips: dict[tuple[int, int], list[Tensor]] = {}
+        for piece in chain.from_iterable(self._read(instance, "image")):
+            strips.setdefault(piece.span, []).append(piece.value)
         assert self.request.strips is not None
-        picture = torch.cat([piece.value for piece in strips], dim=-2)
+        picture = torch.cat([torch.cat(strips[span], dim=-3) for span in sorted(strips)], dim=-2)
         self.decoded[replica] = self.request.strips.finished(picture)
 
 

@@ -321,8 +321,7 @@ def _negative(sum_of_products: str) -> str:
 
 def _image_chunks(base: Shape, build: Callable[[], tuple[Any, ...]]) -> list[StageSpec]:
     """Latte decodes with an image VAE, 14 frames at a time, the rest last."""
-    probes = latent_probes(base, video=True, unit=1)
-    call = stages.call_decode_frames
+    probes, call = _video_strips(base), stages.call_decode_frames
     return [
         StageSpec(
             "vae_chunks",
@@ -332,8 +331,9 @@ def _image_chunks(base: Shape, build: Callable[[], tuple[Any, ...]]) -> list[Sta
             repeat="f14 - 1",
             shape=(("f", "14"),),
             owns_parameters=False,
+            in_strips=True,
         ),
-        StageSpec("vae", build, call, probes, shape=(("f", "f - 14*f14 + 14"),)),
+        StageSpec("vae", build, call, probes, shape=(("f", "f - 14*f14 + 14"),), in_strips=True),
     ]
 
 

@@ -22,6 +22,7 @@ from paradiff.executor.job import Job, prepare
 from paradiff.executor.loading import Pipeline, load
 from paradiff.executor.outputs import decoder
 from paradiff.graph import ScheduleGraph
+from paradiff.models.tiny import TINY
 from paradiff.strategies import Workload, build, parse_spec
 from paradiff.strategies.tiling import tiling
 from paradiff.trace import check_trace
@@ -33,6 +34,8 @@ pytestmark = [
 ]
 
 STEPS = 2
+FRAMES = {"latte": 16}
+"""Of a video in more than one chunk: latent frames 14 + 2."""
 
 
 def pipeline(name: str) -> Pipeline:
@@ -43,13 +46,16 @@ def pipeline(name: str) -> Pipeline:
 def _loaded(name: str, device: str) -> Pipeline:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "cached_profile", lambda plan: plain.twin(name)[0])
+        patch.setitem(TINY["latte"], "video_length", FRAMES["latte"])
         where = torch.device(device)
         return load(f"tiny-{name}", random_weights=True, dtype=torch.float64, device=where)
 
 
 def graph_of(name: str, spec: str) -> ScheduleGraph:
     profile = pipeline(name).network.profile
-    return build(parse_spec(spec), profile, Workload(*plain.size_of(profile), STEPS, 1, "fp64"))
+    height, width, frames = plain.size_of(profile)
+    workload = Workload(height, width, FRAMES.get(name, frames), STEPS, 1, "fp64")
+    return build(parse_spec(spec), profile, workload)
 
 
 def execute(name: str, spec: str, ours: Pipeline | None = None) -> Result:
@@ -84,6 +90,7 @@ def execute(name: str, spec: str, ours: Pipeline | None = None) -> Result:
         ("audioldm2-large", "cfg=2", {0, 1}),  # a spectrogram: rows are moments of time
         ("svd", "patch=4", {0, 1, 2, 3}),  # norms of a frame and of the video
         ("mochi", "cfg=2,ulysses=2", {0, 1, 2, 3}),  # borders are repeated, frames dropped
+        ("latte", "cfg=2,ulysses=2", {0, 1, 2, 3}),  # chunks that know nothing of each other
     ],
 )
 def test_strips_equal_the_unmodified_decoder(name: str, spec: str, decoding: set[int]) -> None:
