@@ -6,19 +6,18 @@ pinned to a core. Serial on one of them against each strategy on both, in ABBA o
 speed-up is missed by more than 10 % in the median or 20 % at worst. Nothing is fitted on strategies:
 works are timed one at a time, calls between empty computations (docs/validation.md).
 
-A virtual machine's cores are now of one core of the host, now of two, and slow each other or not. So a
-fixed piece of compute is timed on both at once beside everything: works are measured again where the
-machine changed meanwhile, a round counts if the machine was as fast then, and rounds are made until
-enough count.
+A virtual machine's cores are now of one core of the host, now of two, and slow each other or not, for
+seconds at a time. So works and calls are measured anew before and after each round of runs, and its
+speed-up is compared with what these two predict.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import torch
@@ -38,13 +37,8 @@ from paradiff.trace import Trace
 
 MODELS = {"sd21": 448, "pixart-alpha": 640, "sd3-medium": 640}
 STEPS = 4
-ROUNDS, MOST_ROUNDS = 3, 8
-"""Each serial, strategy, strategy, serial."""
-MOST_MEASURED = 3
-"""How often works are measured where the machine changes meanwhile."""
-SAME = 0.08
-"""How far the fixed piece's time may be from what it was."""
-SIDE, ADDED = 384, 2**20
+ROUNDS = 3
+"""Each serial, strategy, strategy, serial, between two measurements."""
 SPECS = (
     "cfg=2", "data=2", "patch=2", "distrifusion=2,warmup=1", "pcpp=2,warmup=1", "ulysses=2", "ring=2",
     "ring=2,rotate=allgather", "pipefusion=2,patches=4,warmup=1", "asyncdiff=2,warmup=1",
@@ -82,61 +76,37 @@ def compared(model: str, session: Session) -> list[float | None]:
 
 
 def _compared(job: Job, serial: Prepared, session: Session) -> float | None:
-    """Relative error of the predicted speed-up; None on other ranks, and where no round counts."""
+    """Relative error of the predicted speed-up; None on other ranks."""
     prepared = prepare(job, serial.pipeline)
-    for _ in range(MOST_MEASURED):
-        usual = [_piece_s(session)]
-        serial_s = _predicted_alone(replace(job, spec="serial"), serial, session)
-        usual.append(_piece_s(session))
-        found = measure_here(job, prepared, session, again=True)
-        usual.append(_piece_s(session))
-        if max(usual) <= min(usual) * (1 + SAME):
-            break
-    predicted_s = loop_s(predict(prepared, found.machine, session.backend)[0])
     transport = Distributed(session, prepared.graph)
-    runs_of(prepared, session, 1, 1, transport=transport)
-    ratios, other = list[float](), list[float]()
-    while len(ratios) < ROUNDS and len(ratios) + len(other) < MOST_ROUNDS:
-        pieces = [_piece_s(session)]
-        before = _alone(serial, session)
+    runs_of(prepared, session, 1, 0, transport=transport)
+    rounds = list[tuple[float, float]]()
+    before = _predicted(job, prepared, serial, session)
+    for _ in range(ROUNDS):
+        alone_s = _alone(serial, session)
         both = [loop_s(trace) for trace in runs_of(prepared, session, 0, 2, transport=transport)]
-        pieces.append(_piece_s(session))
-        after = _alone(serial, session)
-        is_same = all(min(usual) * (1 - SAME) <= p <= max(usual) * (1 + SAME) for p in pieces)
-        (ratios if is_same else other).append((before + after) / sum(both))
+        alone_s += _alone(serial, session)
+        after = _predicted(job, prepared, serial, session)
+        rounds.append((math.sqrt(before * after), alone_s / sum(both)))
+        before = after
     if session.rank:
         return None
-    predicted = serial_s / predicted_s
-    if not ratios:
-        seen = ", ".join(f"{ratio:.2f}x" for ratio in other)
-        print(
-            f"  {job.spec:32} {predicted:5.2f}x, noisy: the machine had changed ({seen})",
-            flush=True,
-        )
-        return None
-    measured = statistics.median(ratios)
-    error = predicted / measured - 1
-    rounds = f"{len(ratios)} of {len(ratios) + len(other)} rounds"
-    seen = " - ".join(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios)))
+    predicted, measured = (statistics.median(each) for each in zip(*rounds, strict=True))
+    errors = [expected / seen - 1 for expected, seen in rounds]
+    error = statistics.median(errors)
+    seen = " ... ".join(f"{e:+.0%}" for e in (min(errors), max(errors)))
     print(
-        f"  {job.spec:32} {predicted:5.2f}x, measured {measured:5.2f}x ({seen}) {error:+7.1%}  {rounds}",
+        f"  {job.spec:32} {predicted:5.2f}x, measured {measured:5.2f}x {error:+7.1%} ({seen})",
         flush=True,
     )
     return error
 
 
-def _piece_s(session: Session) -> float:
-    """Seconds of a fixed piece of compute on the slower rank, all at once."""
-    a, x = torch.ones(SIDE, SIDE), torch.ones(ADDED)
-    times = []
-    for _ in range(5):
-        dist.barrier()
-        begin = time.perf_counter()
-        for _ in range(5):
-            torch.mm(a, a)
-            x.add(1.0)
-        times.append(time.perf_counter() - begin)
-    return max(map(float, session.gather_text(repr(statistics.median(times)))))
+def _predicted(job: Job, prepared: Prepared, serial: Prepared, session: Session) -> float:
+    """Speed-up as this machine is now."""
+    serial_s = _predicted_alone(replace(job, spec="serial"), serial, session)
+    found = measure_here(job, prepared, session, again=True)
+    return serial_s / loop_s(predict(prepared, found.machine, session.backend)[0])
 
 
 def _predicted_alone(job: Job, serial: Prepared, session: Session) -> float:
@@ -166,9 +136,8 @@ def as_rank(place: Place, models: list[str]) -> None:
     if place.rank:
         return
     sizes = [abs(error) for error in errors if error is not None]
-    assert len(sizes) > len(errors) / 2, "the machine is too noisy to judge by"
     print(
-        f"{len(sizes)} of {len(errors)} speed-ups: missed by {statistics.median(sizes):.1%} in the"
+        f"{len(sizes)} speed-ups: missed by {statistics.median(sizes):.1%} in the"
         f" median (wanted {MEDIAN:.0%}), {max(sizes):.1%} at worst (wanted {WORST:.0%})"
     )
     sys.exit(statistics.median(sizes) > MEDIAN or max(sizes) > WORST)

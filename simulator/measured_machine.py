@@ -1,8 +1,8 @@
 """A machine as it was measured for one model and one group of ranks: its works, its calls, its links.
 
 Decides how measured numbers become what the simulator asks for: costs of compute ops and of calls, and a
-topology. Nothing here was seen in the run that is predicted: works were timed alone, calls between empty
-computations. How they were timed: ``paradiff.executor.measure_works`` and ``measure_calls``.
+topology. Nothing here was seen in the run that is predicted: works were timed alone, calls between
+made-up computations. How they were timed: ``paradiff.executor.measure_works`` and ``measure_calls``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from simulator.measured import Key, Row
 from simulator.topology import CollectiveKind, CollectiveTable, Link, Node, Topology
 
 HERE = "measured here"
-SCHEMA = "paradiff.measured-machine/1"
+SCHEMA = "paradiff.measured-machine/2"
 FASTEST = 0.02
 """Share of its speed that compute keeps beside a transfer at the least."""
 BOTH_WAYS = 1.5
@@ -31,12 +31,14 @@ BOTH_WAYS = 1.5
 
 
 class CallTime(NamedTuple):
-    """Seconds of a transfer of ``nbytes`` (in the convention of ``paradiff.graph.traffic``)."""
+    """Seconds of a transfer of ``nbytes`` (in the convention of ``paradiff.graph.traffic``) among
+    computations of ``between_s``."""
 
     kind: str
     call: str
     ranks: tuple[int, ...]
     nbytes: int
+    between_s: float
     time_s: float
 
 
@@ -53,7 +55,6 @@ class WorkTime(NamedTuple):
 class MeasuredMachine:
     """``works[key][rank]``: seconds of a work (``work_text``); ``hosts[rank]``: where each rank lives.
 
-    ``packing``: (bytes, seconds) of making a payload one buffer and taking it apart, ascending.
     ``lost``: share of a transfer's time that compute beside it loses; None where it was not measured.
     ``kernels``: of a GPU, in place of works.
     """
@@ -62,7 +63,6 @@ class MeasuredMachine:
     hosts: tuple[str, ...]
     works: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     calls: tuple[CallTime, ...] = ()
-    packing: tuple[tuple[int, float], ...] = ()
     lost: float | None = None
     kernels: Mapping[Key, Row] = field(default_factory=dict)
 
@@ -158,10 +158,9 @@ class MeasuredMachine:
                 hosts=tuple(map(str, data["hosts"])),
                 works={str(k): tuple(map(float, v)) for k, v in data["works"].items()},
                 calls=tuple(
-                    CallTime(str(k), str(c), tuple(map(int, r)), int(n), float(s))
-                    for k, c, r, n, s in data["calls"]
+                    CallTime(str(k), str(c), tuple(map(int, r)), int(n), float(b), float(s))
+                    for k, c, r, n, b, s in data["calls"]
                 ),
-                packing=tuple((int(n), float(s)) for n, s in data["packing"]),
                 lost=None if data["lost"] is None else float(data["lost"]),
                 kernels={Key(k, tuple(dims)): Row(*row) for k, dims, *row in data["kernels"]},
             )
@@ -189,9 +188,8 @@ class MeasuredCosts:
         return WorkTime(seconds, seconds / max(1 - (self.machine.lost or 0.0), FASTEST), 0.0)
 
     def transfer_fixed_s(self, op: Op) -> float:
-        """What the payload's packing takes; the call itself is in the topology."""
-        sizes, seconds = zip(*self.machine.packing, strict=True)
-        return float(np.interp(op.nbytes, sizes, seconds))
+        """None: a call with all that belongs to it is in the topology."""
+        return 0.0
 
     def transfer_host_s(self, op: Op) -> float:
         return 0.0

@@ -12,7 +12,7 @@ from unit_hardware import Graph, exchange
 
 from analysis.comparison import compare
 from paradiff.config import ConfigError
-from paradiff.graph import Op, ScheduleGraph, work_text
+from paradiff.graph import ScheduleGraph, work_text
 from paradiff.trace import Trace, check_trace
 from simulator.engine import simulate
 from simulator.measured import Key, Row
@@ -30,9 +30,9 @@ def calls(ring: float = 1.0) -> tuple[CallTime, ...]:
     """Messages of 2 ms and 1 MB/s, rings ``ring`` times as long, gathers of 5 ms and 2 us/B."""
     sizes = (1024, 4096, 65536, 1048576)
     return (
-        *(CallTime("p2p", "send", PAIR, n, message_s(n)) for n in sizes),
-        *(CallTime("permute", "ring", PAIR, n, ring * message_s(n)) for n in sizes),
-        *(CallTime("collective", "all_gather", PAIR, n, 5e-3 + 2e-6 * n) for n in sizes),
+        *(CallTime("p2p", "send", PAIR, n, 0.0, message_s(n)) for n in sizes),
+        *(CallTime("permute", "ring", PAIR, n, 0.0, ring * message_s(n)) for n in sizes),
+        *(CallTime("collective", "all_gather", PAIR, n, 0.0, 5e-3 + 2e-6 * n) for n in sizes),
     )
 
 
@@ -58,7 +58,7 @@ def machine_of(
     }
     return MeasuredMachine(
         about={"device": "by hand"}, hosts=("here", "here"), works=times, calls=calls(ring),
-        packing=((1024, 1e-4), (1001024, 1.1e-3)), lost=lost,
+        lost=lost,
     )  # fmt: skip
 
 
@@ -76,10 +76,8 @@ def test_ops_take_what_was_measured(graph: ScheduleGraph) -> None:
     trace = run(graph, machine_of(graph))
     assert busy(trace, "net@r0", 0) == pytest.approx(3e-3)
     assert busy(trace, "net@r1", 1) == pytest.approx(10e-3)  # 5 of work, rank 1 is half as fast
-    # Packing is 0.1 ms + 1 ns a byte from 1 KiB on; the gather's table is in gathered bytes.
-    packing_s = 1e-4 + (4096 - 1024) * 1e-9
-    assert busy(trace, "swap", 0) == pytest.approx(5e-3 + 2e-6 * 4096 + packing_s)
-    assert busy(trace, "back", 1) == pytest.approx(message_s(4096) + packing_s, rel=1e-6)
+    assert busy(trace, "swap", 0) == pytest.approx(5e-3 + 2e-6 * 4096)  # tables: gathered bytes
+    assert busy(trace, "back", 1) == pytest.approx(message_s(4096), rel=1e-6)
 
 
 def test_compute_beside_a_transfer_loses_what_it_was_seen_to_lose(graph: ScheduleGraph) -> None:
@@ -113,7 +111,8 @@ def test_links_are_read_from_messages(graph: ScheduleGraph, ring: float, duplex:
 def test_ranks_on_two_hosts_have_a_trunk_between_them(graph: ScheduleGraph) -> None:
     """Within a host as above, between hosts 10 ms and half the rate, from ranks 0 and 2."""
     far = tuple(
-        CallTime("p2p", "send", (0, 2), n, 10e-3 + 2 * n / RATE) for n in (1024, 65536, 1048576)
+        CallTime("p2p", "send", (0, 2), n, 0.0, 10e-3 + 2 * n / RATE)
+        for n in (1024, 65536, 1048576)
     )
     near = machine_of(graph)
     box = replace(near, hosts=("a", "a", "b", "b"), calls=(*near.calls, *far)).topology()
@@ -139,26 +138,14 @@ def test_the_file_round_trips(graph: ScheduleGraph) -> None:
     machine = replace(machine, kernels={Key("gemm", (1, 2, 3, 4)): Row(1.0, 0.5, 1.5, 7)})
     text = json.dumps(machine.to_json())
     assert MeasuredMachine.from_json(text, "file") == machine
-    for broken in ("", "{}", "[]", text.replace("machine/1", "machine/2"), text[:-9]):
+    for broken in ("", "{}", "[]", text.replace("machine/2", "machine/1"), text[:-9]):
         with pytest.raises(ConfigError, match="file: no measurements"):
             MeasuredMachine.from_json(broken, "file")
 
 
-class NoFixedCost:
-    """A simulator that forgets what a call costs beside its bytes."""
-
-    def __init__(self, machine: MeasuredMachine) -> None:
-        self._costs = machine.costs()
-        self.compute = self._costs.compute
-        self.transfer_host_s = self._costs.transfer_host_s
-
-    def transfer_fixed_s(self, op: Op) -> float:
-        return 0.0
-
-
 def test_a_fault_of_the_simulator_fails_the_gate() -> None:
-    """A step: 10 ms, then 8192 bytes to the other rank and back, 10 ms each there: of 50 ms 16 are the
-    rate's and 20 the calls'. Links twice too fast give 42 ms, calls without their cost 30."""
+    """A step: 10 ms, then 8192 bytes to the other rank and back: of 30.4 ms 16.4 are the rate's and 4
+    the calls'. Links twice too fast give 22.2 ms, calls without their cost 26.4."""
     g = Graph(2)
     g.compute("begin", 0, 1, writes=["x#-1"], step=None)
     g.section("begin", 0)
@@ -167,16 +154,17 @@ def test_a_fault_of_the_simulator_fails_the_gate() -> None:
     g.send("back", 1, 0, 8192, "z", "x")
     g.section("loop", 0, 9)
     graph = g.build()
-    machine = replace(machine_of(graph), packing=((1024, 10e-3), (65536, 10e-3)))
+    machine = machine_of(graph)
     real = run(graph, machine)
     assert compare(run(graph, machine), [real]).within(0.0)
     box = machine.topology()
     twice = tuple(replace(k, bandwidth_bytes_per_s=2 * k.bandwidth_bytes_per_s) for k in box.links)
-    library = machine.backend("gloo")
-    fast = simulate(graph, replace(box, links=twice), machine.costs(), backend=library)
-    assert not compare(fast, [real]).within(0.10)
-    cheap = simulate(graph, box, NoFixedCost(machine), backend=library)
-    assert not compare(cheap, [real]).within(0.10)
+    free = tuple(replace(link, latency_s=0.0) for link in box.links)
+    for links in (twice, free):
+        wrong = simulate(
+            graph, replace(box, links=links), machine.costs(), backend=machine.backend("gloo")
+        )
+        assert not compare(wrong, [real]).within(0.10)
 
 
 Kept = dict[str, Any]

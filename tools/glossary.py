@@ -189,7 +189,6 @@ MEANINGS: Mapping[str, str] = {
     "hosts": "Host of each rank.",
     "works.WORK": "Seconds on each rank.",
     "machine.calls": "Transfers that were timed.",
-    "packing": "Of a payload.",
     "lost": "Share of a transfer's time that compute beside it loses; null: not measured.",
     "machine.kernels": "Kernels that were timed.",
     "covered": "Whether the rules understand the row; of all, how many.",

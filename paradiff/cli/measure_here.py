@@ -29,7 +29,7 @@ from simulator.costs import ITEMSIZE, CostModel
 from simulator.engine import Costs, Flows, simulate
 from simulator.gpu import load_gpu
 from simulator.measured import Key, Row, kernels_of, tables
-from simulator.measured_machine import CallTime, MeasuredMachine, in_turn
+from simulator.measured_machine import SCHEMA, CallTime, MeasuredMachine, in_turn
 from simulator.network import Network
 from simulator.symmetry import whole
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from paradiff.executor.session import Session
     from paradiff.trace import Trace, Tracks
 
+ALIKE = 1.25
+"""Calls among computations of so many times the length, or one in so many, need not be timed again."""
 BESIDE_BYTES = 2**22
 """Of the gather that compute runs beside."""
 
@@ -77,7 +79,7 @@ def measure_here(
     if session is not None and session.world_size > 1:
         found = _with_calls(found, prepared, session)
     names = ("works", "kernels", "calls")
-    new = sum(len(getattr(found, name)) - len(getattr(known, name)) for name in names)
+    new = sum(len(set(getattr(found, name)) - set(getattr(known, name))) for name in names)
     if new and (session is None or session.rank == 0):
         # what cannot be kept costs time the next time, not this run
         with suppress(OSError, ConfigError):
@@ -137,7 +139,7 @@ def _about(job: Job, prepared: Prepared, session: Session | None) -> dict[str, s
 
 
 def _path(about: Mapping[str, str], hosts: Sequence[str]) -> Path:
-    key = hashlib.sha256(repr((sorted(about.items()), hosts)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((SCHEMA, sorted(about.items()), hosts)).encode()).hexdigest()[:16]
     name = about["model"].rstrip("/").rpartition("/")[2]
     return user_cache_path("paradiff") / "measured" / f"{name}-{key}.json"
 
@@ -196,25 +198,28 @@ def _with_kernels(
 
 
 def _with_calls(known: MeasuredMachine, prepared: Prepared, session: Session) -> MeasuredMachine:
-    from paradiff.executor.measure_calls import calls_for, measure_calls, packing_s
+    from paradiff.executor.measure_calls import between_s, calls_for, measure_calls
 
-    there = {call[:-1] for call in known.calls}
-    wanted = [c for c in calls_for(prepared.graph, known.hosts) if (*c,) not in there]
     is_gpu = session.device.type == "cuda"
-    seconds = _library_s(session, wanted) if is_gpu else measure_calls(session, wanted)
-    timed = [
-        CallTime(c.kind, c.call, c.ranks, c.nbytes, s) for c, s in zip(wanted, seconds, strict=True)
-    ]
-    found = replace(known, calls=(*known.calls, *timed))
+    costs, between = known.costs(), 0.0
+    if not is_gpu:
+        between = between_s(prepared.graph, lambda work, r: costs.compute(work, r).device_s)
+    there = {call[:4]: call for call in known.calls}
+    kept = {call for call, timed in there.items() if _are_alike(timed.between_s, between)}
+    wanted = [call for call in calls_for(prepared.graph, known.hosts) if (*call,) not in kept]
+    seconds = _library_s(session, wanted) if is_gpu else measure_calls(session, wanted, between)
+    there |= {
+        (*c,): CallTime(c.kind, c.call, c.ranks, c.nbytes, between, s)
+        for c, s in zip(wanted, seconds, strict=True)
+    }
+    found = replace(known, calls=tuple(there.values()))
     if is_gpu:
         return found
-    most = max(call.nbytes for call in found.calls)
-    if not found.packing or found.packing[-1][0] < most:
-        sizes = [4**i for i in range(5, 20) if 4**i < 4 * most]
-        own = [packing_s(size, session.device) for size in sizes]
-        slowest = map(max, zip(*map(json.loads, _told(session, json.dumps(own))), strict=True))
-        found = replace(found, packing=tuple(zip(sizes, slowest, strict=True)))
     return found if found.lost is not None else replace(found, lost=_lost(session))
+
+
+def _are_alike(a_s: float, b_s: float) -> bool:
+    return max(a_s, b_s) <= ALIKE * min(a_s, b_s)
 
 
 def _library_s(session: Session, calls: Sequence[Call]) -> Iterator[float]:

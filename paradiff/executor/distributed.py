@@ -78,10 +78,17 @@ def run_timed(
     doing: Doing | None = None,
 ) -> Trace:
     """Run ``graph`` with timed kernels: a compute op takes ``seconds`` of it. Raises RunFailed."""
-    validate(graph)
     _sleep_exactly()
     timed = _Timed(session, channels(session, graph), seconds)
-    spans = _threads(program(graph, session.rank), timed.perform, session, doing)
+    return run_with(graph, timed.perform, session, doing)
+
+
+def run_with(
+    graph: ScheduleGraph, perform: Perform, session: Session, doing: Doing | None = None
+) -> Trace:
+    """Run this rank's ops of ``graph``, each by ``perform``. Raises RunFailed."""
+    validate(graph)
+    spans = _threads(program(graph, session.rank), perform, session, doing)
     session.arrive("ran")
     return merged_trace(session, graph, tuple(spans), "timed")
 

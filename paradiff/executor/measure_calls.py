@@ -1,13 +1,17 @@
 """What a transfer takes when the executor makes it: the call with its threads, buffers and wake-ups.
 
-A chain of calls, each between two computations that take no time, run as a schedule with timed kernels:
-so a call's time holds all that lies between the end of one computation and the begin of the next.
+A chain of calls, each between two computations, of payloads over the transport of a run: a call's time
+is all that lies between the end of one computation and the begin of the next, packing included. The
+computations compute, for as long as lies between two calls of the schedule at hand: threads, caches and
+cores that have just made a call make the next in another time (with none between, one of few bytes took
+twice as long here; packing alone, over and over, a fraction of what it takes in a run).
 Sizes are payloads in the convention of ``paradiff.graph.traffic``. How long the library alone takes, and
 what it takes from compute beside it: ``measure_network``. What becomes of the numbers: ``simulator``.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +19,13 @@ from typing import NamedTuple
 
 import torch
 
-from paradiff.executor.distributed import run_timed
+from paradiff.executor.distributed import run_with
 from paradiff.executor.measure import median_error
-from paradiff.executor.packing import header_of, packed, unpacked
 from paradiff.executor.payload import Piece
 from paradiff.executor.session import Session
-from paradiff.graph import Buffer, Op, OpKind, Ref, ScheduleGraph, Section
+from paradiff.executor.transports import Distributed
+from paradiff.graph import Buffer, Instance, Op, OpKind, Ref, ScheduleGraph, Section, Work
+from paradiff.trace import TRANSFERS
 
 CHAIN_S = 20e-3
 """A chain is as long as it takes to last about this long."""
@@ -29,8 +34,13 @@ LEAST_CHAINS, MOST_CHAINS = 5, 15
 PRECISE = 0.03
 MESSAGES = (4**5, 4**11)
 """Least and most bytes of the messages that links are read from."""
+MOST_BETWEEN_S = 3e-3
+"""Computations of a chain: beyond this, calls take what they take."""
+SIDE = 64
+BETWEEN = "between"
+"""Name of the computations."""
 PIECES = 2
-"""Tensors of a payload whose packing is timed: K and V."""
+"""Tensors of a payload: K and V."""
 
 
 class Call(NamedTuple):
@@ -66,17 +76,32 @@ def grid(least: int, most: int) -> list[int]:
     return [4**i for i in range(first, last + 1)]
 
 
-def measure_calls(session: Session, calls: Sequence[Call]) -> Iterator[float]:
-    """Seconds of each call; every rank iterates over the same list and gets the same numbers.
+def between_s(graph: ScheduleGraph, work_s: Callable[[Work, int], float]) -> float:
+    """What a rank computes from one transfer to the next in the mean, MOST_BETWEEN_S at the most, where
+    a work takes ``work_s`` on a rank."""
+    total, transfers = 0.0, 0
+    for section in graph.sections:
+        for op in section.ops:
+            if op.kind in TRANSFERS:
+                transfers += section.count * len(op.ranks)
+            elif op.work is not None:
+                total += section.count * work_s(op.work, op.ranks[0])
+    return min(total / transfers, MOST_BETWEEN_S) if transfers else MOST_BETWEEN_S
+
+
+def measure_calls(session: Session, calls: Sequence[Call], between_s: float) -> Iterator[float]:
+    """Seconds of each call between computations of ``between_s``; every rank iterates over the same list
+    and gets the same numbers.
 
     A message is timed there and back, half of it counts.
     """
     for call in calls:
-        first = _chain_s(session, call, LEAST_CALLS)
+        transport = Distributed(session, chain(call, session.world_size, LEAST_CALLS))
+        first = _chain_s(transport, call, LEAST_CALLS, between_s) + between_s
         length = min(MOST_CALLS, max(LEAST_CALLS, round(CHAIN_S / max(first, 1e-6))))
         samples: list[float] = []
         while len(samples) < MOST_CHAINS:
-            samples.append(_chain_s(session, call, length))
+            samples.append(_chain_s(transport, call, length, between_s))
             if len(samples) >= LEAST_CHAINS:
                 low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
                 if median_error(low, high, len(samples)) < PRECISE * middle:
@@ -84,21 +109,55 @@ def measure_calls(session: Session, calls: Sequence[Call]) -> Iterator[float]:
         yield statistics.median(samples)
 
 
-def _chain_s(session: Session, call: Call, length: int) -> float:
-    trace = run_timed(chain(call, session.world_size, length), lambda _: 0.0, session)
-    return trace.makespan_s / (length * (2 if call.kind == "p2p" else 1))
+def _chain_s(transport: Distributed, call: Call, length: int, between_s: float) -> float:
+    """Seconds of a call in a chain: its time less that of the computations, which ranks of one call make
+    at the same time, those of a message in turn."""
+    session = transport.session
+    graph, payload = chain(call, session.world_size, length), _payload(call, session.device)
+
+    def perform(_: int, instance: Instance) -> None:
+        op, rank = instance.op, session.rank
+        if op.name.startswith(BETWEEN):
+            _compute_for(between_s)
+        elif op.kind in TRANSFERS:
+            sends, takes = (
+                any(ref.buffer.endswith(f"@r{rank}") for ref in refs)
+                for refs in (op.reads, op.writes)
+            )
+            transport(instance, [(rank, payload)] * sends, [rank] * takes)
+
+    trace = run_with(graph, perform, session)
+    computed_s = math.fsum(s.busy_s for s in trace.spans if s.name.startswith(BETWEEN))
+    is_message = call.kind == "p2p"
+    if not is_message:
+        computed_s /= len(call.ranks)
+    return max(float(trace.makespan_s) - computed_s, 0.0) / (length * (2 if is_message else 1))
+
+
+def _payload(call: Call, device: torch.device) -> tuple[Piece, ...]:
+    """``call.nbytes`` (a few floats at the least); an all-to-all has a piece for each rank."""
+    count = len(call.ranks) if call.call == "all_to_all" else PIECES
+    size = max(1, call.nbytes // (4 * count))
+    return tuple(Piece((0, 1), torch.randn(size, device=device), point=i) for i in range(count))
+
+
+def _compute_for(seconds: float) -> None:
+    """Multiply small matrices for that long."""
+    a, end = torch.ones(SIDE, SIDE), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        torch.mm(a, a)
 
 
 def chain(call: Call, world_size: int, length: int) -> ScheduleGraph:
-    """``length`` times: every rank computes, then one transfer of what they have computed (a message
-    there, a computation, a message back)."""
+    """``length`` times: every rank computes (``BETWEEN``), then one transfer of what they have computed
+    (a message there, a computation, a message back)."""
     ranks = call.ranks
     buffers = [Buffer(f"{name}@r{r}", r, call.nbytes, "hidden") for r in ranks for name in "xy"]
     first = tuple(_compute("begin", r, (), (Ref(f"y@r{r}", -1),), None) for r in ranks)
     if call.kind == "p2p":
         ops = [op for way in (ranks, ranks[::-1]) for op in _message(call, way, way == ranks)]
     else:
-        ops = [_compute("c", r, (Ref(f"y@r{r}", -1),), (Ref(f"x@r{r}", 0),)) for r in ranks]
+        ops = [_compute(BETWEEN, r, (Ref(f"y@r{r}", -1),), (Ref(f"x@r{r}", 0),)) for r in ranks]
         ops.append(_transfer(call, ranks, "comm", ranks, ranks))
     sections = (Section("begin", 0, 1, 1, first), Section("chain", 0, length, 1, tuple(ops)))
     return ScheduleGraph(world_size, tuple(buffers), sections)
@@ -110,7 +169,7 @@ def _message(call: Call, way: tuple[int, ...], is_first: bool) -> tuple[Op, Op]:
     reads = (Ref(f"y@r{source}", -1 if is_first else 0),)
     stream = f"p2p.{source}-{target}"
     return (
-        _compute("c", source, reads, (Ref(f"x@r{source}", 0),)),
+        _compute(BETWEEN, source, reads, (Ref(f"x@r{source}", 0),)),
         _transfer(call, way, stream, (source,), (target,)),
     )
 
@@ -128,27 +187,3 @@ def _transfer(
     writes = tuple(Ref(f"y@r{r}", 0) for r in takers)
     name = f"{stream}@g{'-'.join(map(str, ranks))}"
     return Op(name, call.kind, call.call, ranks, stream, reads, writes, 0, nbytes=call.nbytes)
-
-
-def packing_s(nbytes: int, device: torch.device) -> float:
-    """Seconds to make one buffer of a payload of ``nbytes``, say what it looks like, and take a like one
-    apart: what a rank does around each call, in this process alone."""
-    part = torch.randn(max(1, nbytes // (4 * PIECES)), device=device)
-    payload = (Piece((0, 1), tuple(part.clone() for _ in range(PIECES)), point=0),)
-    header, buffer = header_of([payload]), packed([payload])
-
-    def once() -> None:
-        header_of([payload])
-        packed([payload])
-        unpacked(header, buffer)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    once()
-    return statistics.median(_clock(once) for _ in range(15))
-
-
-def _clock(action: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    action()
-    return time.perf_counter() - begin

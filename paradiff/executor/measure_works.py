@@ -2,7 +2,10 @@
 
 Decides what a piece of work is set up as: it runs among the ops of the shortest schedule that has it,
 all ranks in this process, one op after another on its thread. Nothing is sent, nothing runs beside it:
-no number holds anything of order, overlap or waiting. Named by ``paradiff.graph.work_text``.
+no number holds anything of order or overlap. Two things that slow compute in a run are there: a transfer
+leaves the core for ``AWAY_S``, after which compute starts colder; and what follows the same segments of
+another rank, whose weights it finds in the caches, counts only where all do. Works are named by
+``paradiff.graph.work_text``.
 """
 
 from __future__ import annotations
@@ -19,11 +22,15 @@ from paradiff.executor.loading import Pipeline
 from paradiff.executor.measure import PRECISE, Timing, median_error
 from paradiff.executor.streams import Step, take_turns
 from paradiff.graph import Instance, ScheduleGraph, work_text
-from paradiff.trace import Span
+from paradiff.trace import TRANSFERS, Span
 
 LEAST_PASSES, MOST_PASSES = 3, 9
 COUNTS = 0.01
 """Works that take less than this share of a pass need not be known precisely."""
+AWAY_S = 0.5e-3
+"""As long as calls of few bytes take between two processes (longer made no difference)."""
+Samples = defaultdict[str, list[float]]
+"""Seconds by ``work_text``."""
 Agree = Callable[[bool], bool]
 """Whether all who measure at the same time are done, from whether this process is."""
 
@@ -43,10 +50,11 @@ def measure_works(
     ``PRECISE``, MOST_PASSES at most. Raises RunFailed.
     """
     prepared = shortest(job, pipeline, wanted)
-    samples: dict[str, list[float]] = defaultdict(list)
-    _pass(prepared, defaultdict(list))
+    cold, warm = Samples(list), Samples(list)
+    _pass(prepared, Samples(list), Samples(list))
     for number in range(1, MOST_PASSES + 1):
-        took_s = _pass(prepared, samples)
+        took_s = _pass(prepared, cold, warm)
+        samples = {**warm, **cold}
         known = number >= LEAST_PASSES and all(
             _is_known(each, COUNTS * took_s * number) for each in samples.values()
         )
@@ -68,20 +76,25 @@ def shortest(job: Job, pipeline: Pipeline, wanted: Collection[str]) -> Prepared:
     return prepare(job, pipeline)
 
 
-def _pass(prepared: Prepared, samples: dict[str, list[float]]) -> float:
-    """Run every op once, add what each took to ``samples``; the sum. Wall time, as in the run: what else
-    this machine does lengthens both."""
+def _pass(prepared: Prepared, cold: Samples, warm: Samples) -> float:
+    """Run every op once, add what each took to ``warm`` where the one before ran the same segments, else
+    to ``cold``; the sum. Wall time, as in the run: what else this machine does lengthens both."""
     run = _Run(prepared.graph, prepared.pipeline.network, prepared.request)
-    total = 0.0
+    total, before = 0.0, None
 
     def perform(number: int, instance: Instance) -> None:
-        nonlocal total
+        nonlocal total, before
+        if instance.op.kind in TRANSFERS:
+            time.sleep(AWAY_S)
         begin = time.perf_counter()
         run.perform(number, instance)
         took = time.perf_counter() - begin
         total += took
-        if instance.op.work is not None:
-            samples[work_text(instance.op.work)].append(took)
+        work = instance.op.work
+        if work is not None:
+            segments = work.stage, work.ranges
+            (warm if segments == before else cold)[work_text(work)].append(took)
+            before = segments
 
     def walk(steps: list[Step]) -> list[Span]:
         return take_turns(steps, perform)

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from paradiff.cli.measure_here import measure_here
 from paradiff.config import ConfigError, available
 from paradiff.dependencies import validate
 from paradiff.executor.job import Job, prepare
-from paradiff.executor.measure_calls import Call, chain, grid
-from paradiff.executor.measure_works import shortest, works_of
-from paradiff.trace import check_trace, read_chrome_trace
+from paradiff.executor.measure_calls import MOST_BETWEEN_S, Call, between_s, chain, grid
+from paradiff.executor.measure_works import Samples, _pass, shortest, works_of
+from paradiff.graph import work_text
+from paradiff.trace import TRANSFERS, check_trace, read_chrome_trace
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
@@ -194,6 +196,29 @@ def test_the_shortest_schedule_has_every_work() -> None:
     fewer = shortest(job, prepared.pipeline, wanted)
     assert works_of(fewer.graph) == wanted
     assert int(dict(fewer.graph.meta)["steps"]) < 5
+
+
+@pytest.mark.parametrize("spec", ["serial", "ulysses=2"])
+def test_what_finds_its_weights_in_the_caches_is_told_apart(spec: str) -> None:
+    """In one process rank 1 does every piece of work right after rank 0 has done the same."""
+    prepared = prepare(Job(source="tiny-pixart-alpha", spec=spec, height=128, width=128, steps=2))
+    cold, warm = Samples(list), Samples(list)
+    _pass(prepared, cold, warm)
+    ops = Counter(i.op.ranks[0] for i in prepared.graph.instances() if i.op.call == "forward")
+    texts = {work_text(i.op.work) for i in prepared.graph.instances()
+             if i.op.call == "forward" and i.op.work is not None}  # fmt: skip
+    assert [sum(len(each[text]) for text in texts) for each in (cold, warm)] == [ops[0], ops[1]]
+
+
+def test_calls_are_timed_as_far_apart_as_those_of_the_schedule() -> None:
+    """With a microsecond for each work: as many of them as a rank has for each of its transfers."""
+    job = Job(source="tiny-pixart-alpha", spec="ulysses=2", height=128, width=128, steps=2)
+    graph = prepare(job).graph
+    ops = [instance.op for instance in graph.instances()]
+    works = sum(op.work is not None for op in ops)
+    transfers = sum(len(op.ranks) for op in ops if op.kind in TRANSFERS)
+    assert between_s(graph, lambda *_: 1e-6) == pytest.approx(1e-6 * works / transfers)
+    assert between_s(graph, lambda *_: 1.0) == MOST_BETWEEN_S
 
 
 @pytest.mark.parametrize(
