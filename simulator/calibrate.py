@@ -62,8 +62,8 @@ UNFIT: Mapping[str | None, str] = {
     None: "a trace that does not say what took its times, as earlier versions wrote it",
 }
 FIT = (
-    "a trace of real kernels on that GPU, as paradiff run --device cuda --random-weights (or --weights)"
-    " writes into --output-dir"
+    "a trace of real kernels on the GPU that --gpu names, as paradiff run --device cuda --random-weights"
+    " (or --weights) writes into --output-dir"
 )
 
 
@@ -86,17 +86,20 @@ class Factors(NamedTuple):
 
 
 KINDS = (*Factors._fields, "launches")
+"""What most of a work's time goes to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """``gpu``: the profile with factors on the rates that are ``told``; those of the others are 1.
-    ``kinds`` of the works, and predicted / measured - 1 of each: with the profile as it was, with this
-    one, and with factors fitted without the work."""
+    """``gpu``: the profile with factors on the rates that are ``told``; those of the others are 1. Of
+    ``capped`` ones works tell no more than that they reach their ceiling. ``kinds`` of the works, and
+    predicted / measured - 1 of each: with the profile as it was, with this one, and with factors fitted
+    without the work."""
 
     gpu: Gpu
     factors: Factors
     told: tuple[str, ...]
+    capped: tuple[str, ...]
     kinds: tuple[str, ...]
     before: tuple[float, ...]
     after: tuple[float, ...]
@@ -221,7 +224,7 @@ def groups(seen: Sequence[Seen]) -> list[list[int]]:
     graph = nx.empty_graph(len(seen))
     for (i, a), (j, b) in combinations(enumerate(seen), 2):
         common = a.launches.keys() & b.launches.keys()
-        if all(_part(each.launches, common) > SHARED for each in (a, b)):
+        if common and all(_part(each.launches, common) > SHARED for each in (a, b)):
             graph.add_edge(i, j)
     return [sorted(places) for places in nx.connected_components(graph)]
 
@@ -349,6 +352,7 @@ def fit(seen: Sequence[Seen], gpu: Gpu, name: str, runtime: Runtime = "eager") -
 class _Fitted(NamedTuple):
     factors: Factors
     told: tuple[str, ...]
+    capped: tuple[str, ...]
     kinds: tuple[str, ...]
 
 
@@ -372,9 +376,12 @@ def _fitted(seen: Sequence[Seen], predict: _Predictor) -> _Fitted:
     parts = np.zeros((len(seen), len(KINDS)))
     parts[:, np.flatnonzero(free)] = -slopes
     parts[:, -1] = 1 - parts.sum(axis=1)
+    names, factors = np.array(Factors._fields), np.exp(logs)
+    capped = told & (factors > BELOW * np.array(predict.ceilings))
     return _Fitted(
-        Factors(*map(float, np.exp(logs))),
-        tuple(name for name, is_told in zip(Factors._fields, told, strict=True) if is_told),
+        Factors(*map(float, factors)),
+        tuple(map(str, names[told])),
+        tuple(map(str, names[capped])),
         tuple(KINDS[i] for i in parts.argmax(axis=1)),
     )
 
@@ -452,17 +459,17 @@ def corrected_yaml(gpu_name: str, found: Fit, traced: Collection[Dtype], source:
     data = yaml.load(path.read_text(encoding="utf-8"))
     old, new = load_gpu(path), found.gpu
     data["name"] = new.name
-    if "matmul" in found.told:
-        alike = f"the factor of {', '.join(sorted(traced))} on the same units, {source}"
-        for dtype in same_units(old, traced):
-            kind, whose = ("measured", source) if dtype in traced else ("transferred", alike)
-            _note(data["matmul"][dtype], new.matmul.of(dtype).value, "TFLOP/s", 1e12, kind, whose)
-    if "attention" in found.told:
-        entry = data["attention"][old.attention.index(attention_figure(old))]
-        _note(entry, attention_figure(new).value, "TFLOP/s", 1e12, "measured", source)
-    if "memory" in found.told:
-        entry, value = data["memory_bandwidth"], new.memory_bandwidth.value
-        _note(entry, value, "GB/s", 1e9, "measured", source)
+    for name, entry, value, is_seen in _rates(data, old, new, traced):
+        if name in found.capped:
+            kind, whose = "assumed", f"its ceiling, which works reach or exceed, {source}"
+        elif is_seen:
+            kind, whose = "measured", source
+        else:
+            kind = "transferred"
+            whose = f"the factor of {', '.join(sorted(traced))} on the same units, {source}"
+        if name in found.told:
+            whose = f"{whose}; was {entry['value']}"
+            entry |= {"value": value, "kind": kind, "source": whose}
     rows = [CommentedMap(residual.model_dump()) for residual in residuals(found)]
     for row in rows:
         row.fa.set_flow_style()
@@ -473,9 +480,15 @@ def corrected_yaml(gpu_name: str, found: Fit, traced: Collection[Dtype], source:
     return out.getvalue()
 
 
-def _note(
-    entry: dict[str, object], value: float, unit: str, size: float, kind: str, source: str
-) -> None:
-    before = entry["value"]
-    entry |= {"value": f"{value / size:.5g} {unit}", "kind": kind}
-    entry["source"] = f"{source}; was {before}"
+def _rates(
+    data: Mapping[str, Any], old: Gpu, new: Gpu, traced: Collection[Dtype]
+) -> Iterator[tuple[str, dict[str, Any], str, bool]]:
+    """(factor, place in the file, new value, whether works are in its precision) of every rate."""
+    for dtype in same_units(old, traced):
+        value = f"{new.matmul.of(dtype).value / 1e12:.5g} TFLOP/s"
+        yield "matmul", data["matmul"][dtype], value, dtype in traced
+    place = old.attention.index(attention_figure(old))
+    value = f"{new.attention[place].value / 1e12:.5g} TFLOP/s"
+    yield "attention", data["attention"][place], value, True
+    value = f"{new.memory_bandwidth.value / 1e9:.5g} GB/s"
+    yield "memory", data["memory_bandwidth"], value, True

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from analysis.sources import gpu_figures
 from paradiff.cli import app
+from paradiff.cli.profile import _print_fit
 from paradiff.config import ConfigError
 from paradiff.graph import Shape, Work
 from paradiff.strategies import Workload, build, parse_spec
@@ -176,14 +177,23 @@ def test_errors_are_of_works_that_were_held_out(monkeypatch: pytest.MonkeyPatch)
     assert found.held_out == pytest.approx([-0.5, 1.0] * 2, rel=1e-6)
 
 
-def test_ceilings() -> None:
-    """Times of nearly nothing: every factor stops where the file of the profile still loads."""
+def test_ceilings(tmp_path: Path) -> None:
+    """Times of nearly nothing: every factor stops where the file of the profile still loads, and no rate
+    is called measured."""
     impossible = [each._replace(seconds=each.seconds / 50) for each in seen_on(Factors())]
     found = fit(impossible, L40, "mine")
     assert found.factors == pytest.approx(ceilings(L40, HALF), rel=1e-6)
     assert found.gpu.matmul.bf16.value == pytest.approx(1.1 * L40.peak.bf16.value, rel=2e-2)
     assert found.gpu.memory_bandwidth.value == pytest.approx(864e9, rel=2e-4)
-    corrected_yaml("l40", found, ["bf16"], "these")
+    assert found.capped == Factors._fields
+    file = tmp_path / "mine.yaml"
+    file.write_text(corrected_yaml("l40", found, ["bf16"], "these runs"))
+    new = load_gpu(file)
+    assert (new.matmul.bf16.kind, new.memory_bandwidth.kind) == ("assumed", "assumed")
+    assert (
+        new.memory_bandwidth.source
+        == "its ceiling, which works reach or exceed, these runs; was 728 GB/s"
+    )
 
 
 def test_times_of_a_much_slower_device_are_refused() -> None:
@@ -314,7 +324,8 @@ def test_the_corrected_profile_plans(runs: list[Path], tmp_path: Path) -> None:
     target = tmp_path / "mine.yaml"
     done = command(*map(str, runs), "--gpu", "l40", "--output", str(target))
     assert done.exit_code == 0, done.output
-    assert "matmul x 0.7, attention x 0.85, memory x 0.6" in done.stdout
+    assert "matmul x 0.7, attention x 0.85, memory x 0.6\n" in done.stdout
+    assert "predict no better" not in done.stdout
     new = load_gpu(target)
     assert new.name == "mine"
     assert new.matmul.bf16.value == pytest.approx(0.7 * L40.matmul.bf16.value, rel=1e-4)
@@ -344,6 +355,7 @@ def told_alone(*names: str, factors: Factors = TRUE) -> Fit:
         gpu=scaled(L40, kept, "mine", HALF),
         factors=kept,
         told=names,
+        capped=(),
         kinds=("matmul", "memory", "memory"),
         before=(-0.5, 0.1, 0.3),
         after=(0.1, -0.2, 0.05),
@@ -383,6 +395,13 @@ def differing(old: Gpu, new: Gpu) -> Iterator[tuple[str, str]]:
             yield from ((f"attention.{i}", b.kind) for i, (a, b) in pairs if a != b)
         elif before != after:
             yield key, after.kind
+
+
+def test_a_fit_that_does_not_help_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    _print_fit(told_alone("matmul"))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "matmul x 0.7; not told by these works, as it was: attention, memory"
+    assert said[-1].endswith("missed as much as before: these rates predict no better.")  # 0.3 both
 
 
 def test_residuals_by_kind() -> None:

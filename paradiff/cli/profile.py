@@ -370,7 +370,10 @@ def fit(
         traced = {each.dtype for each in seen}
         source = calibrate.source_of(trace for _, trace, _ in runs)
         write_file(output, calibrate.corrected_yaml(gpu, found, traced, source))
-    typer.echo(f"{output}: {gpu} corrected by {len(seen)} works of {len(runs)} runs")
+    from analysis.text import count_of
+
+    counts = f"{count_of(len(seen), 'work')} of {count_of(len(runs), 'run')}"
+    typer.echo(f"{output}: {gpu} corrected by {counts}")
     _print_fit(found)
 
 
@@ -397,7 +400,10 @@ def _print_fit(found: Fit) -> None:
     from analysis.text import plain
     from simulator.calibrate import residuals
 
-    told = [f"{name} x {getattr(found.factors, name):.4g}" for name in found.told]
+    told = [
+        f"{name} x {getattr(found.factors, name):.4g}{' (its ceiling)' * (name in found.capped)}"
+        for name in found.told
+    ]
     left = [name for name in found.factors._fields if name not in found.told]
     stays = f"; not told by these works, as it was: {', '.join(left)}" if left else ""
     typer.echo(f"{', '.join(told)}{stays}\n")
@@ -414,3 +420,5 @@ def _print_fit(found: Fit) -> None:
         rows.append([each.kind, str(each.n), *missed])
     header = ["mostly", "works", "missed as it was", "fitted", "held out"]
     typer.echo("\n".join(plain(header, rows, left=("mostly",))))
+    if np.median(np.abs(found.held_out)) >= np.median(np.abs(found.before)):
+        typer.echo("\nHeld out, works are missed as much as before: these rates predict no better.")
