@@ -25,15 +25,16 @@ from paradiff.dependencies import Dependencies
 from paradiff.graph import Instance, Op, Section
 from paradiff.trace import TRANSFERS
 from simulator.engine import Costs
-from simulator.fluid import on_grid
+from simulator.fluid import QUANTUM_S, on_grid
 from simulator.placement import Placement, Wire
 from simulator.symmetry import Members, Quotient
 
 MAX_LOOKUPS = 256
 """Where a transfer has more placements (times alike transfers), its bytes are left out of the bound."""
 ROUNDING = 1 - 1e-9
-"""The engine rounds times to its grid, up and down; computations and the host's part are rounded here as
-there, because many equal ones are all rounded the same way."""
+"""For sums of floats. The engine rounds times to its grid, up and down, and many equal ones all the same
+way: computations and the host's part are rounded here as there, a transfer (its head and what drains) is
+a quantum shorter."""
 
 
 Merit = tuple[float, float, float]
@@ -162,7 +163,8 @@ class _Durations:
         if key not in self._transfers:
             self._transfers[key] = self._least_wire_s(op, members)
         fixed_s = self._costs.transfer_fixed_s(op)
-        return fixed_s + self._transfers[key], on_grid(self._costs.transfer_host_s(op))
+        least = max(fixed_s + self._transfers[key] - QUANTUM_S, 0.0)
+        return least, on_grid(self._costs.transfer_host_s(op))
 
     def _least_wire_s(self, op: Op, members: Members) -> float:
         if len(self._choices) * len(members) > MAX_LOOKUPS:

@@ -19,7 +19,7 @@ from simpy.events import NORMAL, Event
 from simulator.network import Flow, Network, Usage
 from simulator.symmetry import Asymmetric
 
-_QUANTUM_S = 2.0**-40
+QUANTUM_S = 2.0**-40
 _PER_S = 2.0**40
 
 Owner = TypeVar("Owner")
@@ -27,7 +27,7 @@ Owner = TypeVar("Owner")
 
 def on_grid(seconds: float) -> float:
     """The nearest multiple of 2**-40 s."""
-    return round(seconds * _PER_S) * _QUANTUM_S
+    return round(seconds * _PER_S) * QUANTUM_S
 
 
 class Timed(Protocol):
@@ -230,7 +230,7 @@ class Fluid(Generic[Owner]):
         now = self._env.now
         self._settle(drain, now)
         bundle = drain.bundle
-        slack_s = 4 * max(_QUANTUM_S, ulp(now))
+        slack_s = 4 * max(QUANTUM_S, ulp(now))
         live, ended = [], []
         for piece, left, rate in zip(bundle.pieces, drain.remaining, drain.rates, strict=True):
             if left > rate * slack_s:

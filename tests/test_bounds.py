@@ -17,6 +17,7 @@ from unit_hardware import Graph, UnitCosts, random_box
 from paradiff.strategies import Workload, build, candidate_specs, parse_spec
 from simulator.bounds import Incumbents, least_latency_s
 from simulator.engine import simulate
+from simulator.fluid import QUANTUM_S
 from simulator.network import Network
 from simulator.placement import Wire
 from simulator.planner import Goal, Plan, Request, plan
@@ -76,6 +77,23 @@ def test_path_inside_an_iteration() -> None:
     bound = least_latency_s(schedule, UnitCosts(), Wire(network), [(0, 1)], [0])
     assert bound == pytest.approx(50.0, rel=1e-8)
     assert simulate(schedule, network, UnitCosts()).makespan_s == 50.0
+
+
+def test_transfers_that_are_all_rounded_down() -> None:
+    """Exchanges of 1000.49 quanta of the engine's clock take it 1000 each, and one of audioldm2-large
+    with 28,000 of them was once bounded above what it took."""
+    g = Graph(2)
+    for rank in (0, 1):
+        g.compute("a", rank, 0, writes=["y"])
+    g.collective("all_gather", "ag", (0, 1), 1, "y", "z")
+    for rank in (0, 1):
+        g.compute("b", rank, 0, reads=["z"])
+    g.section("loop", 0, count=100)
+    schedule = quotient(g.build())
+    network = Network(Topology.uniform(2, bandwidth_bytes_per_s=1 / (1000.49 * QUANTUM_S)))
+    bound = least_latency_s(schedule, UnitCosts(), Wire(network), [(0, 1)], [0])
+    assert simulate(schedule, network, UnitCosts()).makespan_s == 100_000 * QUANTUM_S
+    assert 0.999 * 100_000 * QUANTUM_S < bound <= 100_000 * QUANTUM_S
 
 
 def test_host_floor() -> None:
