@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -119,7 +120,39 @@ def test_bytes_of_latte() -> None:
     assert [op.nbytes for op in ops if op.kind == "p2p"] == [3 * 16 * 512**2 // n * E] * (n - 1)
 
 
-@pytest.mark.parametrize(("name", "spec"), [("latte", "ulysses=2")])
+def hunyuan_video_halos(frames: int, columns: int) -> Iterator[tuple[int, int, int]]:
+    """Those of an AutoencoderKL on all frames of a tile. The upsamplers after the second and the third
+    level double them but for the first; frames before are padding, of which every rank has its own."""
+    for channels, wide in kl_decoder_halos(columns):
+        times = {1: 1, 2: 1, 4: 2, 8: 4}[wide // columns]
+        yield channels, wide, (frames - 1) * times + 1
+
+
+def test_bytes_of_hunyuanvideo() -> None:
+    """33 latent frames of 90 x 160: ten tiles of five from every third, one of three. The attention is
+    of all frames of a tile."""
+    ops, n = video_ops("hunyuanvideo", "ulysses=3,vae=split"), 3
+    tiles = [5] * 10 + [3]
+    sent = [c * w * f * E for k in tiles for c, w, f in hunyuan_video_halos(k, 160)]
+    assert halos(ops) == [size for size in sent for _ in range(n - 1)]
+    reduced = [op.nbytes for op in ops if op.call == "all_reduce"]
+    assert reduced == [2 * 32 * 4] * 30 * len(tiles)
+    gathered = [op.nbytes for op in ops if op.call == "all_gather"]
+    assert gathered == [2 * 512 * f * 90 * 160 // n * E for f in tiles]
+    # the mask of the own queries and all keys is made of that of the own keys
+    tokens = [f * 90 * 160 for f in tiles for _ in range(n)]
+    masks = [op.work for op in ops if op.work and op.work.copies]
+    assert [work.joined for work in masks] == [own * own // n * E for own in tokens]
+    assert [work.copied - work.joined for work in masks] == [
+        own * own // n**2 * E for own in tokens
+    ]
+    assert [op.nbytes for op in ops if op.call == "broadcast"] == [16 * 33 * 90 * 160 * E]
+    assert [op.nbytes for op in ops if op.kind == "p2p"] == [3 * 129 * 720 * 1280 // n * E] * (
+        n - 1
+    )
+
+
+@pytest.mark.parametrize(("name", "spec"), [("latte", "ulysses=2"), ("hunyuanvideo", "ulysses=3")])
 def test_chunks_have_the_work_of_the_whole(name: str, spec: str) -> None:
     """On unit hardware seconds are FLOPs: those of all chunks on all ranks, each priced once, are those
     of the unsplit ops, which are priced as often as their stage repeats."""
@@ -138,6 +171,7 @@ def test_chunks_have_the_work_of_the_whole(name: str, spec: str) -> None:
         ("svd-xt", "cfg=2"),
         ("mochi", "cfg=2,ulysses=2"),
         ("latte", "data=2,cfg=2"),
+        ("hunyuanvideo", "ulysses=2"),
         ("sdxl", "data=2,cfg=2"),
         ("pixart-alpha", "pipefusion=2,patches=4,warmup=1"),
         ("flux1-dev", "ulysses=4,offload=text+vae"),

@@ -1,12 +1,13 @@
 """A VAE's decoder as a network that runs in strips, under the same exchanges as a denoiser.
 
-Where a pipeline decodes a video chunk by chunk, so does each strip.
+Most VAEs of videos decode chunk by chunk: which latent frames a chunk takes, and what becomes of them,
+is as in diffusers; what is kept of a chunk for the next one stays on its rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,36 +20,38 @@ from paradiff.executor.payload import Span
 from paradiff.models.interception import DECODERS
 from paradiff.profiles import Stage
 
-CHUNK_FRAMES = 14
-"""Latte's pipeline decodes so many frames at a time (``decode_latents``)."""
-
 
 @dataclass(frozen=True)
 class Decoder(Network):
     """The decoder of ``model``, a VAE. ``unscaled`` makes of a latent what it takes, ``finished`` of all
-    strips together what the user gets. ``part`` is the stage of the profile, ``chunk`` counts the calls
-    for one video."""
+    strips together what the user gets.
+
+    ``part`` is the stage of the profile, ``chunk`` counts the calls for one video, and ``kept`` is what
+    earlier ones have left on the rank for this one.
+    """
 
     unscaled: Callable[[Tensor], Tensor]
     finished: Callable[[Tensor], Tensor]
     part: str = "vae"
     chunk: int = 0
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def stage(self) -> Stage:
         return self.profile.stages[self.part]
 
-    def at(self, part: str, chunk: int) -> Decoder:
+    def at(self, part: str, chunk: int, kept: dict[str, Any]) -> Decoder:
         """One call of it."""
-        return replace(self, part=part, chunk=chunk)
+        return replace(self, part=part, chunk=chunk, kept=kept)
 
     def latent_input(self, x: Tensor, given: Conditioning, spans: Sequence[Span]) -> Tensor:
-        """What the first convolution sees, halo rows too: of Latte's videos the frames of this chunk,
-        (b, f, c, rows, columns)."""
+        """What the first convolution sees, halo rows too: of a video the frames of this chunk."""
+        if x.ndim == 5 and self.class_name in _CHUNKS:
+            first, last = _CHUNKS[self.class_name](self.chunk)
+            x = x[:, :, first:last]
         mix = getattr(self.model, "post_quant_conv", None)
-        if self.class_name == "AutoencoderKL" and x.ndim == 5:
-            first = CHUNK_FRAMES * self.chunk
-            x = x[:, :, first : first + CHUNK_FRAMES].transpose(1, 2)
+        if self.class_name == "AutoencoderKL" and x.ndim == 5:  # Latte: every frame is an image
+            x = x.transpose(1, 2)
             return x if mix is None else mix(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         return x if mix is None else mix(x)
 
@@ -62,18 +65,58 @@ class Decoder(Network):
     ) -> Tensor:
         """The rows of the picture, or of the frames of this chunk (b, 3, f, rows, columns), that belong
         to ``x``."""
-        vae: Any = self.model
-        if self.class_name == "TemporalDecoder":
-            frames, of_images = x.shape[1], x.new_zeros(x.shape[:2])
-            out: Tensor = vae(x.flatten(0, 1), num_frames=frames, image_only_indicator=of_images)
-            return out.unflatten(0, (-1, frames)).transpose(1, 2)
-        if self.class_name == "AutoencoderKLMochi":
-            out = vae.decode(x, return_dict=False)[0]
-        elif x.ndim == 5:  # Latte: every frame is an image
-            out = vae.decoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]).transpose(1, 2)
-        else:
-            out = vae.decoder(x)
-        return out
+        return _DECODE[self.class_name](self, x)
+
+
+def _image(decoder: Decoder, x: Tensor) -> Tensor:
+    """A picture, or for Latte (b, f, c, rows, columns) pictures."""
+    vae: Any = decoder.model
+    if x.ndim == 4:
+        picture: Tensor = vae.decoder(x)
+        return picture
+    pictures: Tensor = vae.decoder(x.flatten(0, 1))
+    return pictures.unflatten(0, x.shape[:2]).transpose(1, 2)
+
+
+def _svd(decoder: Decoder, x: Tensor) -> Tensor:
+    frames, of_images = x.shape[1], x.new_zeros(x.shape[:2])
+    model: Any = decoder.model
+    out: Tensor = model(x.flatten(0, 1), num_frames=frames, image_only_indicator=of_images)
+    return out.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+def _mochi(decoder: Decoder, x: Tensor) -> Tensor:
+    vae: Any = decoder.model
+    video: Tensor = vae.decode(x, return_dict=False)[0]
+    return video
+
+
+def _hunyuan_video(decoder: Decoder, x: Tensor) -> Tensor:
+    """A tile of frames, whose first ones are blended into the last ones of the tile before."""
+    vae: Any = decoder.model
+    stride, tile = vae.tile_sample_stride_num_frames, vae.decoder(x)
+    before = decoder.kept.get("tile")
+    if before is not None:
+        tile = vae.blend_t(before, tile[:, :, 1:], vae.tile_sample_min_num_frames - stride)
+    decoder.kept["tile"] = tile
+    out: Tensor = tile[:, :, : stride + (before is None)]
+    return out
+
+
+_DECODE: Mapping[str, Callable[[Decoder, Tensor], Tensor]] = {
+    "AutoencoderKL": _image,
+    "TemporalDecoder": _svd,
+    "AutoencoderKLMochi": _mochi,
+    "AutoencoderKLHunyuanVideo": _hunyuan_video,
+}
+
+
+_CHUNKS: Mapping[str, Callable[[int], Span]] = {
+    "AutoencoderKL": lambda chunk: (14 * chunk, 14 * chunk + 14),
+    "AutoencoderKLHunyuanVideo": lambda chunk: (3 * chunk, 3 * chunk + 5),
+}
+"""Class of a VAE -> latent frames of chunk i, if there are as many, as its ``decode`` takes them
+(AutoencoderKL: as Latte's pipeline does). Others decode a video at once."""
 
 
 def strip_decoder(pipeline: Pipeline) -> Decoder | None:

@@ -449,12 +449,12 @@ class Forward(Handler):
 
     def halo(self, site: Site, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if site.is_input:
-            return self._input_halo(site.rows)
+            return self._input_halo(site.rows, x)
         at = self.network.point_of[site.name]
         _, others = self._reach(at, lambda: edges(x, site.rows))
         return neighbours(self.rows[0], others)
 
-    def _input_halo(self, rows: int) -> tuple[Tensor | None, Tensor | None]:
+    def _input_halo(self, rows: int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The latent is whole on every rank, so the first convolution needs no exchange."""
         first, last = self.rows[0]
         if not self.halo_rows:
@@ -463,7 +463,7 @@ class Forward(Handler):
         above, below = (
             self._input([s]) if s[0] >= 0 and s[1] <= self.total_rows else None for s in lent
         )
-        return _frames_flat(above), _frames_flat(below)
+        return _frames_as_in(x, above), _frames_as_in(x, below)
 
     def moments(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor] | None:
         at = self.network.point_of[site.name]
@@ -473,9 +473,9 @@ class Forward(Handler):
         return mix_moments(own, others, self.task.tags.get("moments") == "corrected")
 
 
-def _frames_flat(x: Tensor | None) -> Tensor | None:
-    """SVD's first convolution takes frames along the batch."""
-    return x.flatten(0, 1) if x is not None and x.ndim == 5 else x
+def _frames_as_in(x: Tensor, rows: Tensor | None) -> Tensor | None:
+    """The first convolutions of SVD and of an image's decoder take frames along the batch."""
+    return rows.flatten(0, 1) if rows is not None and rows.ndim > x.ndim else rows
 
 
 def task_of(op: Op, op_id: str) -> Task:

@@ -211,6 +211,7 @@ class _Run:
         self.blank = torch.zeros_like(self.initial_latent(0))
         self.plans = self._forwards_ahead()
         self.kept: dict[int, dict[str, Tensor]] = {}
+        self.between_chunks: dict[int, dict[str, Any]] = {}
         self.units = list(self.network.unit_ranges) if self._is_partial() else []
         self.handlers: dict[str, Callable[[int, Instance], None]] = {
             "load": self._load,
@@ -399,7 +400,8 @@ class _Run:
         network, strips = self.network, self.request.strips
         if op.work.stage != "denoiser":
             assert strips is not None
-            network = strips.at(op.work.stage, int(task.tags.get("chunk", "0")))
+            kept = self.between_chunks.setdefault(op.ranks[0], {})
+            network = strips.at(op.work.stage, int(task.tags.get("chunk", "0")), kept)
             scale, timestep = self._unscaled, self.schedule.timestep(0)
         else:
             assert op.step is not None

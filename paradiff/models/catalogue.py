@@ -503,10 +503,10 @@ def latent_probes(base: Shape, video: bool, unit: int, frames: int = 1) -> tuple
     )
 
 
-def decoder_strips(video: bool) -> tuple[Shape, ...]:
-    """Strips of a decoder: border, middle, border."""
+def decoder_strips(video: bool, frames: int = 1) -> tuple[Shape, ...]:
+    """Strips of a decoder: border, middle, border; if not ``video``, all of as many frames."""
     rows = [(2, 6, 8, 7, 19, 1), (1, 3, 6, 13, 24, 2), (3, 7, 5, 8, 11, 1)]
-    return tuple(shape(b, f if video else 1, r, w, k=k, h=h) for b, f, r, w, k, h in rows)
+    return tuple(shape(b, f if video else frames, r, w, k=k, h=h) for b, f, r, w, k, h in rows)
 
 
 def text_probes(tokens: int) -> tuple[Shape, ...]:

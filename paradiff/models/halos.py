@@ -1,7 +1,7 @@
 """Convolutions on a strip of rows, with those that its neighbours lend: two ways to pad a border.
 
-A convolution of torch fills it with zeros. Mochi's causal one is given an input that its module has
-padded, with the rows at the border again. Neither knows which strips there are.
+A convolution of torch fills it with zeros. Causal ones (Mochi, HunyuanVideo) are given an input that
+their module has padded, with the rows at the border again. Neither knows which strips there are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def halo_rows(module: Any) -> int:
     """Rows that ``module`` wants of each neighbour: a convolution's vertical padding, of others 0."""
     if isinstance(module, nn.Conv2d | nn.Conv3d):
         return int(module.padding[-2]) if module.kernel_size[-2] > 1 else 0
-    return int(module.height_pad) if _repeats_borders(module) else 0
+    return int(module.time_causal_padding[2]) if _repeats_borders(module) else 0
 
 
 def _repeats_borders(module: Any) -> bool:

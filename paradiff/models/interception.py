@@ -68,9 +68,14 @@ UNET_CLASSES = (
     "UNetSpatioTemporalConditionModel",
     "AudioLDM2UNet2DConditionModel",
 )
-DECODERS = {"AutoencoderKL": "decoder.", "TemporalDecoder": "", "AutoencoderKLMochi": "decoder."}
-"""Modules with a decoder that takes strips, since it keeps nothing from one call to the next: where in
-them it is. ``TemporalDecoder`` is that of SVD's AutoencoderKLTemporalDecoder."""
+DECODERS = {
+    "AutoencoderKL": "decoder.",
+    "TemporalDecoder": "",
+    "AutoencoderKLMochi": "decoder.",
+    "AutoencoderKLHunyuanVideo": "decoder.",
+}
+"""Modules with a decoder that takes strips: where in them it is. ``TemporalDecoder`` is that of SVD's
+AutoencoderKLTemporalDecoder."""
 ALL_FRAMES = 1 << 30
 """More frames than a video has: what is done chunk by chunk for memory's sake meets a point once."""
 TRANSFORMER_CLASSES = (
@@ -510,7 +515,11 @@ def _widen(
 
 
 def _widen_mask(mask: Tensor, keys: int, text: int, text_first: bool) -> Tensor:
-    """A boolean mask of joint keys, which masks text alone, for more image tokens."""
+    """A boolean mask of joint keys, which masks text alone, for more image tokens. Without text it masks
+    frames (HunyuanVideo's decoder), and each strip of rows has its tokens frame by frame."""
+    if not text:
+        strips = -(-keys // mask.shape[-1])
+        return mask.repeat(*[1] * (mask.ndim - 1), strips)[..., :keys]
     image = mask.new_ones(*mask.shape[:-1], keys - text)
     if text_first:
         return torch.cat((mask[..., :text], image), dim=-1)

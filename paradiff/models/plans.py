@@ -283,17 +283,19 @@ def _hunyuan_video_tiles(base: Shape, build: Callable[[], tuple[Any, ...]]) -> l
     Exact from five latent frames on, and for two and three. Not tiled in space, which is off by
     default."""
 
+    def whole(frames: int) -> tuple[Shape, ...]:
+        return latent_probes({**base, "f": frames}, video=False, unit=1, frames=frames)
+
     def tile(frames: int, repeat: str) -> StageSpec:
-        probes = latent_probes({**base, "f": frames}, video=False, unit=1, frames=frames)
-        probes = _batched(probes)
         return StageSpec(
             "vae" if frames == 5 else f"vae_tile_{frames}",
             build,
             stages.call_hunyuan_video_tile(blended=frames == 5),
-            probes,
+            _batched((*whole(frames), *decoder_strips(video=False, frames=frames))),
             repeat=str(expr(parse_expr(repeat).terms)),
             shape=(("f", str(frames)),),
             owns_parameters=frames == 5,
+            in_strips=True,
         )
 
     one, none = _ONE_LEFT, _NONE_LEFT

@@ -25,8 +25,15 @@ from paradiff.strategies.builder import (
 
 DECODE: Mapping[str, str] = {"vae": "split|tiled"}
 """Spec parameter -> pattern of its values."""
-SPLIT = ("AutoencoderKL", "AutoencoderKLTemporalDecoder", "AutoencoderKLMochi")
+SPLIT = (
+    "AutoencoderKL",
+    "AutoencoderKLHunyuanVideo",
+    "AutoencoderKLMochi",
+    "AutoencoderKLTemporalDecoder",
+)
 """VAEs that can be decoded in strips."""
+MASKED = ("AutoencoderKLHunyuanVideo",)
+"""Of them those whose attention has a mask, which a strip needs as wide as the keys that it sees."""
 
 
 def split_decode(
@@ -37,9 +44,8 @@ def split_decode(
     As many ranks decode as divide the latent rows evenly. Raises Infeasible where the VAE was not traced
     in strips, and where no two ranks can share the rows.
     """
-    vae = profile.stages.get("vae")
+    vae, kind = profile.stages.get("vae"), _class_of_vae(profile)
     if vae is None or not any(vae.points()):
-        kind = profile.source.get("models", {}).get("vae", {}).get("class", "the VAE")
         raise Infeasible(
             f"vae=split: {kind} of {profile.name} was not traced in strips; those that can be:"
             f" {', '.join(SPLIT)}"
@@ -58,6 +64,10 @@ def split_decode(
     return replace(
         graph, buffers=(*graph.buffers, *split.buffers.values()), sections=tuple(sections)
     )
+
+
+def _class_of_vae(profile: Profile) -> str:
+    return str(profile.source.get("models", {}).get("vae", {}).get("class", "the VAE"))
 
 
 def _members(root: int, group: Sequence[int], rows: int) -> tuple[int, ...]:
@@ -164,7 +174,7 @@ class _Split:
                     "compute",
                     reads=tuple(needs.pop(rank)),
                     writes=owns[rank],
-                    work=chunk.work._replace(ranges=((at, stop),), shape=strip_shape),
+                    work=self.work(chunk, at, stop, strip_shape),
                     tags=(("rows", f"{first}-{last}"), *chunk.tags),
                 )
             needs = {rank: [] for rank in ranks}
@@ -173,6 +183,16 @@ class _Split:
             at = stop
         for rank in ranks:
             pictures[rank].extend(owns[rank])
+
+    def work(self, chunk: _Chunk, at: int, stop: int, shape: Shape) -> Work:
+        """Segments ``at`` to ``stop`` on a strip; a mask of its own tokens is repeated for all keys."""
+        work = chunk.work._replace(ranges=((at, stop),), shape=shape)
+        first = chunk.stage.segments[at].kernels[0]
+        if first.kind != "attention" or _class_of_vae(self.profile) not in MASKED:
+            return work
+        batch, _, q, keys, *_ = first.sizes(chunk.stage.bind(shape._asdict()))
+        own, wide = (batch * q * width * self.element_bytes for width in (q, keys))
+        return work._replace(copies=1, copied=own + wide, joined=wide)
 
     # ---------------------------------------------------------------------------- values
 

@@ -34,8 +34,8 @@ pytestmark = [
 ]
 
 STEPS = 2
-FRAMES = {"latte": 16}
-"""Of a video in more than one chunk: latent frames 14 + 2."""
+FRAMES = {"latte": 16, "hunyuanvideo": 25}
+"""Of a video in more than one chunk: latent frames 14 + 2, tiles of 5, 4 and 1."""
 
 
 def pipeline(name: str) -> Pipeline:
@@ -91,6 +91,8 @@ def execute(name: str, spec: str, ours: Pipeline | None = None) -> Result:
         ("svd", "patch=4", {0, 1, 2, 3}),  # norms of a frame and of the video
         ("mochi", "cfg=2,ulysses=2", {0, 1, 2, 3}),  # borders are repeated, frames dropped
         ("latte", "cfg=2,ulysses=2", {0, 1, 2, 3}),  # chunks that know nothing of each other
+        ("hunyuanvideo", "ulysses=2", {0, 1}),  # tiles of frames that blend, masked attention
+        ("hunyuanvideo", "ulysses=4", {0, 1, 2, 3}),
     ],
 )
 def test_strips_equal_the_unmodified_decoder(name: str, spec: str, decoding: set[int]) -> None:
