@@ -12,8 +12,9 @@ from __future__ import annotations
 import io
 import math
 import statistics
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -29,7 +30,7 @@ from paradiff.config import ConfigError, find, printable
 from paradiff.graph import Work
 from paradiff.profiles import Profile
 from paradiff.strategies import Infeasible, SpecError, Workload, build, parse_spec
-from paradiff.trace import Span, Trace, TraceMismatch, read_chrome_trace
+from paradiff.trace import TRANSFERS, Span, Trace, TraceMismatch, read_chrome_trace
 from simulator.costs import CostModel, Runtime, attention_figure
 from simulator.gpu import BOOST, Dtype, Figure, Gpu, Residual, load_gpu
 from simulator.lint import is_the_gpu
@@ -185,7 +186,7 @@ def observations(
 
 
 def _times(path: Path, trace: Trace, profile: Profile) -> Mapping[Work, list[float]]:
-    """Seconds of each work of a trace, every time it ran."""
+    """Seconds of each work of a trace, every time it ran without a transfer beside it."""
     meta = dict(trace.meta)
     try:
         sizes = {name: int(meta[name]) for name in SIZES}
@@ -195,14 +196,31 @@ def _times(path: Path, trace: Trace, profile: Profile) -> Mapping[Work, list[flo
         raise ConfigError(f"{path}: {what}, allowed: {FIT}") from None
     ops = {instance.id: instance.op for instance in graph.instances()}
     times: dict[Work, list[float]] = {}
-    for span in trace.expanded().spans:
+    is_disturbed = _disturbed(trace)
+    for span in trace.spans:
         op = ops.get(span.id)
         if op is None:
             what = f"op {printable(span.id)} is not in the graph of {printable(meta['spec'])}"
             raise ConfigError(f"{path}: {what}, allowed: {FIT}")
-        if op.work is not None and op.call in LOOP:
+        if op.work is not None and op.call in LOOP and not is_disturbed(span):
             times.setdefault(op.work, []).append(span.busy_s)
     return times
+
+
+def _disturbed(trace: Trace) -> Callable[[Span], bool]:
+    """Whether a span has a transfer of its rank beside it, which takes SMs and bandwidth."""
+    begins, ends = dict[int, list[float]](), dict[int, list[float]]()
+    for span in trace.spans:
+        if span.kind in TRANSFERS:
+            begins.setdefault(span.rank, []).append(span.start_s)
+            latest = ends.setdefault(span.rank, [])
+            latest.append(max([span.end_s, *latest[-1:]]))
+
+    def is_disturbed(span: Span) -> bool:
+        begun = bisect_left(begins.get(span.rank, []), span.end_s - LEAST_S)
+        return begun > 0 and ends[span.rank][begun - 1] > span.start_s + LEAST_S
+
+    return is_disturbed
 
 
 def _check_outpaced(path: Path, times: Mapping[Work, Sized], model: CostModel) -> None:

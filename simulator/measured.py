@@ -130,12 +130,12 @@ def launches_of(work: Work, profile: Profile) -> Counter[Key]:
     """How often ``work`` launches each of the network's kernels."""
     stage, found = profile.stages[work.stage], Counter[Key]()
     shape = work.shape._asdict()
-    bound = stage.bind(shape)
+    bound, repeat = stage.bind(shape), 1 if work.once else stage.repeat(shape)
     for segment in stage.covered(work.ranges, work.values):
         for kernel in segment.kernels:
             key = Key(kernel.kind, tuple(kernel.sizes(bound)))
             if min(key.dims) > 0:
-                found[key] += kernel.count * stage.repeat(shape)
+                found[key] += kernel.count * repeat
     return found
 
 

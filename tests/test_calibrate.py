@@ -222,6 +222,34 @@ def test_the_same_work_is_one_observation() -> None:
     assert ratios == pytest.approx([1.25] * 5)
 
 
+def test_ops_beside_transfers_are_not_counted() -> None:
+    """Two of three steps take twice as long, but all the while a rank sends: one transfer as long as a
+    step. What is left of the works is what the third step says."""
+    calm = measured("heads", L40)
+    whole = {
+        (step, rank): (min(s.start_s for s in own), max(s.end_s for s in own))
+        for step in (1, 2)
+        for rank in (0, 1)
+        if (own := [s for s in calm.spans if (s.step, s.rank) == (step, rank)])
+    }
+    spans = []
+    for span in calm.spans:
+        if span.step in (1, 2) and span.kind == "compute":
+            span = span._replace(busy_s=2 * span.busy_s)
+        elif span.step in (1, 2):
+            start_s, end_s = whole.pop((span.step, span.rank), (span.start_s, span.end_s))
+            span = span._replace(start_s=start_s, end_s=end_s)
+        spans.append(span)
+    assert not whole
+    spans.sort(key=lambda span: span.start_s)
+    network = profile("pixart-alpha")
+    once, again = (
+        observations([(Path("x"), replace(calm, spans=tuple(each)), network)], L40)
+        for each in (calm.spans, spans)
+    )
+    assert [each.seconds for each in again] == pytest.approx([each.seconds for each in once])
+
+
 def test_works_of_two_folds_share_no_kernel_that_counts() -> None:
     """The first, the middle and the last block of a transformer go together; attention, which only the
     ranks of a sequence launch alone, is apart."""
