@@ -120,6 +120,38 @@ def test_bytes_of_latte() -> None:
     assert [op.nbytes for op in ops if op.kind == "p2p"] == [3 * 16 * 512**2 // n * E] * (n - 1)
 
 
+def wan_halos(chunk: int, columns: int) -> Iterator[tuple[int, int, int]]:
+    """Channels, columns and frames of what a neighbour lends: 384, 384, 192 and 96 channels, three
+    resnets a level, of which the first has what is left of the level before.
+
+    The first frame stays one, each other becomes two, then four. A causal convolution sees up to two
+    frames before, which it has kept; the one of an upsampler sees its own.
+    """
+    frames, before = [1, 2, 4, 4] if chunk else [1] * 4, min(chunk, 2)
+    levels = [(384, 384), (192, 384), (192, 192), (96, 96)]
+    yield from [(384, columns, frames[0] + before)] * 4
+    for level, (first, channels) in enumerate(levels):
+        wide = columns << level
+        for each in [first] + [channels] * 5:
+            yield each, wide, frames[level] + before
+        if level < 3:
+            yield channels, 2 * wide, frames[level + 1]
+    yield 96, 8 * columns, frames[3] + before
+
+
+def test_bytes_of_wan() -> None:
+    """21 latent frames one by one, 60 x 104. No norm is of more than a pixel; the attention in the
+    middle is of each frame."""
+    ops, n = video_ops("wan2.1-1.3b", "cfg=2,ulysses=2,vae=split"), 4
+    sent = [c * w * f * E for i in range(21) for c, w, f in wan_halos(i, 104) for _ in range(n - 1)]
+    assert halos(ops) == sent
+    gathered = [op.nbytes for op in ops if op.call == "all_gather"]
+    assert gathered == [2 * 384 * 60 * 104 // n * E] * 21
+    assert not [op for op in ops if op.call == "all_reduce"]
+    assert [op.nbytes for op in ops if op.call == "broadcast"] == [16 * 21 * 60 * 104 * E]
+    assert [op.nbytes for op in ops if op.kind == "p2p"] == [3 * 81 * 480 * 832 // n * E] * (n - 1)
+
+
 def hunyuan_video_halos(frames: int, columns: int) -> Iterator[tuple[int, int, int]]:
     """Those of an AutoencoderKL on all frames of a tile. The upsamplers after the second and the third
     level double them but for the first; frames before are padding, of which every rank has its own."""
@@ -152,7 +184,10 @@ def test_bytes_of_hunyuanvideo() -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "spec"), [("latte", "ulysses=2"), ("hunyuanvideo", "ulysses=3")])
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [("latte", "ulysses=2"), ("hunyuanvideo", "ulysses=3"), ("wan2.1-1.3b", "ulysses=3")],
+)
 def test_chunks_have_the_work_of_the_whole(name: str, spec: str) -> None:
     """On unit hardware seconds are FLOPs: those of all chunks on all ranks, each priced once, are those
     of the unsplit ops, which are priced as often as their stage repeats."""
@@ -172,6 +207,7 @@ def test_chunks_have_the_work_of_the_whole(name: str, spec: str) -> None:
         ("mochi", "cfg=2,ulysses=2"),
         ("latte", "data=2,cfg=2"),
         ("hunyuanvideo", "ulysses=2"),
+        ("wan2.1-1.3b", "cfg=2,ulysses=2"),
         ("sdxl", "data=2,cfg=2"),
         ("pixart-alpha", "pipefusion=2,patches=4,warmup=1"),
         ("flux1-dev", "ulysses=4,offload=text+vae"),
@@ -224,6 +260,7 @@ def test_activations_are_divided(n: int) -> None:
         ("svd-xt", "cfg=2"),
         ("mochi", "cfg=2,ulysses=2"),
         ("latte", "cfg=2"),
+        ("wan2.1-1.3b", "cfg=2"),
     ],
 )
 def test_frames_are_divided_too(name: str, spec: str) -> None:

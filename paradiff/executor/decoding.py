@@ -17,7 +17,7 @@ from paradiff.executor.loading import Pipeline
 from paradiff.executor.network import Conditioning, Network
 from paradiff.executor.outputs import finished, needs_float32, unscaled
 from paradiff.executor.payload import Span
-from paradiff.models.interception import DECODERS
+from paradiff.models.interception import DECODERS, cached_convolutions
 from paradiff.profiles import Stage
 
 
@@ -44,11 +44,19 @@ class Decoder(Network):
         """One call of it."""
         return replace(self, part=part, chunk=chunk, kept=kept)
 
-    def latent_input(self, x: Tensor, given: Conditioning, spans: Sequence[Span]) -> Tensor:
-        """What the first convolution sees, halo rows too: of a video the frames of this chunk."""
+    def latent_input(
+        self,
+        x: Tensor,
+        given: Conditioning,
+        spans: Sequence[Span],
+        frames: int | None = None,
+    ) -> Tensor:
+        """What the first convolution sees, halo rows too: of a video the frames of this chunk, or
+        ``frames`` up to its last one."""
         if x.ndim == 5 and self.class_name in _CHUNKS:
             first, last = _CHUNKS[self.class_name](self.chunk)
-            x = x[:, :, first:last]
+            last = min(last, x.shape[2])
+            x = x[:, :, (first if frames is None else last - frames) : last]
         mix = getattr(self.model, "post_quant_conv", None)
         if self.class_name == "AutoencoderKL" and x.ndim == 5:  # Latte: every frame is an image
             x = x.transpose(1, 2)
@@ -91,6 +99,14 @@ def _mochi(decoder: Decoder, x: Tensor) -> Tensor:
     return video
 
 
+def _wan(decoder: Decoder, x: Tensor) -> Tensor:
+    """Every causal convolution has a place in a list for its last frames."""
+    vae: Any = decoder.model
+    cache = decoder.kept.setdefault("cache", [None] * cached_convolutions(vae))
+    out: Tensor = vae.decoder(x, feat_cache=cache, feat_idx=[0], first_chunk=decoder.chunk == 0)
+    return out.clamp(-1.0, 1.0)
+
+
 def _hunyuan_video(decoder: Decoder, x: Tensor) -> Tensor:
     """A tile of frames, whose first ones are blended into the last ones of the tile before."""
     vae: Any = decoder.model
@@ -108,12 +124,14 @@ _DECODE: Mapping[str, Callable[[Decoder, Tensor], Tensor]] = {
     "TemporalDecoder": _svd,
     "AutoencoderKLMochi": _mochi,
     "AutoencoderKLHunyuanVideo": _hunyuan_video,
+    "AutoencoderKLWan": _wan,
 }
 
 
 _CHUNKS: Mapping[str, Callable[[int], Span]] = {
     "AutoencoderKL": lambda chunk: (14 * chunk, 14 * chunk + 14),
     "AutoencoderKLHunyuanVideo": lambda chunk: (3 * chunk, 3 * chunk + 5),
+    "AutoencoderKLWan": lambda chunk: (chunk, chunk + 1),
 }
 """Class of a VAE -> latent frames of chunk i, if there are as many, as its ``decode`` takes them
 (AutoencoderKL: as Latte's pipeline does). Others decode a video at once."""

@@ -177,11 +177,11 @@ class Forward(Handler):
         pairs = zip(self.rows, strips, strict=True)
         self.output = tuple(Piece(span, rows, branch=self.branch) for span, rows in pairs)
 
-    def _input(self, spans: Iterable[tuple[int, int]]) -> Tensor:
+    def _input(self, spans: Iterable[tuple[int, int]], frames: int | None = None) -> Tensor:
         spans = list(spans)
         have = self._latent or [Piece((0, self.total_rows), self.blank)]
         rows = self.scale(take_rows(have, spans))
-        return self.network.latent_input(rows, self._given, spans)
+        return self.network.latent_input(rows, self._given, spans, frames)
 
     def _reach(self, at: int, own: Callable[[], Any]) -> tuple[Piece | None, list[Piece]]:
         """At a point: publish, pause if the op ends here. Returns own and others' data to be used."""
@@ -460,8 +460,10 @@ class Forward(Handler):
         if not self.halo_rows:
             return None, None
         lent = [(first - rows, first), (last, last + rows)]
+        frames = x.shape[2] if x.ndim == 5 else None
         above, below = (
-            self._input([s]) if s[0] >= 0 and s[1] <= self.total_rows else None for s in lent
+            self._input([s], frames) if s[0] >= 0 and s[1] <= self.total_rows else None
+            for s in lent
         )
         return _frames_as_in(x, above), _frames_as_in(x, below)
 

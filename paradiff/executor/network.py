@@ -135,9 +135,15 @@ class Network:
         """Image tokens, on which Flux's schedule depends."""
         return shape["r"] // 2 * (shape["w"] // 2)
 
-    def latent_input(self, x: Tensor, given: Conditioning, spans: Sequence[Span]) -> Tensor:
+    def latent_input(
+        self,
+        x: Tensor,
+        given: Conditioning,
+        spans: Sequence[Span],
+        frames: int | None = None,
+    ) -> Tensor:
         """The latent rows ``spans`` as the network takes them: a copy for each branch, and what is
-        put beside it."""
+        put beside it. ``frames``: as many as a convolution has (a decoder's keeps some)."""
         batch = _batch(given)
         x = torch.cat([x] * (batch // x.shape[0])) if batch != x.shape[0] else x
         if "image_latents" in given:

@@ -73,6 +73,7 @@ DECODERS = {
     "TemporalDecoder": "",
     "AutoencoderKLMochi": "decoder.",
     "AutoencoderKLHunyuanVideo": "decoder.",
+    "AutoencoderKLWan": "decoder.",
 }
 """Modules with a decoder that takes strips: where in them it is. ``TemporalDecoder`` is that of SVD's
 AutoencoderKLTemporalDecoder."""
@@ -211,9 +212,13 @@ def block_output(model: nn.Module, image: Tensor, text: Tensor | None) -> Any:
 
 
 def self_attention_names(model: nn.Module) -> list[str]:
-    """Modules that attend (``processor`` and ``to_q``), whatever class they are of."""
+    """Modules that attend (``processor`` and ``to_q``, or Wan's decoder's own), whatever class they are
+    of."""
     return [
-        name for name, m in model.named_modules() if hasattr(m, "processor") and hasattr(m, "to_q")
+        name
+        for name, m in model.named_modules()
+        if (hasattr(m, "processor") and hasattr(m, "to_q"))
+        or type(m).__name__ == "WanAttentionBlock"
     ]
 
 

@@ -264,9 +264,15 @@ def _wan_chunks(base: Shape, build: Callable[[], tuple[Any, ...]]) -> list[Stage
     """The causal VAE decodes one latent frame at a time; of at least two frames."""
 
     def chunk(name: str, index: int, repeat: str) -> StageSpec:
-        probes = _batched(latent_probes(base, video=True, unit=1))
-        call = stages.call_wan_chunk(index)
-        return StageSpec(name, build, call, probes, repeat=repeat, owns_parameters=name == "vae")
+        return StageSpec(
+            name,
+            build,
+            stages.call_wan_chunk(index),
+            _batched(_video_strips(base)),
+            repeat=repeat,
+            owns_parameters=name == "vae",
+            in_strips=True,
+        )
 
     return [chunk("vae_first", 0, "1"), chunk("vae_second", 1, "1"), chunk("vae", 2, "f - 2")]
 

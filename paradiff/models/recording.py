@@ -31,7 +31,8 @@ WRITE_ONLY = {"copy_", "fill_", "zero_"}
 """In-place operators that do not read what they write."""
 GATHERS = {"embedding", "index", "index_select", "gather"}
 """Operators that read of their first operand what they write, not all of it."""
-TAKES_HALO = {"convolution", "replication_pad3d"}
+PADS = {"replication_pad3d", "constant_pad_nd"}
+TAKES_HALO = {"convolution", *PADS}
 """Operators that read a strip and its neighbours' rows; what puts these together is not the layer's."""
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
@@ -184,7 +185,7 @@ class Recorder(TorchDispatchMode):
             launch = _convolution(args, outputs[0], self.pending_halo)
             self.pending_halo = None
             return launch
-        if name == "replication_pad3d" and self.pending_halo is not None:
+        if name in PADS and self.pending_halo is not None:
             rows, self.pending_halo = self.pending_halo, None
             return Launch("elementwise", ((*rows, tuple(outputs[0].shape)),))
         if name in NORMS:

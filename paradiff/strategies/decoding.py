@@ -30,6 +30,7 @@ SPLIT = (
     "AutoencoderKLHunyuanVideo",
     "AutoencoderKLMochi",
     "AutoencoderKLTemporalDecoder",
+    "AutoencoderKLWan",
 )
 """VAEs that can be decoded in strips."""
 MASKED = ("AutoencoderKLHunyuanVideo",)

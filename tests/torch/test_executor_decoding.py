@@ -93,6 +93,8 @@ def execute(name: str, spec: str, ours: Pipeline | None = None) -> Result:
         ("latte", "cfg=2,ulysses=2", {0, 1, 2, 3}),  # chunks that know nothing of each other
         ("hunyuanvideo", "ulysses=2", {0, 1}),  # tiles of frames that blend, masked attention
         ("hunyuanvideo", "ulysses=4", {0, 1, 2, 3}),
+        ("wan2.1-1.3b", "ulysses=2", {0, 1}),  # zeros at borders, frames kept for the next chunk
+        ("wan2.1-1.3b", "ulysses=4", {0, 1, 2, 3}),
     ],
 )
 def test_strips_equal_the_unmodified_decoder(name: str, spec: str, decoding: set[int]) -> None:

@@ -256,7 +256,7 @@ def test_launches_of_every_other_stage_equal_profile(name: str) -> None:
         assert launches(record(spec, spec.build(), at)) == predicted(stage, at), spec.name
 
 
-@pytest.mark.parametrize("name", ["sdxl", "svd", "mochi", "latte", "hunyuanvideo"])
+@pytest.mark.parametrize("name", ["sdxl", "svd", "mochi", "latte", "hunyuanvideo", "wan2.1-1.3b"])
 def test_launches_of_a_strip_of_a_decoder_equal_profile(name: str) -> None:
     """In one call, and in each of the chunks of a video."""
     frames = 4 if shipped(name).defaults["frames"] > 1 else 1
