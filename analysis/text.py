@@ -10,6 +10,8 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from simulator.costs import Scope
+from simulator.one_number import Calibration
 from simulator.planner import CURRENCY, Candidate, Plan
 from simulator.price import price_of
 from simulator.topology import Link, Topology
@@ -22,6 +24,13 @@ HEADER = (
     "compute", "comm", "bubble", "host", "memory", "output", "basis",
 )  # fmt: skip
 TOPOLOGY_ONLY = "links only"
+WARM_UP = "warm-up"
+CLOCKS: Mapping[Scope, str] = {
+    "denoise": "the denoising loop",
+    "latent": "text encoders and denoising loop",
+    "pipeline": "text encoders, denoising loop and VAE",
+}
+"""What a clock covers."""
 COST = f"{CURRENCY} per request"
 FRONT = "*"
 """Mark of what is on the front of latency, memory and staleness."""
@@ -29,7 +38,7 @@ LEFT = {"strategy", "output", "basis"}
 """Columns that read better flush left."""
 USUAL_BYTES = (2**16, 2**27)
 """Collectives of diffusion models are hardly smaller or larger."""
-EXPENDABLE = ("basis", "host", "bubble", "compute", "comm", "90 % interval", "memory")
+EXPENDABLE = ("basis", "host", "bubble", WARM_UP, "compute", "comm", "90 % interval", "memory")
 """Columns that a narrow terminal goes without, the first of them first."""
 
 
@@ -68,6 +77,9 @@ def table(plan: Plan, top: int) -> tuple[list[str], list[list[str]]]:
     with_cost = plan.objective == "cost"
     if with_cost:
         header.insert(header.index("latency"), COST)
+    with_warm_up = any(c.max_staleness_steps for c in shown)
+    if with_warm_up:
+        header.insert(header.index("basis"), WARM_UP)
     rows = []
     for number, c in enumerate(shown, 1):
         row = [
@@ -89,8 +101,15 @@ def table(plan: Plan, top: int) -> tuple[list[str], list[list[str]]]:
             row.insert(header.index(COST), "no price" if c.cost is None else f"{c.cost:.3g}")
         if with_links:
             row.insert(header.index(TOPOLOGY_ONLY), _links_only(c))
+        if with_warm_up:
+            row.insert(header.index(WARM_UP), _warm_up(c))
         rows.append(row)
     return header, rows
+
+
+def _warm_up(candidate: Candidate) -> str:
+    """The steps before the first that reads old values, where there is one."""
+    return str(candidate.synchronous_steps) if candidate.max_staleness_steps else "-"
 
 
 def _links_only(candidate: Candidate) -> str:
@@ -169,9 +188,37 @@ def recommendation(plan: Plan) -> str:
             f"Output: {_output_sentence(plan)}",
             f"Memory: {gigabytes(best.peak_memory_bytes)} of {gigabytes(plan.gpu_memory_bytes)} a GPU "
             f"at its peak. Basis of the times: {best.provenance}.",
+            *(f"Calibration: {calibration_of(c)}." for c in [plan.calibration] if c is not None),
+            f"Box: {box_of(plan.box)}.",
             *(f"Note: {note}." for note in plan.notes),
         ]
     )
+
+
+def calibration_of(known: Calibration) -> str:
+    """Which measurement the times rest on, and what it made of the loop's."""
+    scaled = f"device time of the loop x {known.device_scale:.3g}"
+    if known.host_scale != 1:
+        scaled += f", launches x {known.host_scale:.3g}"
+    return (
+        f"one {known.gpu} took {seconds(known.measured_s)} (scope {known.scope}: {CLOCKS[known.scope]}),"
+        f" {seconds(known.predicted_s)} without it; {scaled}"
+    )
+
+
+def box_of(box: Topology) -> str:
+    """Whether its GPUs reach each other, and what of its collectives was measured."""
+    peers = "peer-to-peer" if box.peer_to_peer else "no peer-to-peer (transfers cross host memory)"
+    if not box.collectives:
+        return f"{peers}; no measured collectives, all are priced from the links"
+    ranks: dict[str, list[int]] = {}
+    for each in sorted(box.collectives, key=lambda table: table.ranks):
+        ranks.setdefault(each.kind, []).append(each.ranks)
+    kinds: dict[str, list[str]] = {}
+    for kind, sizes in ranks.items():
+        kinds.setdefault(listed([str(n) for n in dict.fromkeys(sizes)]), []).append(kind)
+    measured = "; ".join(f"{listed(names)} over {n} GPUs" for n, names in kinds.items())
+    return f"{peers}; measured collectives: {measured}; all others are priced from the links"
 
 
 def bounded_line(plan: Plan, top: int) -> str:

@@ -132,6 +132,17 @@ class StageSeconds:
     vae_s: float
     host_s: float = 0.0
 
+    def beside(self, scope: Scope) -> float:
+        """What a clock of ``scope`` covers beside the loop (denoise): text encoders (latent), also the
+        VAE (pipeline)."""
+        return {"denoise": 0.0, "latent": self.text_encoder_s}.get(
+            scope, self.text_encoder_s + self.vae_s
+        )
+
+    def under(self, scope: Scope) -> float:
+        """What a clock of ``scope`` shows."""
+        return self.denoise_s + self.beside(scope)
+
 
 def chip_of(gpu: Gpu, dtype: str, attention_kernel: str = "auto") -> Chip:
     """The kernel model's view of a GPU. ``auto`` is what SDPA of torch >= 2.10 prefers: cuDNN on Hopper
@@ -328,15 +339,12 @@ class CostModel:
     ) -> CostModel:
         """The model scaled so that the serial one-GPU run takes ``measured_latency_s``.
 
-        ``scope`` says what the clock covered: the loop (denoise), text encoders too (latent), VAE too
-        (pipeline). The serial stages keep their own prediction and are subtracted first. What remains
-        scales the device; where the host was the floor (more than half of the loop) it scales both,
-        because then the measurement says nothing about the device. Raises ValueError where nothing
-        remains for the loop.
+        ``scope`` says what the clock covered (``StageSeconds.beside``). The serial stages keep their own
+        prediction and are subtracted first. What remains scales the device; where the host was the
+        floor (more than half of the loop) it scales both, because then the measurement says nothing
+        about the device. Raises ValueError where nothing remains for the loop.
         """
-        outside = {"denoise": 0.0, "latent": serial.text_encoder_s}.get(
-            scope, serial.text_encoder_s + serial.vae_s
-        )
+        outside = serial.beside(scope)
         loop_s, device_s = measured_latency_s - outside, serial.denoise_s - serial.host_s
         host_bound = serial.host_s > device_s
         base_s = serial.denoise_s if host_bound else device_s

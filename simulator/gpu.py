@@ -189,6 +189,11 @@ class Gpu(Strict):
             )  # fmt: skip
         return self
 
+    def roof(self, dtype: str) -> float:
+        """FLOP/s that no kernel exceeds, but for BOOST. fp32 may be TF32, of half the rate of fp16."""
+        peak = self.peak.of(dtype).value
+        return max(peak, self.peak.half / 2) if dtype == "fp32" else peak
+
     @property
     def is_ideal(self) -> bool:
         """Whether it is made for closed forms: no time to start a kernel, tensors alone in memory."""

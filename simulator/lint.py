@@ -68,11 +68,9 @@ def row_problem(row: Mapping[str, str], table: str, gpu: Gpu) -> str | None:
 
 
 def time_problem(flops: float, nbytes: float, seconds: float, dtype: str, gpu: Gpu) -> str | None:
-    """Why a kernel of ``flops`` and ``nbytes`` cannot have taken ``seconds``; None where it can. fp32
-    may be TF32, of half the rate of fp16."""
+    """Why a kernel of ``flops`` and ``nbytes`` cannot have taken ``seconds``; None where it can."""
     time = f"time_us: {seconds * 1e6:g}"
-    peak = gpu.peak.of(dtype).value
-    peak = max(peak, gpu.peak.half / 2) if dtype == "fp32" else peak
+    peak = gpu.roof(dtype)
     if flops / seconds > BOOST * peak:
         rate = f"{flops / seconds / 1e12:.0f} TFLOP/s"
         return f"{time} implies {rate}, {gpu.name} has {peak / 1e12:.0f} in {dtype}"

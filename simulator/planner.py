@@ -44,6 +44,7 @@ from simulator.collectives import table_bytes
 from simulator.costs import Runtime, Scope
 from simulator.gpu import load_gpu
 from simulator.memory import RankMemory, misfit
+from simulator.one_number import Calibration, doubts
 from simulator.placement import MAX_GPUS, Placement, placements, promising
 from simulator.price import Price, price_of
 from simulator.quality import METRICS, NOTHING_KNOWN, Quality
@@ -184,10 +185,12 @@ class Candidate:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The answer. ``ranked`` are the simulated candidates, best first; ``bounded`` those that would
-    be behind the asked number of them; ``rejected`` those that cannot run."""
+    be behind the asked number of them; ``rejected`` those that cannot run. ``calibration``: what a
+    measured latency made of the costs."""
 
     model: str
     topology: str
+    box: Topology
     gpus: int
     gpu_memory_bytes: int
     workload: Workload
@@ -200,6 +203,7 @@ class Plan:
     decided_by: str
     notes: tuple[str, ...]
     quality_metric: str = "lpips"
+    calibration: Calibration | None = None
 
     def to_json(self, top: int | None = None) -> dict[str, Any]:
         """The JSON of the contract, with at most ``top`` of the simulated candidates."""
@@ -213,6 +217,14 @@ class Plan:
             "objective": self.objective,
             "currency": CURRENCY,
             "workload": asdict(self.workload),
+            "box": {
+                "peer_to_peer": self.box.peer_to_peer,
+                "measured_collectives": [
+                    {key: getattr(t, key) for key in ("kind", "ranks", "source")}
+                    for t in self.box.collectives
+                ],
+            },
+            "calibration": self.calibration and asdict(self.calibration),
             "baseline": asdict(self.baseline),
             "candidates": [c.to_json() for c in shown],
             "recommended": self.ranked[0].spec if self.ranked else None,
@@ -255,6 +267,7 @@ def plan(
     return Plan(
         model=request.profile.name,
         topology=request.topology.name,
+        box=request.topology,
         gpus=request.gpus,
         gpu_memory_bytes=planner.memory_bytes,
         workload=request.workload,
@@ -266,12 +279,14 @@ def plan(
         rejected=tuple(c for c in results if not c.feasible),
         decided_by=planner.decided_by(ranked),
         notes=(
+            *(doubts(planner.runs.calibration) if planner.runs.calibration else ()),
             *_notes(request, planner.price),
             *planner.what_fitting_costs(ranked),
             *planner.what_splitting_saves(ranked),
             *planner.what_tables_lack(ranked),
         ),
         quality_metric=request.goal.quality_metric,
+        calibration=planner.runs.calibration,
     )
 
 

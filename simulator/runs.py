@@ -22,13 +22,14 @@ from simulator.engine import simulate
 from simulator.gpu import load_gpu
 from simulator.memory import RankMemory, at_peak, memory_on
 from simulator.network import Network
+from simulator.one_number import Calibration, calibrated
 from simulator.placement import Placement, Wire
 from simulator.symmetry import Asymmetric, Quotient, quotient, whole
 from simulator.topology import Topology
 
 
 class Contradiction(ValueError):
-    """A measured latency that leaves no time for the denoising loop."""
+    """A measured latency that no such GPU reaches, or that leaves no time for the denoising loop."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,9 @@ class Runs:
         self._schedules = schedules
         self._done: dict[tuple[str, Placement], Run] = {}
         self._links_only_s: dict[tuple[str, Placement], float] = {}
+        self.calibration: Calibration | None = None
         if measured is not None:
-            self.costs = self._calibrated(*measured)
+            self.costs, self.calibration = self._calibrated(*measured)
             self._done.clear()
 
     @cached_property
@@ -108,11 +110,12 @@ class Runs:
         """The box without its measured collectives."""
         return Network(replace(self.topology, collectives=()))
 
-    def _calibrated(self, seconds: float, scope: Scope) -> CostModel:
+    def _calibrated(self, seconds: float, scope: Scope) -> tuple[CostModel, Calibration]:
         serial = self.run("serial", (0,)).breakdown
         stages = StageSeconds(**asdict(serial.stages), host_s=serial.host_s)
+        graph = self.built("serial").schedule.graph
         try:
-            return self.costs.calibrated(seconds, scope, stages)
+            return calibrated(self.costs, graph, stages, seconds, scope)
         except ValueError as error:
             raise Contradiction(str(error)) from error
 

@@ -266,7 +266,12 @@ def test_profile_that_is_none(content: bytes, tmp_path: Path) -> None:
         (["--topology", "pcie8", "--set", "nonsense"], "PATH=VALUE"),
         (["--topology", "pcie8", "--measured-latency", "-1"], "measured-latency"),
         (["--topology", "pcie8", "--measured-latency", "nan"], "measured-latency"),
-        (["--topology", "pcie8", "--measured-latency", "0.001"], "measured-latency.*0.001 s"),
+        (
+            ["--topology", "pcie8", "--measured-latency", "0.001"],
+            r"measured-latency.*0\.001 s \(scope pipeline\): one l40 takes at least \d\.\d+ s, for",
+        ),
+        (["--topology", "pcie8", "--scope", "denoise"], "--scope denoise.*--measured-latency"),
+        (["--topology", "pcie8", "--scope", "pipeline"], "--scope pipeline.*--measured-latency"),
     ],
     ids=lambda value: " ".join(value[2:] or value) if isinstance(value, list) else "",
 )

@@ -13,8 +13,10 @@ from analysis import text
 from analysis.intervals import comm_basis
 from paradiff.strategies import Workload, build, candidate_specs, not_compared, parse_spec
 from simulator import symmetry
+from simulator.gpu import load_gpu
 from simulator.network import Network
 from simulator.planner import Candidate, Goal, Plan, Request, plan
+from simulator.runs import Contradiction
 from simulator.topology import load_topology
 
 STEPS = 8
@@ -307,6 +309,54 @@ def test_one_measured_number_calibrates() -> None:
     ratio = {c.spec: c.latency_high_s / c.latency_low_s for c in result.ranked}  # type: ignore[operator]
     assert all(ratio[c.spec] < c.latency_high_s / c.latency_low_s for c in plain.ranked)  # type: ignore[operator]
     assert {c.provenance for c in result.ranked} == {"calibrated"}
+
+
+def test_a_latency_beyond_the_peak_is_refused() -> None:
+    """SDXL in bf16 on an L40: every multiplication of the loop at the tensor cores' peak and a tenth,
+    both branches in one batch; for ``pipeline`` those of encoders and VAE too."""
+    p, gpu = profile("sdxl"), load_gpu("l40")
+    shape = build(parse_spec("serial"), p, request().workload)
+    works = {op.work.stage: op.work for s in shape.sections for op in s.ops if op.work}
+    each = {name: p.stages[name].flops(work.shape._asdict()) for name, work in works.items()}
+    loop = STEPS * each["denoiser"]
+    others = sum(flops for name, flops in each.items() if name != "denoiser")
+    for scope, flops in (("denoise", loop), ("pipeline", loop + others)):
+        least_s = flops / (1.1 * gpu.peak.bf16.value)
+        said = rf"\(scope {scope}\): one l40 takes at least {least_s:.3g} s, for .* peak .* in bf16"
+        with pytest.raises(Contradiction, match=said):
+            request(measured=(0.999 * least_s, scope)).runs()
+    assert request(measured=(1.001 * least_s, "pipeline")).runs().calibration is not None
+
+
+def test_what_a_plan_rests_on_is_in_its_words_and_its_json() -> None:
+    """A second as long as 4 times the prediction is worth a note, 3.9 times is not."""
+    plain = plan(request(specs=("cfg=2",)))
+    predicted_s = plain.baseline.latency_s
+    assert plain.calibration is plain.to_json()["calibration"] is None
+    for factor, notes in ((3.9, 0), (4.1, 1)):
+        result = plan(request(specs=("cfg=2",), measured=(factor * predicted_s, "pipeline")))  # type: ignore[operator]
+        assert sum("check that model, size" in note for note in result.notes) == notes
+        known = result.to_json()["calibration"]
+        assert known["predicted_s"] == pytest.approx(predicted_s)
+        assert (known["scope"], known["gpu"]) == ("pipeline", "l40")
+        assert known["device_scale"] > factor
+        said = text.recommendation(result)
+        assert re.search(r"Calibration: one l40 took [\d.]+ s \(scope pipeline: text enc", said)
+    assert "Box: no peer-to-peer (transfers cross host memory); no measured collectives" in said
+    tables = load_topology("pcie8-l40s-alltoall")
+    assert text.box_of(tables) == (
+        "no peer-to-peer (transfers cross host memory); measured collectives: all_to_all, all_reduce and"
+        " all_gather over 2, 4 and 8 GPUs; all others are priced from the links"
+    )
+
+
+def test_warm_up_has_a_column_where_something_is_stale() -> None:
+    specs = ("cfg=2", "distrifusion=4,warmup=2", "pipefusion=4,patches=4", "patch=4")
+    header, rows = text.table(plan(request("pixart-alpha", specs=specs)), 4)
+    shown = {row[1]: row[header.index("warm-up")] for row in rows}
+    assert shown == dict(zip(specs, ("-", "3", "1", "-"), strict=True))
+    exact = text.table(plan(request("pixart-alpha", specs=("cfg=2",))), 4)[0]
+    assert "warm-up" not in exact
 
 
 # --------------------------------------------------------------------------------------------- text

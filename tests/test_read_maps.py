@@ -51,6 +51,15 @@ class Reads:
         return found
 
 
+@pytest.mark.parametrize(("profile", "spec"), CASES, ids=[f"{p.name}-{s}" for p, s in CASES])
+def test_the_warm_up_told_is_that_of_the_graph(profile: Profile, spec: str) -> None:
+    """``synchronous_steps`` of every strategy: the first step that reads behind itself, by the graph."""
+    told = facts(parse_spec(spec), WORKLOAD)
+    reads = graph_of(profile, spec).unroll().stale_reads()
+    first = min((op.step for op, _, _ in reads if op.step is not None), default=WORKLOAD.steps)
+    assert told.synchronous_steps == (WORKLOAD.steps if told.exact else first)
+
+
 @pytest.mark.parametrize("profile", [DIT, UNET], ids=["dit", "unet"])
 @pytest.mark.parametrize("bucket", [1, 2, 60])
 def test_distrifusion_reads_others_one_step_old(profile: Profile, bucket: int) -> None:

@@ -151,7 +151,8 @@ def test_warm_up_beyond_the_steps_is_all_synchronous() -> None:
 
 
 def test_facts_know_the_conventions() -> None:
-    """w + 1 synchronous steps for DistriFusion and PCPP, w elsewhere (section 0.6)."""
+    """w + 1 synchronous steps for DistriFusion and PCPP, w elsewhere (section 0.6); all nine where
+    nothing old is read: one patch, or one step left for ParaStep, predicted at the true latent."""
 
     def of(spec: str) -> tuple[int, int, bool]:
         f = facts(parse_spec(spec), WORKLOAD)
@@ -160,8 +161,10 @@ def test_facts_know_the_conventions() -> None:
     assert of("cfg=2,distrifusion=4,warmup=4") == (8, 5, False)
     assert of("distrifusion=4,warmup=8") == (4, 9, True)
     assert of("pipefusion=4,warmup=1") == (4, 1, False)
-    assert of("pipefusion=4,patches=1") == (4, 1, True)
+    assert of("pipefusion=4,patches=1") == (4, 9, True)
     assert of("asyncdiff=3,stride=2,warmup=3") == (4, 3, False)
-    assert of("parastep=4,warmup=8") == (4, 8, True)
+    assert of("parastep=4,warmup=8") == (4, 9, True)
+    assert of("cfg=2,skip=5:4") == (2, 4, False)
+    assert of("ulysses=2,cache=3") == (2, 1, False)
     assert of("data=2,cfg=2,ulysses=2") == (8, 9, True)
     assert of("patch=4,mode=naive") == (4, 9, False)

@@ -176,7 +176,7 @@ RESULTS: Sequence[Answer] = (
         "`paradiff plan --format json`, `plan.json`",
         "plan",
         partial(printed, "plan", *SMALL, "--strategy", "cfg=2", "--strategy", "patch=2",
-                "--strategy", "tensor=2"),
+                "--strategy", "tensor=2", "--measured-latency", "2"),
     ),
     Answer(
         "`paradiff capacity --format json`, `capacity.json`",

@@ -100,6 +100,11 @@ def leave_with(code: int, message: str) -> NoReturn:
     raise typer.Exit(code)
 
 
+def was_given(context: typer.Context, name: str) -> bool:
+    """Whether the option was written on the command line, whatever its default."""
+    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+
+
 def check_one_of(options: Mapping[str, Any], *names: str) -> None:
     """Raises ConfigError where several of these options were given."""
     from paradiff.config import ConfigError

@@ -31,6 +31,7 @@ from paradiff.cli.common import (
     progress,
     shipped,
     staged,
+    was_given,
     workload_of,
 )
 from paradiff.cli.sweep import refuse_others, run_sweep
@@ -158,6 +159,10 @@ def plan(
             raise ConfigError(f"--gpus {gpus}: {box.name} has {len(box.gpus)}")
         if measured_latency is not None and not 0 < measured_latency < float("inf"):
             raise ConfigError(f"--measured-latency {measured_latency}: must be positive")
+        if measured_latency is None and was_given(context, "scope"):
+            raise ConfigError(
+                f"--scope {scope}: says what the clock of --measured-latency covered, which is missing"
+            )
         sizes = {"height": height, "width": width, "frames": frames, "steps": steps}
         request = planner.Request(
             profile=profile,

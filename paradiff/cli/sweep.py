@@ -10,7 +10,14 @@ from pathlib import Path
 
 import typer
 
-from paradiff.cli.common import check_output_dir, load_model, one_message, progress, staged
+from paradiff.cli.common import (
+    check_output_dir,
+    load_model,
+    one_message,
+    progress,
+    staged,
+    was_given,
+)
 
 PARTS = "sweep.parts"
 """Folder of finished combinations inside the output folder, while a sweep is on its way."""
@@ -71,12 +78,7 @@ def refuse_others(context: typer.Context, allowed: Sequence[str]) -> None:
     """Options of a single plan given beside ``--sweep`` would do nothing: say so."""
     from paradiff.config import ConfigError
 
-    given = [
-        name
-        for name in context.params
-        if name not in allowed
-        and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
-    if given:
-        options = ", ".join("--" + name.strip("_").replace("_", "-") for name in given)
+    others = [name for name in context.params if name not in allowed and was_given(context, name)]
+    if others:
+        options = ", ".join("--" + name.strip("_").replace("_", "-") for name in others)
         raise ConfigError(f"{options}: not with --sweep, whose file says what to plan")

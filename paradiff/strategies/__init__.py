@@ -63,11 +63,11 @@ class Strategy:
     """One pass or step strategy: its emitter, its parameters (name -> pattern), what it promises.
 
     ``exact(options, steps)`` and ``synchronous(options, steps)``: whether the result is that of one GPU,
-    and how many steps read nothing old. ``along``: the mesh axis that its degree is of; ``ranks`` that
-    this axis has for a degree; ``staged``: they hold different layers; ``axes`` that go with it, and why
-    no others (``alone``); ``alike``: ranks that share tokens or weights, and those of both branches, do
-    the same; ``passes`` that a step strategy may run each step on; ``streams``: a rank may begin the
-    next request before this one ends.
+    and, where it is not, how many steps come before the first that reads something old. ``along``: the
+    mesh axis that its degree is of; ``ranks`` that this axis has for a degree; ``staged``: they hold
+    different layers; ``axes`` that go with it, and why no others (``alone``); ``alike``: ranks that
+    share tokens or weights, and those of both branches, do the same; ``passes`` that a step strategy
+    may run each step on; ``streams``: a rank may begin the next request before this one ends.
     """
 
     emit: Callable[[Builder, Options], None]
@@ -88,9 +88,10 @@ def _warmup(default: int) -> Callable[[Options, int], int]:
     return lambda options, steps: min(steps, int(options.get("warmup", default)))
 
 
-def _reuses(options: Options) -> bool:
-    """Some steps reuse features of earlier ones."""
-    return "skip" in options or int(options.get("cache", "1")) > 1
+def _before_reuse(options: Options, steps: int) -> int:
+    """Steps before the first that reuses features of an earlier one."""
+    skipped = [int(step) for step in options["skip"].split(":")] if "skip" in options else []
+    return min([steps, *skipped, *[1] * (int(options.get("cache", "1")) > 1)])
 
 
 def _one_left(options: Options, steps: int) -> bool:
@@ -103,8 +104,8 @@ STRATEGIES: Mapping[str, Strategy] = {
     "serial": Strategy(
         whole,
         {"cache": INTEGER, "skip": COUNTS},
-        lambda o, t: not _reuses(o),
-        lambda o, t: 1 if _reuses(o) else t,
+        lambda o, t: _before_reuse(o, t) == t,
+        _before_reuse,
         alike=True,
         axes=SEQUENCE,
     ),
@@ -306,7 +307,8 @@ def _check_options(spec: Spec) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a spec means, whatever the conventions of its parameters."""
+    """What a spec means, whatever the conventions of its parameters. ``synchronous_steps`` are those
+    before the first that reads old values: all where none does."""
 
     n_gpus: int
     synchronous_steps: int
@@ -320,8 +322,9 @@ def facts(spec: Spec, workload: Workload) -> Facts:
     """
     s, o = spec.strategy, spec.options
     kept = "fp8" not in spec.places("weights") and o.get("vae") != "tiled"
-    exact = s.exact(o, workload.steps) and kept
-    return Facts(spec.n_gpus, s.synchronous(o, workload.steps), exact)
+    fresh = s.exact(o, workload.steps)
+    synchronous = workload.steps if fresh else s.synchronous(o, workload.steps)
+    return Facts(spec.n_gpus, synchronous, fresh and kept)
 
 
 def build(spec: Spec, profile: Profile, workload: Workload) -> ScheduleGraph:
