@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
 
 from pydantic import AfterValidator, model_validator
 
@@ -31,12 +32,26 @@ NEEDED = (
 )  # fmt: skip
 """Columns that are read; a file may have more."""
 MAX_FILE_BYTES = 16 * 2**20
-SINGLE = re.compile(r"\bsingle\b|\bserial\b")
 ORDER = (
     "cfg", "distrifusion", "pcpp", "pipefusion", "patch", "asyncdiff", "parastep", "batchstep",
-    "tensor", "ulysses", "ring", "data",
+    "streambatch", "tensor", "ulysses", "ring", "data",
 )  # fmt: skip
 """Axes of a spec in the order they are written."""
+HYBRID = ("cfg", "ulysses", "ring", "pipefusion")
+"""Axes that engines combine where a source only says that it took the best hybrid."""
+WHOLE = "sequence"
+"""Of degrees: ulysses times ring."""
+TOKEN = re.compile(
+    r"(\d+)(?:[ -]?way|x(?= [a-z])|(?= patches))|([a-z_]+)|(\d+(?:\.\d+)?)|([^\s\w])"
+)
+"""A number of what follows (``4-way``, ``2x``), a word, another number, a mark."""
+JOINING = "=:-\u2013(\u00d7*"
+"""Marks that may stand between the name of an axis and its degree."""
+LATER = ("stride", "warmup", "stages", "patches", "serial")
+"""Parameters of a spec that have a place of their own in it."""
+MAX_HYBRID = 16
+COUNTED = re.compile(r"^(?:\d{1,3}(?!\d) ?x? ?)+(?=[a-z])| ?x ?\d{1,3}$")
+"""How many machines and GPUs, before the name of one or behind: ``8x``, ``2x8x``, ``x8``."""
 
 
 class NotCovered(ValueError):
@@ -47,7 +62,8 @@ class NotCovered(ValueError):
 class Row:
     """One published run. Seconds are of the whole run; None where the source prints none."""
 
-    line: int
+    place: str
+    """File and line."""
     cells: Mapping[str, str]
     n_gpus: int
     latency_s: float | None
@@ -82,8 +98,8 @@ class Row:
 class Case:
     """What a row means. ``specs``: one, or those of which the source reports the best.
 
-    ``runtime`` is the row's, ``baseline_runtime`` that of the one-GPU run it is compared with. ``note``
-    says what of the row was not taken at its word.
+    ``runtime`` is the row's, ``baseline_runtime`` that of the one-GPU run it is compared with. ``notes``
+    say what of the row was not taken at its word.
     """
 
     model: str
@@ -97,7 +113,7 @@ class Case:
     runtime: Runtime
     baseline_runtime: Runtime
     attention: str = "auto"
-    note: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------- rules
@@ -113,6 +129,8 @@ def _pattern(text: str) -> str:
 
 Match = Annotated[str, AfterValidator(_pattern)]
 LinkKind = Literal["bridge", "nvlink", "pcie"]
+USUAL = "usual"
+"""Of a link: what GPUs of this model have."""
 
 
 class Rule(Strict):
@@ -120,10 +138,19 @@ class Rule(Strict):
 
     match: Match
     """A regular expression; the words are lower case, other characters spaces."""
+    unless: Match | None = None
+    """A regular expression: where this is found too, the rule does not hold."""
     means: str = ""
     """What such rows mean."""
+    note: str | None = None
+    """What of such rows is then not taken at its word."""
     reason: str | None = None
     """Why such rows are left out."""
+
+    def holds(self, text: str) -> bool:
+        """Whether it is about ``text``."""
+        left_out = self.unless is not None and re.search(self.unless, text) is not None
+        return not left_out and re.search(self.match, text) is not None
 
 
 class BoxRule(Strict):
@@ -139,6 +166,8 @@ class BoxRule(Strict):
     """The box."""
     set: tuple[str, ...] = ()
     """What is changed in it, as by ``--set``."""
+    note: str | None = None
+    """How it differs from what rows mean."""
 
 
 class OptionRule(Strict):
@@ -146,8 +175,8 @@ class OptionRule(Strict):
 
     match: Match
     """A regular expression, in strategy and parameters."""
-    axis: str
-    """The part of a spec that it is for."""
+    axis: str = ""
+    """The part of a spec that it is for; left out, any."""
     add: str
     """What the spec gets."""
 
@@ -179,15 +208,25 @@ class Rules(Strict):
     attention: tuple[Rule, ...]
     """Notes to the kernel behind attention."""
     links: tuple[Rule, ...]
-    """Column ``interconnect`` to what joins the GPUs."""
+    """Column ``interconnect`` to what joins the GPUs of one machine."""
     sxm: tuple[str, ...]
     """GPUs that NVLink joins where a row does not say."""
     boxes: tuple[BoxRule, ...]
     """Link, GPU and size to a box."""
+    guidance: tuple[Rule, ...]
+    """Column ``cfg`` to how many branches an evaluation has, ``one`` or ``two``."""
     refused: tuple[Rule, ...]
     """Strategies and parameters that nothing here stands for."""
+    single: Match
+    """Strategies of rows on one GPU that divide nothing."""
+    best: Match
+    """Strategies of which the source only says that it took the best hybrid."""
     axes: tuple[Rule, ...]
     """Column ``strategy`` to parts of a spec."""
+    between: frozenset[str]
+    """Words that may stand between the name of an axis and its degree."""
+    idle: frozenset[str]
+    """Words of strategies and parameters that add nothing; others are noted."""
     degrees: dict[str, str]
     """Names of degrees in parameters to parts of a spec."""
     options: tuple[OptionRule, ...]
@@ -207,7 +246,9 @@ class Rules(Strict):
             "runtimes": get_args(Runtime),
             "scopes": get_args(Scope),
             "attention": ("auto", *get_args(AttentionKernel)),
-            "links": get_args(LinkKind),
+            "links": (*get_args(LinkKind), USUAL),
+            "guidance": ("one", "two"),
+            "axes": (*ORDER, "usp"),
         }
         for name, names in allowed.items():
             for i, rule in enumerate(getattr(self, name)):
@@ -253,7 +294,7 @@ def read_rows(path: str | Path) -> list[Row]:
                 raise ConfigError(
                     f"{file}:{line}: {len(cells)} cells, allowed: {len(header)} as in the header"
                 )
-            row = _row(dict(zip(header, cells, strict=True)), f"{file}:{line}", line)
+            row = _row(dict(zip(header, cells, strict=True)), f"{file}:{line}")
             if row["id"] in seen:
                 raise ConfigError(
                     f"{file}:{line}: id twice ({row['id']}), first in line {seen[row['id']]}"
@@ -278,11 +319,11 @@ def _text(path: Path, file: str) -> str:
         raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def _row(cells: Mapping[str, str], place: str, line: int) -> Row:
+def _row(cells: Mapping[str, str], place: str) -> Row:
     if not cells["id"].strip():
         raise ConfigError(f"{place}: id: blank, allowed: a name of its own for each row")
     return Row(
-        line,
+        place,
         cells,
         n_gpus=int(_number(cells, "n_gpus", place) or 1),
         latency_s=_number(cells, "latency_s", place),
@@ -313,15 +354,16 @@ def words(text: str) -> str:
     return re.sub(r"[^a-z0-9.+]+", " ", named).strip()
 
 
-def _meaning(rules: Sequence[Rule], text: str, what: str) -> str:
-    """What ``text`` means. Raises NotCovered with the reason of its rule, or where none fits."""
-    found = next((rule for rule in rules if re.search(rule.match, text)), None)
+def _rule(rules: Sequence[Rule], text: str, what: str, beside: str = "") -> Rule:
+    """The first that is about ``text``, with what is known ``beside`` it behind. Raises NotCovered with
+    its reason, or where there is none."""
+    found = next((rule for rule in rules if rule.holds(f"{text} {beside}".strip())), None)
     if found is None:
         known = ", ".join(dict.fromkeys(rule.means for rule in rules if rule.means))
         raise NotCovered(f"no rule knows this {what}: {text or 'blank'}; known: {known}")
     if found.reason is not None:
         raise NotCovered(found.reason)
-    return found.means
+    return found
 
 
 def box_sizes(rows: Sequence[Row]) -> dict[tuple[str, ...], int]:
@@ -332,6 +374,13 @@ def box_sizes(rows: Sequence[Row]) -> dict[tuple[str, ...], int]:
     return sizes
 
 
+class _Hardware(NamedTuple):
+    gpu: str
+    topology: str
+    overrides: tuple[str, ...]
+    notes: tuple[str | None, ...] = ()
+
+
 def understand(
     row: Row, rules: Rules, profiles: Mapping[str, Profile], box_gpus: int | None = None
 ) -> Case:
@@ -340,30 +389,36 @@ def understand(
 
     Raises NotCovered with the reason where there is none.
     """
+    own = words(f"{row['strategy']} {row['params']}")
     for rule in rules.refused:
-        if re.search(rule.match, words(f"{row['strategy']} {row['params']}")):
+        if rule.holds(own):
             raise NotCovered(rule.reason or rule.match)
-    profile = profiles[_meaning(rules.models, words(row["model"]), "model")]
-    _check_guidance(row, profile)
+    model = _rule(rules.models, words(row["model"]), "model")
+    profile = profiles[model.means]
+    _check_guidance(row, rules, profile)
     workload = _workload(row, rules, profile)
     clock = words(row.tag("scope")) + (" video" if workload.frames > 1 else "")
-    gpu = _meaning(rules.gpus, words(row["gpu"]), "GPU")
-    topology, overrides = _box(row, rules, gpu, box_gpus or row.n_gpus)
-    notes, own = words(row["notes"]), words(f"{row['strategy']} {row['params']}")
-    baseline_runtime = _meaning(rules.runtimes, notes, "runtime")
-    runtime = _meaning(rules.runtimes, own, "runtime")
+    box = _hardware(row, rules, box_gpus or row.n_gpus)
+    notes = words(row["notes"])
+    baseline_runtime = _rule(rules.runtimes, notes, "runtime").means
+    runtime = _rule(rules.runtimes, own, "runtime").means
+    specs = _specs(row, rules, profile)
+    kinds = {re.sub(r",patches=\d+", "", spec) for spec in specs}
+    best = f"the best of {len(kinds)} ways to divide it" if len(kinds) > 1 else None
+    told = (model.note, *box.notes, best, _passed_over(row, rules))
     return Case(
         model=profile.name,
-        topology=topology,
-        overrides=overrides,
-        gpu=gpu,
+        topology=box.topology,
+        overrides=box.overrides,
+        gpu=box.gpu,
         workload=workload,
-        specs=_specs(row, rules, profile.name),
+        specs=specs,
         n_gpus=row.n_gpus,
-        scope=cast(Scope, _meaning(rules.scopes, clock, "scope")),
+        scope=cast(Scope, _rule(rules.scopes, clock, "scope").means),
         runtime=cast(Runtime, runtime if runtime != "eager" else baseline_runtime),
         baseline_runtime=cast(Runtime, baseline_runtime),
-        attention=_meaning(rules.attention, notes, "attention"),
+        attention=_rule(rules.attention, notes, "attention").means,
+        notes=tuple(filter(None, told)),
     )
 
 
@@ -375,7 +430,8 @@ def with_possible_warmup(case: Case, row: Row) -> Case:
     PipeFusion's 7.91 times for PixArt at 2048 px with w = 1, T = 20, c = 2, n = 8 cannot be: 6.96 at
     most.
     """
-    stated = re.search(r"pipefusion=\d+.*warmup=(\d+)", case.specs[0])
+    found = [re.search(r"pipefusion=\d+.*warmup=(\d+)", spec) for spec in case.specs]
+    stated = found[0] if all(found) else None
     if stated is None or row.latency_s is None or row.baseline_s is None:
         return case
     steps, guided = case.workload.steps, 2 if "cfg=2" in case.specs[0] else 1
@@ -392,13 +448,15 @@ def with_possible_warmup(case: Case, row: Row) -> Case:
     specs = tuple(re.sub(r"warmup=\d+", f"warmup={possible}", spec) for spec in case.specs)
     told = "stated" if row["warmup_steps"].strip() else "assumed"
     note = f"{label} warm-up steps are {told}; a speed-up of {speedup:.2f} allows {possible}"
-    return replace(case, specs=specs, note=note)
+    return replace(case, specs=specs, notes=(*case.notes, note))
 
 
-def _check_guidance(row: Row, profile: Profile) -> None:
-    text, guided = words(row["cfg"]), profile.geometry.guidance == "cfg"
-    if (text.startswith("on") and not guided) or (text.startswith("off") and guided):
-        known = "with" if guided else "without"
+def _check_guidance(row: Row, rules: Rules, profile: Profile) -> None:
+    guided = "two" if profile.geometry.guidance == "cfg" else "one"
+    text = words(row["cfg"])
+    told = next((rule.means for rule in rules.guidance if rule.holds(text)), guided)
+    if told != guided:
+        known = "with" if guided == "two" else "without"
         raise NotCovered(f"guidance is {row['cfg']}; {profile.name} is known {known} two branches")
 
 
@@ -407,29 +465,39 @@ def _workload(row: Row, rules: Rules, profile: Profile) -> Workload:
     sizes: dict[str, Any] = {}
     for column in ("height", "width", "frames", "steps", "batch"):
         text = row[column].strip()
-        found = re.match(r"\d+(?![\d.]*p)", text)
-        if text and (found is None or not int(found[0])):
+        found = re.match(r"(\d+) ?(k|px|f)?(?![\w.])(?! ?(s|sec|seconds|p)\b)", text.lower())
+        if text and (found is None or not int(found[1])):
             raise NotCovered(f"{column} is {text!r}, not a number")
         default = profile.defaults.get(column, 1)
-        sizes[column] = int(found[0]) if found else default
-    dtype = _meaning(rules.dtypes, words(row["precision"]), "precision")
+        sizes[column] = int(found[1]) * (1024 if found[2] == "k" else 1) if found else default
+    dtype = _rule(rules.dtypes, words(row["precision"]), "precision").means
     return Workload(**sizes, dtype=dtype)
 
 
-def _box(row: Row, rules: Rules, gpu: str, gpus: int) -> tuple[str, tuple[str, ...]]:
-    """Topology and overrides. A tag ``box=NAME`` in the notes names a shipped topology itself."""
+def _hardware(row: Row, rules: Rules, gpus: int) -> _Hardware:
+    """GPU, topology and overrides. A tag ``box=NAME`` in the notes names a shipped topology itself."""
+    name, joined = words(row["gpu"]), words(row["interconnect"])
+    count = COUNTED.search(name)
+    if count is not None:
+        gpus = max(gpus, math.prod(map(int, re.findall(r"\d+", count[0]))))
+        name = COUNTED.sub("", name)
+    told = [r.means for text in (joined, name) for r in rules.links if text and r.holds(text)]
+    said = next((link for link in told if link != USUAL), "")
+    rule = _rule(rules.gpus, name, "GPU", said)
+    gpu = rule.means
     if named := row.tag("box"):
         if named not in available("topologies"):
             raise NotCovered(f"box={named} is no shipped topology")
-        return named, ()
-    said = (words(row[column]) for column in ("interconnect", "gpu"))
-    linked = (rule.means for text in said for rule in rules.links if re.search(rule.match, text))
-    link = next(linked, "nvlink" if gpu in rules.sxm else "pcie")
+        return _Hardware(gpu, named, (), (rule.note,))
+    link = said or ("nvlink" if gpu in rules.sxm else "pcie")
+    known = not joined or any(each.holds(joined) for each in rules.links)
+    note = None if known else f"interconnect {row['interconnect']!r} is not known: taken as {link}"
     fitting = [box for box in rules.boxes if box.link == link and re.search(box.gpu, gpu)]
     for size in (gpus, row.n_gpus):
         for box in fitting:
             if size <= box.gpus:
-                return box.topology, (*box.set, f"gpu={gpu}")
+                set_, notes = (*box.set, f"gpu={gpu}"), (rule.note, note, box.note)
+                return _Hardware(gpu, box.topology, set_, notes)
     most = max((box.gpus for box in fitting), default=0)
     raise NotCovered(
         f"no box of {row.n_gpus} {gpu} with {link}: {most} at most; a tag box=NAME in notes names one"
@@ -439,82 +507,163 @@ def _box(row: Row, rules: Rules, gpu: str, gpus: int) -> tuple[str, tuple[str, .
 # ------------------------------------------------------------------------------------------- specs
 
 
-def _specs(row: Row, rules: Rules, model: str) -> tuple[str, ...]:
+def _specs(row: Row, rules: Rules, profile: Profile) -> tuple[str, ...]:
     """The spec in our words; several where the source reports the best of them."""
-    if row.n_gpus == 1 and SINGLE.search(words(row["strategy"])):
+    text, said = words(row["strategy"]), f"{row['strategy']} {row['params']}".strip()
+    if _is_single(row, rules):
         return ("serial",)
-    text = words(row["strategy"])
-    named = list(dict.fromkeys(r.means for r in rules.axes if re.search(r.match, text)))
+    if (own := _as_a_spec(row)) is not None:
+        divided = {axis: int(own.pop(axis)) for axis in ORDER if axis in own}
+        return _written(row, rules, profile.name, divided, own)
+    named = _named(text, rules)
     degrees = _degrees(row, rules)
-    if not named and not set(ORDER) & set(_adjacent(row["strategy"], rules)):
-        raise NotCovered(f"no rule knows this strategy: {row['strategy']} {row['params']}".strip())
+    stated = {*ORDER, WHOLE} & degrees.keys()
+    if not named and not stated and re.search(rules.best, text):
+        return tuple(_hybrids(row, rules, profile))
+    if not named and (_left_over(text, rules) or not stated):
+        raise NotCovered(f"no rule knows this strategy: {said}")
+    named = named or _named(words(row["params"]), rules)
+    if "pipefusion" in named and "patch" in degrees:
+        degrees["patches"] = degrees.pop("patch")
     axes = [axis for axis in named if axis != "usp"]
     axes += [axis for axis in degrees if axis in ORDER and axis not in axes]
-    known = {axis: degrees[axis] for axis in axes if axis in degrees}
+    if "usp" in named:
+        axes += [axis for axis in ("ulysses", "ring") if axis not in axes]
+    elif WHOLE in degrees and not {"ulysses", "ring"} & set(axes):
+        axes.append("ulysses")
+    taken = {axis: max(1, degrees[axis]) for axis in axes if axis in degrees}
     if "degree" in degrees and len(axes) == 1:
-        known.setdefault(axes[0], degrees["degree"])
-    open_axes = [axis for axis in axes if axis not in known]
-    if "usp" in named and not axes:
-        open_axes = ["ulysses", "ring"]
-    left = row.n_gpus // math.prod(known.values())
-    shares: list[tuple[int, ...]] = [(left,)] if open_axes else [()]
-    if len(open_axes) > 1:
-        if set(open_axes) != {"ulysses", "ring"}:
-            raise NotCovered(f"degrees are not stated: {row['strategy']} {row['params']}".strip())
-        shares = [(u, left // u) for u in range(2, left) if left % u == 0] or [(left, 1)]
+        taken.setdefault(axes[0], degrees["degree"])
+    options = {key: str(n) for key, n in degrees.items() if key in ("stride", "patches", "warmup")}
     found = (
-        _written(row, rules, model, known | dict(zip(open_axes, share, strict=True)), degrees)
-        for share in shares
+        _written(row, rules, profile.name, taken | shares, options)
+        for shares in _shares(row, [axis for axis in axes if axis not in taken], taken, degrees)
     )
     return tuple(spec for specs in found for spec in specs)
 
 
+def _named(text: str, rules: Rules) -> list[str]:
+    """The axes whose words are in ``text``."""
+    return list(dict.fromkeys(rule.means for rule in rules.axes if rule.holds(text)))
+
+
+def _is_single(row: Row, rules: Rules) -> bool:
+    """Whether it divides nothing."""
+    return row.n_gpus == 1 and re.search(rules.single, words(row["strategy"])) is not None
+
+
+def _as_a_spec(row: Row) -> dict[str, str] | None:
+    """The keys and values of a row whose words are a spec of ours; None where they are not."""
+    text = ",".join(filter(None, (row["strategy"].strip(), row["params"].strip())))
+    try:
+        return dict(parse_spec(text).options) if "=" in text else None
+    except SpecError:
+        return None
+
+
+def _shares(
+    row: Row, axes: Sequence[str], known: Mapping[str, int], degrees: Mapping[str, int]
+) -> list[dict[str, int]]:
+    """What ``axes`` without a degree may take of the GPUs that ``known`` ones leave: ulysses and ring
+    every split of the sequence's share, another axis the rest."""
+    sequence = [axis for axis in axes if axis in ("ulysses", "ring")]
+    others = [axis for axis in axes if axis not in sequence]
+    left = row.n_gpus // math.prod(known.values())
+    whole = degrees.get(WHOLE, 0 if sequence and others else left)
+    if len(others) > 1 or (others and sequence and not whole):
+        said = f"{row['strategy']} {row['params']}".strip()
+        raise NotCovered(f"degrees are not stated: {said}")
+    rest = dict.fromkeys(others, left // max(whole, 1) if sequence else left)
+    if len(sequence) < 2:
+        return [rest | dict.fromkeys(sequence, whole)]
+    splits = [(u, whole // u) for u in range(2, whole) if whole % u == 0] or [(whole, 1)]
+    return [rest | {"ulysses": u, "ring": r} for u, r in splits]
+
+
+def _hybrids(row: Row, rules: Rules, profile: Profile) -> Iterator[str]:
+    """Every product of the HYBRID axes on the row's GPUs. Raises NotCovered where these are too many."""
+    if row.n_gpus > MAX_HYBRID:
+        raise NotCovered(
+            f"which hybrid of {row.n_gpus} GPUs is not said; of {MAX_HYBRID} all are tried"
+        )
+    branches = 2 if profile.geometry.guidance == "cfg" else 1
+    sizes = [n for n in range(1, row.n_gpus + 1) if row.n_gpus % n == 0]
+    for degrees in itertools.product(sizes, repeat=len(HYBRID)):
+        axes = dict(zip(HYBRID, degrees, strict=True))
+        if math.prod(degrees) == row.n_gpus and axes["cfg"] <= branches:
+            yield from _written(row, rules, profile.name, axes, {})
+
+
 def _degrees(row: Row, rules: Rules) -> dict[str, int]:
-    """Axis or parameter -> number, of what ``params`` says as key=number, or params or strategy as
-    a known key with its number behind (``u2r4``, ``Ulysses-4``)."""
-    found = re.findall(r"([a-z_]+)\s*[=:]\s*(\d+)", row["params"].lower())
-    said = {rules.degrees.get(key, key): int(number) for key, number in found}
-    return _adjacent(row["strategy"], rules) | _adjacent(row["params"], rules) | said
+    """Axis or parameter -> number, of a name before its number (``u2r4``, ``Ulysses-4``, ``tensor
+    parallel size = 2``) or behind it (``4-way Ulysses``)."""
+    keys, between = {axis: axis for axis in ORDER} | rules.degrees, {"", *rules.between}
+    found: dict[str, int] = {}
+    for text in (row["strategy"], row["params"]):
+        key, ways = "", ""
+        for before, word, number, mark in TOKEN.findall(text.lower()):
+            name = keys.get(word.strip("_"), "")
+            if name and ways:
+                found[name], key, ways = int(ways), "", ""
+            elif name or (before and not key):
+                key, ways = name, before
+            elif key and (before or number).isdecimal():
+                found[key], key = int(before or number), ""
+            elif number or word not in between or mark not in JOINING:
+                key, ways = "", ""
+    return found
 
 
-def _adjacent(text: str, rules: Rules) -> dict[str, int]:
-    """Axis or parameter -> the number right behind its key."""
-    found = re.findall(r"(?<![a-z])([a-z]+)[ _=:-]?(\d+)(?![\d.])", text.lower())
-    return {rules.degrees[key]: int(number) for key, number in found if key in rules.degrees}
+def _left_over(text: str, rules: Rules) -> list[str]:
+    """Words of ``text`` that no rule for strategies reads."""
+    for match in (*(rule.match for rule in rules.axes), *(rule.match for rule in rules.options)):
+        text = re.sub(match, " ", text)
+    read = {*ORDER, *rules.degrees, *rules.between, *rules.idle}
+    return [word for word in re.findall(r"[a-z]{2,}", text) if word not in read]
+
+
+def _passed_over(row: Row, rules: Rules) -> str | None:
+    """What to note of a strategy with words that were not read."""
+    if _is_single(row, rules) or _as_a_spec(row) is not None:
+        return None
+    left = dict.fromkeys(_left_over(words(f"{row['strategy']} {row['params']}"), rules))
+    return f"strategy: not read: {', '.join(left)}" if left else None
 
 
 def _written(
-    row: Row, rules: Rules, model: str, axes: Mapping[str, int], degrees: Mapping[str, int]
+    row: Row, rules: Rules, model: str, axes: Mapping[str, int], options: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """Axes and parameters as specs, one for each number of patches that is open."""
+    """Axes and options as specs, one for each number of patches that is open."""
     wide = {axis: axes[axis] for axis in ORDER if axes.get(axis, 1) > 1}
-    options = [f"{axis}={degree}" for axis, degree in wide.items()] or ["serial"]
+    spec = {axis: str(degree) for axis, degree in wide.items()}
     text = words(f"{row['strategy']} {row['params']}")
-    if "stride" in degrees and "asyncdiff" in wide:
-        options.append(f"stride={degrees['stride']}")
-    options += [
-        rule.add for rule in rules.options if rule.axis in wide and re.search(rule.match, text)
-    ]
+    if "stride" in options and "asyncdiff" in wide:
+        spec["stride"] = options["stride"]
+    for rule in rules.options:
+        if (rule.axis in wide or not rule.axis) and re.search(rule.match, text):
+            key, _, value = rule.add.partition("=")
+            spec[key] = value
+    spec |= {key: value for key, value in options.items() if key not in LATER}
     stated = re.match(r"\D*(\d+)", row["warmup_steps"])
-    usual = [
-        rule.steps for rule in rules.warmup if rule.axis in wide and re.search(rule.model, model)
-    ]
+    told = stated[1] if stated else options.get("warmup")
+    usual = [r.steps for r in rules.warmup if r.axis in wide and re.search(r.model, model)]
     if usual:
-        options.append(f"warmup={stated[1] if stated else usual[0]}")
+        spec["warmup"] = told or str(usual[0])
     if "pipefusion" not in wide:
-        return (_checked(row, ",".join(options)),)
-    options.append("stages=balanced")
-    patches = [degrees["patches"]] if "patches" in degrees else rules.patches
-    return tuple(_checked(row, ",".join((*options, f"patches={m}"))) for m in patches)
+        return (_checked(row, spec),)
+    spec["stages"] = options.get("stages", "balanced")
+    patches = [options["patches"]] if "patches" in options else rules.patches
+    return tuple(_checked(row, {**spec, "patches": str(m)}) for m in patches)
 
 
-def _checked(row: Row, text: str) -> str:
-    """``text`` if it is a spec and takes the row's GPUs."""
-    unknown = [axis for axis in re.findall(r"(\w+)=", text) if axis in ORDER]
+def _checked(row: Row, options: Mapping[str, str]) -> str:
+    """The spec of these options, if it is one and takes the row's GPUs."""
+    text = ",".join(f"{key}={value}" for key, value in options.items()) or "serial"
     try:
         spec = parse_spec(text)
     except SpecError as error:
         raise NotCovered(f"not a strategy of paradiff: {error}") from None
-    if spec.n_gpus != row.n_gpus and unknown:
-        raise NotCovered(f"{text} takes {spec.n_gpus} GPUs, the row says {row.n_gpus}")
+    if spec.n_gpus != row.n_gpus:
+        takes = "takes 1 GPU" if spec.n_gpus == 1 else f"takes {spec.n_gpus} GPUs"
+        raise NotCovered(f"{text} {takes}, the row says {row.n_gpus}")
     return text

@@ -48,6 +48,7 @@ from simulator.costs import CostModel, Runtime, Scope, StageSeconds
 from simulator.engine import simulate
 from simulator.gpu import load_gpu
 from simulator.network import Network
+from simulator.one_number import FAR, OTHER_UNIT, calibrated, times_off
 from simulator.symmetry import whole
 from simulator.topology import load_topology
 
@@ -97,6 +98,11 @@ class Scored:
         assert self.row.latency_s is not None
         return self.row.latency_s
 
+    @property
+    def note(self) -> str | None:
+        """What of the row was not taken at its word."""
+        return "; ".join(self.case.notes) if self.case and self.case.notes else None
+
     def to_json(self) -> dict[str, Any]:
         """The keys of the contract."""
         best = self.calibrated or self.zero_shot
@@ -110,6 +116,7 @@ class Scored:
             "low_s": best and best.low_s,
             "high_s": best and best.high_s,
             "spec": best and best.spec,
+            "note": self.note,
         }
 
 
@@ -191,8 +198,12 @@ class Predictor:
             raise NotCovered(str(refused))
         return min(found, key=lambda each: each.seconds)
 
-    def _one_gpu(self, case: Case) -> StageSeconds:
+    def one_gpu(self, case: Case) -> StageSeconds:
         """The one-GPU run that ``case`` is compared with, uncalibrated."""
+        same = replace(case, specs=("serial",), n_gpus=1, runtime=case.baseline_runtime, notes=())
+        return self._serial(same)
+
+    def _one_gpu(self, case: Case) -> StageSeconds:
         costs = self.costs(case, case.baseline_runtime)
         graph = self._graph(case.model, case.workload, "serial")
         network = self._network(case.topology, case.overrides)
@@ -202,10 +213,9 @@ class Predictor:
     def _calibrated(self, case: Case, costs: CostModel, seconds: float) -> CostModel:
         """``costs`` with the scales that the one-GPU run, under its own runtime, gives."""
         base = self.costs(case, case.baseline_runtime)
-        same = replace(case, specs=("serial",), n_gpus=1, runtime=case.baseline_runtime)
-        serial = self._serial(same)
+        graph = self._graph(case.model, case.workload, "serial")
         try:
-            known = base.calibrated(seconds, case.scope, serial)
+            known, _ = calibrated(base, graph, self.one_gpu(case), seconds, case.scope)
         except ValueError as error:
             raise NotCovered(str(error)) from error
         return replace(
@@ -276,13 +286,41 @@ def _score(row: Row, rules: Rules, predictor: Predictor, box_gpus: int) -> Score
         return Scored(row=row, reason=str(error))
     try:
         zero_shot = predictor.predict(case)
+        _check_unit(row, "latency_s", row.latency_s, zero_shot.seconds)
         if not row.is_core:
             reason = "one GPU: not scored" if row.n_gpus == 1 else "no one-GPU run: not scored"
             return Scored(row=row, case=case, zero_shot=zero_shot, reason=reason)
-        calibrated = predictor.predict(case, row.baseline_s)
+        case, own = _with_baseline(row, case, predictor)
     except NotCovered as error:
         return Scored(row=row, case=case, reason=str(error))
-    return Scored(row=row, case=case, zero_shot=zero_shot, calibrated=calibrated, counts=True)
+    return Scored(row=row, case=case, zero_shot=zero_shot, calibrated=own, counts=True)
+
+
+def _with_baseline(row: Row, case: Case, predictor: Predictor) -> tuple[Case, Predicted]:
+    """The calibrated prediction, and the case with a note where the one-GPU latency is far from its own.
+
+    Raises NotCovered with the line of a latency that no such GPU has.
+    """
+    assert row.baseline_s is not None
+    try:
+        own = predictor.predict(case, row.baseline_s)
+    except NotCovered as error:
+        raise NotCovered(f"{row.place}: baseline_latency_s: {error}") from None
+    one_gpu_s = predictor.one_gpu(case).under(case.scope)
+    _check_unit(row, "baseline_latency_s", row.baseline_s, one_gpu_s)
+    if times_off(row.baseline_s, one_gpu_s) > FAR:
+        note = f"one GPU is predicted to take {one_gpu_s:.3g} s, not {row.baseline_s:g} s"
+        case = replace(case, notes=(*case.notes, note))
+    return case, own
+
+
+def _check_unit(row: Row, column: str, published_s: float, predicted_s: float) -> None:
+    """Raises NotCovered where a latency is so far off that it is no number of seconds."""
+    if times_off(published_s, predicted_s) > OTHER_UNIT:
+        raise NotCovered(
+            f"{row.place}: {column}: {published_s:g}, where {predicted_s:.3g} s are predicted; allowed:"
+            " seconds"
+        )
 
 
 def _without_duplicates(scored: Sequence[Scored]) -> list[Scored]:

@@ -140,7 +140,8 @@ def _row(each: Scored) -> list[str]:
         case.runtime, case.scope, _seconds(each.measured_s), _seconds(each.zero_shot.seconds),
         _seconds(each.calibrated.seconds) if each.calibrated else "",
         f"{best.low_s:.3g} - {best.high_s:.3g} s",
-        percent(each.error, "+") if each.calibrated else "", each.reason or case.note or "",
+        percent(each.error, "+") if each.calibrated else "",
+        "; ".join(filter(None, (each.reason, each.note))),
     ]  # fmt: skip
 
 
@@ -169,7 +170,7 @@ def text(scored: Sequence[Scored]) -> str:
 
 PARTS = ("text_encoder", "compute", "comm", "bubble", "host", "vae")
 COLUMNS = (
-    "id", "counts", "reason", "model", "topology", "overrides", "spec", "runtime",
+    "id", "counts", "reason", "note", "model", "topology", "overrides", "spec", "runtime",
     "baseline_runtime", "scope", "dtype", "steps", "measured_s", "zero_shot_s", "calibrated_s",
     "low_s", "high_s", *(f"{part}_s" for part in PARTS), "source",
 )  # fmt: skip
@@ -196,7 +197,7 @@ def rows_csv(scored: Sequence[Scored]) -> str:
         ]  # fmt: skip
         split = [best.split.get(part, "") if best else "" for part in PARTS]  # type: ignore[call-overload]
         writer.writerow((
-            each.row["id"], int(each.counts), each.reason, *known,
+            each.row["id"], int(each.counts), each.reason, each.note, *known,
             *("" if value is None else value for value in seconds), *split, each.row.source,
         ))  # fmt: skip
     return out.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -40,11 +41,11 @@ from analysis.scoreboard import (
     tau_of_the_truth,
     widest_tau,
 )
-from analysis.validation_report import page, text
+from analysis.validation_report import page, rows_csv, text
 from paradiff.cli import app
 from paradiff.config import ConfigError, available, find
 from paradiff.profiles import Profile
-from paradiff.strategies import Workload
+from paradiff.strategies import AXES, STRATEGIES, Workload, parse_spec
 from simulator.topology import load_topology
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -76,7 +77,9 @@ def row(**cells: str) -> Row:
     }  # fmt: skip
     known |= cells
     number = {key: float(known[key]) if known[key] else None for key in known if key.endswith("_s")}
-    return Row(1, known, int(known["n_gpus"]), number["latency_s"], number["baseline_latency_s"])
+    return Row(
+        "rows.csv:2", known, int(known["n_gpus"]), number["latency_s"], number["baseline_latency_s"]
+    )
 
 
 def case(**cells: str) -> Case:
@@ -125,6 +128,57 @@ def case(**cells: str) -> Case:
 )
 def test_a_strategy_becomes_a_spec(cells: dict[str, str], spec: str) -> None:
     assert case(**cells).specs == (spec,)
+
+
+@cache
+def spelled() -> list[Row]:
+    """Runs in the words of papers and repositories: every model, GPU and box, with what they mean."""
+    return read_rows(Path(__file__).parent / "golden" / "published_words.csv")
+
+
+@pytest.mark.parametrize("each", spelled(), ids=[each["id"] for each in spelled()])
+def test_what_a_colleague_understands_is_understood(each: Row) -> None:
+    """Numbers of patches aside, of which a source that does not say took the best."""
+    try:
+        known = understand(each, RULES, Shipped())
+    except NotCovered as error:
+        found, said = ("", "", "", ""), str(error)
+    else:
+        kinds = dict.fromkeys(re.sub(r",patches=\d+", "", spec) for spec in known.specs)
+        found = known.model, known.gpu, known.topology, " or ".join(kinds)
+        said = "; ".join(known.notes)
+    assert found == tuple(each[f"means_{what}"] for what in ("model", "gpu", "box", "spec"))
+    assert each["says"] in said
+    assert bool(said) == bool(each["says"])
+
+
+def test_the_table_has_everything_that_ships() -> None:
+    ideal = {"unit", "pcie8", "pcie4-l40s-l4", "lab-star", "lab-trunk", "lab-uneven"}
+    for column, names in (
+        ("model", available("models", ".json")),
+        ("gpu", available("gpus")),
+        ("box", available("topologies")),
+    ):
+        shown = {each[f"means_{column}"] for each in spelled()}
+        assert set(names) - ideal <= shown, column
+
+
+@pytest.mark.parametrize("axis", [*AXES, *(name for name in STRATEGIES if name != "serial")])
+@pytest.mark.parametrize("spelling", ["{} parallel", "{}-{}", "{}={}"])
+def test_every_axis_and_strategy_is_known_by_its_name(axis: str, spelling: str) -> None:
+    """With its degree, and without where that is the number of GPUs."""
+    degree = 2 if axis == "cfg" else 4
+    gpus = parse_spec(f"{axis}={degree}").n_gpus
+    if gpus == 1:
+        spelling = spelling.replace(" parallel", " {}")
+    text = spelling.format(axis, degree)
+    (found, *_) = case(strategy=text, params="", n_gpus=str(gpus)).specs
+    assert found.split(",")[0] == f"{axis}={degree}"
+
+
+def test_a_run_on_one_gpu_is_serial() -> None:
+    for strategy in ("serial", "single-gpu", "baseline", ""):
+        assert case(strategy=strategy, params="", n_gpus="1").specs == ("serial",)
 
 
 def test_of_unified_sequence_parallelism_without_degrees_every_split_is_tried() -> None:
@@ -224,7 +278,7 @@ def test_a_label_that_the_row_refutes_is_not_believed() -> None:
         each = row(**cells, latency_s="1", baseline_latency_s=str(speedup))
         found = with_possible_warmup(understand(each, RULES, Shipped()), each)
         assert f"warmup={warmup}," in found.specs[0]
-        assert (found.note is None) == (warmup == 1)
+        assert (not found.notes) == (warmup == 1)
 
 
 def test_a_box_can_be_named_in_the_notes() -> None:
@@ -289,6 +343,36 @@ def scored(
     each = row(id=name, source=source, latency_s=str(measured), n_gpus=str(gpus))
     guess = Predicted(name, predicted, predicted * 0.9, predicted * 1.1, {})
     return Scored(row=each, case=about, zero_shot=guess, calibrated=guess, counts=True)
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        ({"baseline_latency_s": "0.0028"},
+         r"rows.csv:2: baseline_latency_s: measured latency 0.0028 s .* takes at least [\d.]+ s, for"),
+        ({"baseline_latency_s": "2800"},
+         r"rows.csv:2: baseline_latency_s: 2800, where 3.\d+ s are predicted; allowed: seconds"),
+        ({"latency_s": "5600"}, r"rows.csv:2: latency_s: 5600, where .* allowed: seconds"),
+        ({"latency_s": "5600", "n_gpus": "1", "strategy": "single", "params": ""}, r"latency_s: 5600"),
+    ],
+)  # fmt: skip
+def test_milliseconds_and_what_no_gpu_reaches_are_refused(
+    cells: dict[str, str], reason: str
+) -> None:
+    """One L40 takes 3 s. 2.8 ms are beyond its peak, 2800 s a thousand times what is predicted."""
+    (each,) = score([row(**cells)], RULES, Predictor())
+    assert not each.covered
+    assert not each.counts
+    assert re.search(reason, each.reason or "")
+
+
+def test_a_one_gpu_latency_far_from_its_prediction_is_noted() -> None:
+    """14 s are 4.6 times 3.06 s; the row still counts, and the note is in table, JSON and page."""
+    (each,) = score([row(baseline_latency_s="14")], RULES, Predictor())
+    assert each.counts
+    assert re.fullmatch(r"one GPU is predicted to take 3.\d+ s, not 14 s", each.note or "")
+    assert each.to_json()["note"] == each.note
+    assert all(str(each.note) in shown for shown in (text([each]), page([each]), rows_csv([each])))
 
 
 def test_scores_by_hand() -> None:
@@ -421,7 +505,7 @@ def test_the_json_is_the_contract(tmp_path: Path) -> None:
     assert found["schema"] == "paradiff.validate/1"
     assert list(found["rows"][0]) == [
         "id", "covered", "reason", "measured_s", "zero_shot_s", "calibrated_s", "low_s", "high_s",
-        "spec",
+        "spec", "note",
     ]  # fmt: skip
     assert list(found["summary"]) == [
         "covered", "median_ape_calibrated", "mape_calibrated", "median_ape_zero_shot", "kendall_tau",
