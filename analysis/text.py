@@ -197,9 +197,9 @@ def recommendation(plan: Plan) -> str:
 
 def calibration_of(known: Calibration) -> str:
     """Which measurement the times rest on, and what it made of the loop's."""
-    scaled = f"device time of the loop x {known.device_scale:.3g}"
+    scaled = f"device time of the loop x {known.device_scale:.4g}"
     if known.host_scale != 1:
-        scaled += f", launches x {known.host_scale:.3g}"
+        scaled += f", launches x {known.host_scale:.4g}"
     return (
         f"one {known.gpu} took {seconds(known.measured_s)} (scope {known.scope}: {CLOCKS[known.scope]}),"
         f" {seconds(known.predicted_s)} without it; {scaled}"

@@ -98,6 +98,6 @@ def doubts(calibration: Calibration) -> Iterator[str]:
         unit = ", and seconds its unit" if off > OTHER_UNIT else ""
         yield (
             f"{measured_s:.4g} s were measured where {predicted_s:.3g} s are predicted of one"
-            f" {calibration.gpu} (x {measured_s / predicted_s:.3g}): check that model, size, steps,"
+            f" {calibration.gpu} (x {measured_s / predicted_s:.4g}): check that model, size, steps,"
             f" batch, runtime and --scope are those of that run{unit}"
         )
