@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from paradiff.dependencies import validate
 from paradiff.executor.faults import NotFinite
 from paradiff.executor.forward import Forward, Router, Task, task_of
+from paradiff.executor.measure import made_on
 from paradiff.executor.network import Conditioning, Network
 from paradiff.executor.payload import (
     Payload,
@@ -42,7 +43,7 @@ from paradiff.models.interception import intercept
 from paradiff.models.sharding import shards_of
 from paradiff.strategies import parse_spec
 from paradiff.strategies.decoding import SPLIT
-from paradiff.trace import Span, Trace
+from paradiff.trace import Span, Trace, meta_of
 
 if TYPE_CHECKING:
     from paradiff.executor.decoding import Decoder
@@ -250,7 +251,8 @@ class _Run:
                 stack.enter_context(intercept(strips.model, self.router, kv=strips.kv(self.shape)))
             spans = walk(self.steps)
         end = max((span.end_s for span in spans), default=0.0)
-        trace = Trace(tuple(spans), end, (), self.graph.meta)
+        made = meta_of(self.graph, "real", **made_on(self.blank.device))
+        trace = Trace(tuple(spans), end, (), made)
         return Result(self.latents, trace, self.decoded)
 
     def perform(self, number: int, instance: Instance) -> None:
