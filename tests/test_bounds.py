@@ -64,16 +64,21 @@ def test_loop_and_tail() -> None:
     assert simulate(schedule, network, UnitCosts()).makespan_s == 33.0
 
 
-def test_path_inside_an_iteration() -> None:
-    """Compute 2 s, exchange 1 s, compute 2 s that reads it: 5 s an iteration, exactly."""
+def both_sides_of_an_exchange(units: int, count: int) -> Quotient:
+    """``count`` times: compute of ``units`` on two ranks, a gather of a byte, as much that reads it."""
     g = Graph(2)
     for rank in (0, 1):
-        g.compute("a", rank, 2, writes=["y"])
+        g.compute("a", rank, units, writes=["y"])
     g.collective("all_gather", "ag", (0, 1), 1, "y", "z")
     for rank in (0, 1):
-        g.compute("b", rank, 2, reads=["z"])
-    g.section("loop", 0, count=10)
-    schedule, network = quotient(g.build()), Network(Topology.uniform(2))
+        g.compute("b", rank, units, reads=["z"])
+    g.section("loop", 0, count=count)
+    return quotient(g.build())
+
+
+def test_path_inside_an_iteration() -> None:
+    """Compute 2 s, exchange 1 s, compute 2 s that reads it: 5 s an iteration, exactly."""
+    schedule, network = both_sides_of_an_exchange(2, 10), Network(Topology.uniform(2))
     bound = least_latency_s(schedule, UnitCosts(), Wire(network), [(0, 1)], [0])
     assert bound == pytest.approx(50.0, rel=1e-8)
     assert simulate(schedule, network, UnitCosts()).makespan_s == 50.0
@@ -82,14 +87,7 @@ def test_path_inside_an_iteration() -> None:
 def test_transfers_that_are_all_rounded_down() -> None:
     """Exchanges of 1000.49 quanta of the engine's clock take it 1000 each, and one of audioldm2-large
     with 28,000 of them was once bounded above what it took."""
-    g = Graph(2)
-    for rank in (0, 1):
-        g.compute("a", rank, 0, writes=["y"])
-    g.collective("all_gather", "ag", (0, 1), 1, "y", "z")
-    for rank in (0, 1):
-        g.compute("b", rank, 0, reads=["z"])
-    g.section("loop", 0, count=100)
-    schedule = quotient(g.build())
+    schedule = both_sides_of_an_exchange(0, 100)
     network = Network(Topology.uniform(2, bandwidth_bytes_per_s=1 / (1000.49 * QUANTUM_S)))
     bound = least_latency_s(schedule, UnitCosts(), Wire(network), [(0, 1)], [0])
     assert simulate(schedule, network, UnitCosts()).makespan_s == 100_000 * QUANTUM_S
