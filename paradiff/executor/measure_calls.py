@@ -15,13 +15,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from paradiff.executor.distributed import run_with
 from paradiff.executor.measure import median_error
-from paradiff.executor.payload import Piece
+from paradiff.executor.payload import Payload, Piece
 from paradiff.executor.session import Session
 from paradiff.executor.transports import Distributed
 from paradiff.graph import Buffer, Instance, Op, OpKind, Ref, ScheduleGraph, Section, Work
@@ -97,11 +98,12 @@ def measure_calls(session: Session, calls: Sequence[Call], between_s: float) -> 
     """
     for call in calls:
         transport = Distributed(session, chain(call, session.world_size, LEAST_CALLS))
-        first = _chain_s(transport, call, LEAST_CALLS, between_s) + between_s
+        chain_s = partial(_chain_s, transport, call, _payload(call, session.device), between_s)
+        first = chain_s(LEAST_CALLS) + between_s
         length = min(MOST_CALLS, max(LEAST_CALLS, round(CHAIN_S / max(first, 1e-6))))
         samples: list[float] = []
         while len(samples) < MOST_CHAINS:
-            samples.append(_chain_s(transport, call, length, between_s))
+            samples.append(chain_s(length))
             if len(samples) >= LEAST_CHAINS:
                 low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
                 if median_error(low, high, len(samples)) < PRECISE * middle:
@@ -109,11 +111,13 @@ def measure_calls(session: Session, calls: Sequence[Call], between_s: float) -> 
         yield statistics.median(samples)
 
 
-def _chain_s(transport: Distributed, call: Call, length: int, between_s: float) -> float:
+def _chain_s(
+    transport: Distributed, call: Call, payload: Payload, between_s: float, length: int
+) -> float:
     """Seconds of a call in a chain: its time less that of the computations, which ranks of one call make
     at the same time, those of a message in turn."""
     session = transport.session
-    graph, payload = chain(call, session.world_size, length), _payload(call, session.device)
+    graph = chain(call, session.world_size, length)
 
     def perform(_: int, instance: Instance) -> None:
         op, rank = instance.op, session.rank
@@ -134,7 +138,7 @@ def _chain_s(transport: Distributed, call: Call, length: int, between_s: float) 
     return max(float(trace.makespan_s) - computed_s, 0.0) / (length * (2 if is_message else 1))
 
 
-def _payload(call: Call, device: torch.device) -> tuple[Piece, ...]:
+def _payload(call: Call, device: torch.device) -> Payload:
     """``call.nbytes`` (a few floats at the least); an all-to-all has a piece for each rank."""
     count = len(call.ranks) if call.call == "all_to_all" else PIECES
     size = max(1, call.nbytes // (4 * count))
