@@ -7,8 +7,9 @@ speed-up is missed by more than 10 % in the median or 20 % at worst. Nothing is 
 works are timed one at a time, calls between empty computations (docs/validation.md).
 
 A virtual machine's cores are now of one core of the host, now of two, and slow each other or not, for
-seconds at a time. So works and calls are measured anew before and after each round of runs, and its
-speed-up is compared with what these two predict.
+seconds at a time and for minutes. So works and calls are measured anew before and after each round of
+runs, its speed-up is compared with what these two predict, and the rounds of a strategy lie apart: all
+strategies have their first, then all their second.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -64,39 +67,60 @@ def compared(model: str, session: Session) -> list[float | None]:
     alone_s = _alone(serial, session)
     if session.rank == 0:
         print(f"{model} {size} px: a step alone {alone_s / STEPS * 1e3:.0f} ms", flush=True)
-    errors = []
+    contenders = list(_contenders(job, serial, session))
+    rounds: list[list[tuple[float, float]]] = [[] for _ in contenders]
+    for number in range(ROUNDS):
+        for contender, seen in zip(contenders, rounds, strict=True):
+            seen.append(_round(contender, serial, session))
+        if session.rank == 0:
+            print(f"  round {number + 1} of {ROUNDS} done", file=sys.stderr, flush=True)
+    assert session.rank or alone_s > LEAST_STEP_S * STEPS, "the step is too short to judge by"
+    return [
+        _error(each.job.spec, seen, session) for each, seen in zip(contenders, rounds, strict=True)
+    ]
+
+
+class Contender(NamedTuple):
+    """A strategy, ready to run."""
+
+    job: Job
+    prepared: Prepared
+    transport: Distributed
+
+
+def _contenders(job: Job, serial: Prepared, session: Session) -> Iterator[Contender]:
+    """The strategies that the model can take, each of which has run once."""
     for spec in SPECS:
         try:
-            error = _compared(replace(job, spec=spec), serial, session)
+            prepared = prepare(replace(job, spec=spec), serial.pipeline)
+            transport = Distributed(session, prepared.graph)
+            runs_of(prepared, session, 1, 0, transport=transport)
         except (Infeasible, Unexecutable):
             continue
-        errors.append(error)
-    assert session.rank or alone_s > LEAST_STEP_S * STEPS, "the step is too short to judge by"
-    return errors
+        yield Contender(replace(job, spec=spec), prepared, transport)
 
 
-def _compared(job: Job, serial: Prepared, session: Session) -> float | None:
-    """Relative error of the predicted speed-up; None on other ranks."""
-    prepared = prepare(job, serial.pipeline)
-    transport = Distributed(session, prepared.graph)
-    runs_of(prepared, session, 1, 0, transport=transport)
-    rounds = list[tuple[float, float]]()
+def _round(contender: Contender, serial: Prepared, session: Session) -> tuple[float, float]:
+    """Predicted and measured speed-up."""
+    job, prepared, transport = contender
     before = _predicted(job, prepared, serial, session)
-    for _ in range(ROUNDS):
-        alone_s = _alone(serial, session)
-        both = [loop_s(trace) for trace in runs_of(prepared, session, 0, 2, transport=transport)]
-        alone_s += _alone(serial, session)
-        after = _predicted(job, prepared, serial, session)
-        rounds.append((math.sqrt(before * after), alone_s / sum(both)))
-        before = after
+    alone_s = _alone(serial, session)
+    both = [loop_s(trace) for trace in runs_of(prepared, session, 0, 2, transport=transport)]
+    alone_s += _alone(serial, session)
+    after = _predicted(job, prepared, serial, session)
+    return math.sqrt(before * after), alone_s / sum(both)
+
+
+def _error(spec: str, rounds: Sequence[tuple[float, float]], session: Session) -> float | None:
+    """Relative error of the predicted speed-up, which rank 0 prints; None on other ranks."""
     if session.rank:
         return None
     predicted, measured = (statistics.median(each) for each in zip(*rounds, strict=True))
     errors = [expected / seen - 1 for expected, seen in rounds]
     error = statistics.median(errors)
-    seen = " ... ".join(f"{e:+.0%}" for e in (min(errors), max(errors)))
+    spread = " ... ".join(f"{e:+.0%}" for e in (min(errors), max(errors)))
     print(
-        f"  {job.spec:32} {predicted:5.2f}x, measured {measured:5.2f}x {error:+7.1%} ({seen})",
+        f"  {spec:32} {predicted:5.2f}x, measured {measured:5.2f}x {error:+7.1%} ({spread})",
         flush=True,
     )
     return error
