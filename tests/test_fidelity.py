@@ -205,13 +205,24 @@ def test_report_is_json_text_and_one_page_that_escapes() -> None:
     assert (fidelity_html.sheet_png(report()) or b"").startswith(b"\x89PNG")
 
 
+def test_the_curve_is_error_against_latency() -> None:
+    """Of what is stale: 1 s each, the medians of 0.1 and 0.2 times 1, 1.1, 1.2 and 1.3; the errors of
+    eight samples, half of them copies, lie from 1 to 1.3 times that."""
+    charts = {chart.id: chart.figure for chart in fidelity_html._charts(report())}
+    assert charts.keys() == {"curve", "steps"}
+    (line,) = charts["curve"]["data"]
+    assert line["x"] == [1.0] * 4
+    assert line["y"] == pytest.approx([0.115, 0.23] * 2)
+    assert (np.array(line["y"]) + line["error_y"]["array"]).max() <= 0.26
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_the_page_in_a_browser(tmp_path: Path, width: int, scheme: str) -> None:
     path = tmp_path / "report.html"
     path.write_text(fidelity_html.page(report(), ["validate", "fidelity"]), encoding="utf-8")
     with opened(path, width, scheme) as page:
         assert page.locator(".chart .main-svg").count() > 0
-        assert check_hovers(page)
+        assert check_hovers(page).keys() == {"curve", "steps"}
         assert page.locator("figure img").count() == 8
         assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
 

@@ -143,6 +143,30 @@ def test_weights_are_small_and_their_log_is_kept(model: str) -> None:
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
+def test_training_goes_on_where_it_was_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two steps, at once or one after the other, leave the same weights, named as those that are kept,
+    and a log of both."""
+    pytest.importorskip("sklearn", reason="scikit-learn is part of [dev]")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+    import train_small
+
+    monkeypatch.setitem(train_small.STEPS, "small-dit", 2)
+    for name, pieces in (("whole", [[]]), ("cut", 2 * [["--seconds", "0"]])):
+        for piece in pieces:
+            folders = ["--work", str(tmp_path / f"{name}-work"), "--output", str(tmp_path / name)]
+            monkeypatch.setattr("sys.argv", ["train_small", "small-dit", *folders, *piece])
+            train_small.main()
+    whole, cut = (load_file(tmp_path / n / "small-dit.safetensors") for n in ("whole", "cut"))
+    kept = load_file(WEIGHTS / "small-dit.safetensors")
+    assert whole.keys() == cut.keys() == kept.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert not all(torch.equal(whole[name], kept[name]) for name in whole)
+    facts, line, _ = (tmp_path / "cut" / "small-dit.log").read_text(encoding="utf-8").splitlines()
+    assert (json.loads(facts)["steps"], line[:12]) == (2, "step 2 loss ")
+
+
 @cache
 def samples(model: str, spec: str, steps: int, number: int) -> Seen:
     """With DDIM, of seed 0. (The study draws others: seed 1000.)"""
