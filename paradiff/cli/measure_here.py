@@ -204,9 +204,8 @@ def _with_calls(known: MeasuredMachine, prepared: Prepared, session: Session) ->
     costs, between = known.costs(), 0.0
     if not is_gpu:
         between = between_s(prepared.graph, lambda work, r: costs.compute(work, r).device_s)
-    there = {call[:4]: call for call in known.calls}
-    kept = {call for call, timed in there.items() if _are_alike(timed.between_s, between)}
-    wanted = [call for call in calls_for(prepared.graph, known.hosts) if (*call,) not in kept]
+    there = {call[:4]: call for call in known.calls if _are_alike(call.between_s, between)}
+    wanted = [call for call in calls_for(prepared.graph, known.hosts) if (*call,) not in there]
     seconds = _library_s(session, wanted) if is_gpu else measure_calls(session, wanted, between)
     there |= {
         (*c,): CallTime(c.kind, c.call, c.ranks, c.nbytes, between, s)

@@ -33,8 +33,8 @@ CHAIN_S = 20e-3
 LEAST_CALLS, MOST_CALLS = 4, 100
 LEAST_CHAINS, MOST_CHAINS = 5, 15
 PRECISE = 0.03
-MESSAGES = (4**5, 4**11)
-"""Least and most bytes of the messages that links are read from."""
+SOME_BYTES = 4**8
+"""Of messages where the schedule has none, and links have to be something."""
 MOST_BETWEEN_S = 3e-3
 """Computations of a chain: beyond this, calls take what they take."""
 SIDE = 64
@@ -54,20 +54,26 @@ class Call(NamedTuple):
 
 
 def calls_for(graph: ScheduleGraph, hosts: Sequence[str]) -> list[Call]:
-    """What has to be timed for ``graph`` on ranks of these hosts, in one order on all ranks: its
-    collectives at sizes around theirs, and messages and rings of two within a host and between hosts."""
+    """What has to be timed for ``graph`` on ranks of these hosts, in one order on all ranks: collectives
+    at sizes around theirs, messages and rings of two within a host and between hosts at sizes around
+    those of messages: two or more, which tell a latency and a rate."""
     found: dict[tuple[OpKind, str, tuple[int, ...]], list[int]] = {}
+    messages: list[int] = []
     for op in (op for section in graph.sections for op in section.ops):
         if op.kind == "collective":
-            found.setdefault((op.kind, op.call, op.ranks), []).append(op.nbytes)
+            found.setdefault((op.kind, op.call, op.ranks), []).append(max(1, op.nbytes))
+        elif op.kind in TRANSFERS:
+            messages.append(max(1, op.nbytes))
+    messages = messages or [SOME_BYTES]
+    messages.append(4 * min(messages))
     same = [(0, r) for r in range(1, len(hosts)) if hosts[r] == hosts[0]][:1]
     apart = [(0, r) for r in range(1, len(hosts)) if hosts[r] != hosts[0]][:1]
     for pair in same + apart:
-        found["p2p", "send", pair] = found["permute", "ring", pair] = list(MESSAGES)
+        found["p2p", "send", pair] = found["permute", "ring", pair] = messages
     return [
         Call(*key, nbytes)
         for key, sizes in sorted(found.items())
-        for nbytes in grid(max(1, min(sizes)), max(1, max(sizes)))
+        for nbytes in grid(min(sizes), max(sizes))
     ]
 
 

@@ -22,7 +22,7 @@ from paradiff.cli.measure_here import measure_here
 from paradiff.config import ConfigError, available
 from paradiff.dependencies import validate
 from paradiff.executor.job import Job, prepare
-from paradiff.executor.measure_calls import MOST_BETWEEN_S, Call, between_s, chain, grid
+from paradiff.executor.measure_calls import MOST_BETWEEN_S, Call, between_s, calls_for, chain, grid
 from paradiff.executor.measure_works import Samples, _pass, shortest, works_of
 from paradiff.graph import work_text
 from paradiff.trace import TRANSFERS, check_trace, read_chrome_trace
@@ -219,6 +219,24 @@ def test_calls_are_timed_as_far_apart_as_those_of_the_schedule() -> None:
     transfers = sum(len(op.ranks) for op in ops if op.kind in TRANSFERS)
     assert between_s(graph, lambda *_: 1e-6) == pytest.approx(1e-6 * works / transfers)
     assert between_s(graph, lambda *_: 1.0) == MOST_BETWEEN_S
+
+
+@pytest.mark.parametrize("spec", ["ulysses=4", "ring=4", "pipefusion=4,patches=4,warmup=1"])
+def test_what_is_timed_encloses_every_transfer_of_the_schedule(spec: str) -> None:
+    """On two hosts: of each collective its sizes; of messages two sizes or more, within and between."""
+    graph = prepare(
+        Job(source="tiny-pixart-alpha", spec=spec, height=128, width=128, steps=2)
+    ).graph
+    calls = calls_for(graph, ("a", "a", "b", "b"))
+    assert len(set(calls)) == len(calls)
+    for kind in ("p2p", "permute"):
+        for pair in ((0, 1), (0, 2)):
+            assert len([call for call in calls if (call.kind, call.ranks) == (kind, pair)]) >= 2
+    for op in (op for section in graph.sections for op in section.ops if op.kind in TRANSFERS):
+        at = {op.ranks} if op.kind == "collective" else {(0, 1), (0, 2)}
+        for ranks in at:
+            sizes = [c.nbytes for c in calls if (c.kind, c.ranks) == (op.kind, ranks)]
+            assert min(sizes) <= op.nbytes <= max(sizes)
 
 
 @pytest.mark.parametrize(
