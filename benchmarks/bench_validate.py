@@ -7,14 +7,13 @@ speed-up is missed by more than 10 % in the median or 20 % at worst. Nothing is 
 works are timed one at a time, calls between empty computations (docs/validation.md).
 
 A virtual machine's cores are now of one core of the host, now of two, and slow each other or not, for
-seconds at a time and for minutes. So works and calls are measured anew before and after each round of
-runs, its speed-up is compared with what these two predict, and the rounds of a strategy lie apart: all
+seconds at a time and for minutes. So works and calls are measured anew in the middle of each round of
+runs, its speed-up is compared with what they predict, and the rounds of a strategy lie apart: all
 strategies have their first, then all their second.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import subprocess
@@ -40,8 +39,8 @@ from paradiff.trace import Trace
 
 MODELS = {"sd21": 448, "pixart-alpha": 640, "sd3-medium": 640}
 STEPS = 4
-ROUNDS = 3
-"""Each serial, strategy, strategy, serial, between two measurements."""
+ROUNDS = 5
+"""Each serial, strategy, measurement, strategy, serial."""
 SPECS = (
     "cfg=2", "data=2", "patch=2", "distrifusion=2,warmup=1", "pcpp=2,warmup=1", "ulysses=2", "ring=2",
     "ring=2,rotate=allgather", "pipefusion=2,patches=4,warmup=1", "asyncdiff=2,warmup=1",
@@ -103,12 +102,16 @@ def _contenders(job: Job, serial: Prepared, session: Session) -> Iterator[Conten
 def _round(contender: Contender, serial: Prepared, session: Session) -> tuple[float, float]:
     """Predicted and measured speed-up."""
     job, prepared, transport = contender
-    before = _predicted(job, prepared, serial, session)
-    alone_s = _alone(serial, session)
-    both = [loop_s(trace) for trace in runs_of(prepared, session, 0, 2, transport=transport)]
+
+    def together_s() -> float:
+        (trace,) = runs_of(prepared, session, 0, 1, transport=transport)
+        return loop_s(trace)
+
+    alone_s, both_s = _alone(serial, session), together_s()
+    predicted = _predicted(job, prepared, serial, session)
+    both_s += together_s()
     alone_s += _alone(serial, session)
-    after = _predicted(job, prepared, serial, session)
-    return math.sqrt(before * after), alone_s / sum(both)
+    return predicted, alone_s / both_s
 
 
 def _error(spec: str, rounds: Sequence[tuple[float, float]], session: Session) -> float | None:
