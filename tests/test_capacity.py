@@ -445,7 +445,7 @@ def test_bad_traces(tmp_path: Path, text: str, message: str) -> None:
         load_trace(file, [RequestClass(model="sdxl")])
 
 
-@settings(max_examples=20, derandomize=True)
+@settings(max_examples=20)
 @given(gaps=st.lists(st.floats(0.001, 100.0), min_size=2, max_size=30))
 def test_a_trace_is_replayed(tmp_path_factory: pytest.TempPathFactory, gaps: list[float]) -> None:
     times = [sum(gaps[:i]) for i in range(len(gaps) + 1)]

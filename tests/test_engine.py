@@ -524,7 +524,7 @@ def random_graphs(draw: st.DrawFn) -> ScheduleGraph:
     return g.build()
 
 
-@settings(max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(random_graphs(), st.floats(1e-3, 1e3))
 def test_without_contention_the_makespan_is_the_longest_path(
     graph: ScheduleGraph, unit_s: float
@@ -542,7 +542,7 @@ def test_without_contention_the_makespan_is_the_longest_path(
     assert trace.makespan_s == pytest.approx(longest, rel=1e-9, abs=1e-9)
 
 
-@settings(max_examples=40, derandomize=True)
+@settings(max_examples=40)
 @given(
     st.integers(2, 4), st.integers(1, 9), st.integers(0, 9), st.integers(2, 40), st.integers(0, 5),
     st.integers(0, 20),

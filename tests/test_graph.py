@@ -95,13 +95,13 @@ def written_graphs(draw: st.DrawFn) -> ScheduleGraph:
     return ScheduleGraph(world, tuple(buffers), sections, tuple(sorted(meta.items())))
 
 
-@settings(max_examples=100, derandomize=True)
+@settings(max_examples=100)
 @given(written_graphs())
 def test_the_text_round_trips(graph: ScheduleGraph) -> None:
     assert parse_graph(graph.text()) == graph
 
 
-@settings(max_examples=50, derandomize=True)
+@settings(max_examples=50)
 @given(written_graphs())
 def test_the_fingerprint_is_that_of_the_unrolled_form(graph: ScheduleGraph) -> None:
     assert graph.unroll().fingerprint() == graph.fingerprint()
@@ -429,7 +429,7 @@ def peak_by_hand(graph: ScheduleGraph, kinds: set[str]) -> dict[int, int]:
     return peak
 
 
-@settings(max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(st.data())
 def test_peak_bytes_against_a_second_derivation(data: st.DataObject) -> None:
     # A random straight-line program of versions on two ranks, repeated: the buffers written in an

@@ -24,7 +24,7 @@ from simulator.tailored import tailored_specs
 from simulator.topology import load_topology
 
 
-@settings(derandomize=True, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_dynamic_programme_equals_all_cuts(data: st.DataObject) -> None:
     """Every composition of the blocks into stages times every order of the GPUs' kinds."""

@@ -145,7 +145,7 @@ def _places(data: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 PIXART = json.loads((FOLDER / "pixart-alpha.json").read_text("utf-8"))
 
 
-@settings(derandomize=True, max_examples=200)
+@settings(max_examples=200)
 @given(st.sampled_from(_places(PIXART)), st.sampled_from([KeyError, None, 7, "x", [], {}]))
 def test_any_damage_is_invalid_or_harmless(keys: tuple[Any, ...], value: Any) -> None:
     """Never an exception of another kind."""
@@ -176,7 +176,6 @@ shapes = st.fixed_dictionaries(
 )
 
 
-@settings(derandomize=True)
 @given(expressions, shapes)
 def test_expression_round_trips_and_keeps_its_value(
     expression: Expr, shape: dict[str, int]
@@ -186,7 +185,6 @@ def test_expression_round_trips_and_keeps_its_value(
     assert again(shape) == expression(shape)
 
 
-@settings(derandomize=True)
 @given(shapes)
 def test_expression_agrees_with_python(shape: dict[str, int]) -> None:
     b, r, w, t = (shape[symbol] for symbol in "brwt")
@@ -195,7 +193,6 @@ def test_expression_agrees_with_python(shape: dict[str, int]) -> None:
     )
 
 
-@settings(derandomize=True)
 @given(st.text(alphabet="bfrwktshp0123456789*/+- ²x.", max_size=12))
 def test_any_text_is_read_or_refused(text: str) -> None:
     with contextlib.suppress(InvalidProfile):

@@ -154,7 +154,7 @@ def test_batch_means_in_closed_form() -> None:
 
 
 @pytest.mark.parametrize("routing", ["shared", "round-robin", "random"])
-@settings(max_examples=25, derandomize=True)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), units=st.integers(1, 5), pools=st.integers(1, 2))
 def test_the_recursion_is_the_event_loop_to_the_bit(
     routing: Routing, seed: int, units: int, pools: int
@@ -207,7 +207,7 @@ def test_against_ciw_on_the_same_queue() -> None:
 # ------------------------------------------------------------------------------------ monotone
 
 
-@settings(max_examples=30, derandomize=True)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), units=st.integers(1, 4))
 def test_no_request_starts_later_with_more_servers_faster_service_or_fewer_arrivals(
     seed: int, units: int

@@ -103,7 +103,7 @@ def refusal(profile: Profile, spec: str) -> Infeasible | None:
     return None
 
 
-@settings(derandomize=True, max_examples=150)
+@settings(max_examples=150)
 @given(
     profile=st.sampled_from([DIT, JOINT, UNET, DIVIDED]),
     spec=st.one_of(
