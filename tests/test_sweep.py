@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from machine import is_alive
 from typer.testing import CliRunner, Result
 
 from paradiff.cli import app
@@ -179,7 +180,7 @@ def test_a_terminated_sweep_takes_its_workers_along(tmp_path: Path) -> None:
         assert running.wait() == 128 + signal.SIGTERM
         said.seek(0)
         assert said.read() == "12 combinations; interrupted, the same command goes on.\n"
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+    while any(map(is_alive, workers)):
         time.sleep(0.05)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from paradiff.executor.launch import die_with_parent
 from paradiff.lab import namespaces
 
-READY_S = 180.0
+READY_S = 600.0
+"""What has not come up by then hangs, on a busy machine too."""
 
 
 @dataclass(frozen=True)

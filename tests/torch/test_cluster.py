@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from machine import free_port
 from nodes import nodes, ray, slurm, why_no_slurm
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from paradiff.cli import app
-from paradiff.executor.place import Place
+from paradiff.executor.place import SLURM_PORTS, Place
 from paradiff.lab import namespaces
 from paradiff.trace import read_chrome_trace
 
@@ -36,7 +37,7 @@ NO_ROOT = namespaces.why_not()
 def asked(spec: str, output: Path) -> list[str]:
     return [
         "run", "--model", "sd21", "--strategy", spec, "--steps", "2", "--dtype", "fp64",
-        "--timeout", "200", "--output-dir", str(output),
+        "--timeout", "600", "--output-dir", str(output),
     ]  # fmt: skip
 
 
@@ -100,13 +101,15 @@ sys.exit(max(rank.wait() for rank in ranks))
 
 
 def test_slurm(tmp_path: Path) -> None:
-    """The batch script under an srun that starts its tasks here."""
+    """The batch script under an srun that starts its tasks here; the job's number, and so the port where
+    they meet, is free."""
     srun = tmp_path / "bin" / "srun"
     srun.parent.mkdir()
     srun.write_text(SRUN)
     srun.chmod(0o755)
+    job = SLURM_PORTS.index(free_port())
     batch = {
-        "SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+        "SLURM_JOB_ID": str(job), "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
         "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "127.0.0.1",
     }  # fmt: skip
     assert Place.of_environment(batch) is None
@@ -131,7 +134,7 @@ def test_slurm_of_two_nodes(tmp_path: Path) -> None:
             ["sbatch", "--wait", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0",
              "--cpus-per-task=1", f"--output={tmp_path / 'log'}", str(CLUSTER / "paradiff.sbatch"),
              *asked("cfg=2,patch=2", output)],
-            environment, 400,
+            environment, 1200,
         )  # fmt: skip
     check("cfg=2,patch=2", output, tmp_path)
     machines = machines_of(output)
@@ -148,7 +151,7 @@ def test_ray_of_two_nodes(tmp_path: Path) -> None:
         members[0].run(
             [sys.executable, str(CLUSTER / "ray_ranks.py"), "--ranks", "4",
              *asked("cfg=2,patch=2", output)],
-            {**users, "GLOO_SOCKET_IFNAME": namespaces.INTERFACE}, 400,
+            {**users, "GLOO_SOCKET_IFNAME": namespaces.INTERFACE}, 1200,
         )  # fmt: skip
     shutil.rmtree(short)
     check("cfg=2,patch=2", output, tmp_path)

@@ -12,16 +12,16 @@ import os
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from machine import free_port, is_alive, mounted
 from safetensors.torch import save_file
 
 from paradiff.cli.run import TIMEOUT_S
@@ -50,7 +50,7 @@ def launched(folder: Path, *arguments: str, **more: str) -> Iterator[subprocess.
     reason than its timeout waits for that."""
     (folder / "status").mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "paradiff", "run", "--launch", "2", "--timeout", "60", *arguments],
+        [sys.executable, "-m", "paradiff", "run", "--launch", "2", "--timeout", "300", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
         env=environment(folder / "status", **more),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & ignores it
@@ -81,8 +81,18 @@ def ended(process: subprocess.Popen[str], found: dict[int, Status]) -> str:
     begin = time.monotonic()
     message = failed(process)
     assert time.monotonic() - begin < ENDS_WITHIN_S
-    assert not any(alive(status["pid"]) for status in found.values())
+    assert are_gone(found)
     return message
+
+
+def are_gone(found: Mapping[int, Status]) -> bool:
+    """A process that was killed still has to end itself, for which a busy machine takes its time."""
+    deadline = time.monotonic() + ENDS_WITHIN_S
+    while left := any(is_alive(status["pid"]) for status in found.values()):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return not left
 
 
 def failed(process: subprocess.Popen[str], code: int = 1) -> str:
@@ -91,13 +101,6 @@ def failed(process: subprocess.Popen[str], code: int = 1) -> str:
     assert process.returncode == code, errors
     assert len(errors.splitlines()) == 1, errors
     return errors
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_killed_rank_is_named(tmp_path: Path) -> None:
@@ -109,8 +112,10 @@ def test_killed_rank_is_named(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["status"]
 
 
+@pytest.mark.still
 def test_stalled_rank_is_named(tmp_path: Path) -> None:
-    """Within what is promised of the timeout that nobody has set."""
+    """Within what is promised of the timeout that nobody has set. It leaves ranks 24 s to start in and
+    the launcher 5 s of its own: a promise of a machine that does nothing else."""
     with launched(tmp_path, *LONG, "--timeout", str(TIMEOUT_S)) as process:
         found = in_the_loop(tmp_path)
         os.kill(found[0]["pid"], signal.SIGSTOP)
@@ -143,7 +148,7 @@ def test_ctrl_c_ends_all(number: int, code: int, words: str, tmp_path: Path) -> 
         _, errors = process.communicate(timeout=ENDS_WITHIN_S)
     assert process.returncode == code
     assert errors == words
-    assert not any(alive(status["pid"]) for status in found.values())
+    assert are_gone(found)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scratch", "status"]
     assert not [p for p in (tmp_path / "scratch").iterdir() if p.name.startswith("paradiff")]
 
@@ -152,10 +157,7 @@ def test_killed_launcher_leaves_no_rank(tmp_path: Path) -> None:
     with launched(tmp_path, *LONG) as process:
         found = in_the_loop(tmp_path)
         process.kill()
-        deadline = time.monotonic() + ENDS_WITHIN_S
-        while any(alive(s["pid"]) for s in found.values()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-    assert not any(alive(status["pid"]) for status in found.values())
+        assert are_gone(found)
 
 
 def test_nan_is_found_where_it_is_made(device: str, tmp_path: Path) -> None:
@@ -211,27 +213,21 @@ def test_nan_of_a_later_step_is_found_where_it_is_made(device: str, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system of its own needs root")
 def test_full_disk_leaves_no_half_file(device: str, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)], check=True)
-    try:
+    with mounted(tmp_path / "disk", "16k") as disk:
         arguments = [*HALVES[device], "--steps", "60", "--output-dir", "disk/out"]
         with launched(tmp_path, *arguments) as process:
             message = failed(process, code=2)
-        assert not any(alive(status["pid"]) for status in statuses(tmp_path / "status").values())
+        assert are_gone(statuses(tmp_path / "status"))
         assert re.search(r"--output-dir .*disk/out: No space left on device\n$", message), message
         assert list(disk.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 # ------------------------------------------------------------------- ranks that somebody else starts
 
 
 def rank_alone(
-    folder: Path, port: int, rank: int, strategy: str, *more: str, timeout_s: float = 60
+    folder: Path, port: int, rank: int, strategy: str, *more: str, timeout_s: float = 300
 ) -> subprocess.Popen[str]:
     """One rank of two, as a plain script with the environment that any launcher sets."""
     place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -242,12 +238,6 @@ def rank_alone(
          "--steps", "2", "--timeout", str(timeout_s), *more],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=own,
     )  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def test_rank_that_never_starts_is_named(tmp_path: Path) -> None:
@@ -296,19 +286,21 @@ def test_status_files_are_whole(tmp_path: Path) -> None:
         assert process.returncode == 0
 
 
-MEETING = """
+MEETS_S = 6.0
+"""A timeout that is waited for: longer than a process of a busy machine waits for its turn."""
+MEETING = f"""
 import sys, time
 from pathlib import Path
 from paradiff.executor.faults import RanksMissing
 from paradiff.executor.place import Place
 from paradiff.executor.session import Session, meet
 place, late_s, goer, folder = Place.of_environment(), float(sys.argv[1]), *sys.argv[2:]
-Path(folder, f"imported-{place.rank}").touch()
+Path(folder, "imported-" + str(place.rank)).touch()
 while len([*Path(folder).glob("imported-*")]) < 2:
     time.sleep(0.01)
-hub = meet(place, 2.0)
+hub = meet(place, {MEETS_S})
 time.sleep(late_s * place.rank)
-session = Session.join(place, 2.0, "cpu", "hello", hub)
+session = Session.join(place, {MEETS_S}, "cpu", "hello", hub)
 if goer == str(place.rank):
     import os
     os._exit(0)
@@ -317,15 +309,15 @@ time.sleep(late_s * (1 - place.rank))
 try:
     session.leave()
 except RanksMissing as error:
-    print(error, time.monotonic() - begin < 15)
+    print(error, time.monotonic() - begin < {MEETS_S} + 13)
 """
 
 
 @pytest.mark.parametrize(
     ("late_s", "goer", "words"),
     [
-        (5, None, ""),
-        (0, 1, "rank 1 did not come within 2 s"),
+        (MEETS_S + 2, None, ""),
+        (0, 1, f"rank 1 did not come within {MEETS_S:g} s"),
         (0, 0, r"where the ranks meet .* nobody answers any more \(.*\)"),
     ],
 )

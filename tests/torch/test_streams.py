@@ -41,7 +41,7 @@ class Device:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -76,6 +76,6 @@ def test_a_rank_says_which_op_its_device_is_at(monkeypatch: pytest.MonkeyPatch) 
     device.done = 7
     until(lambda: doing["compute"] == "third")
     device.done = 9
-    issuer.join(30)
+    issuer.join(300)
     assert [span.name for span in spans] == [name for name, _ in names]
     assert [round(span.end_s - span.start_s) for span in spans] == [1] * 4
