@@ -67,7 +67,7 @@ def test_links_carry_what_the_graph_says(tmp_path: Path, monkeypatch: pytest.Mon
             )
             for rank, host in enumerate(hosts)
         ]  # fmt: skip
-        outputs = [rank.communicate(timeout=500) for rank in ranks]
+        outputs = [rank.communicate(timeout=1500) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * 4, outputs[0][1][-2000:]
     counts = [[json.loads(line) for line in out.splitlines()] for out, _ in outputs]
     for number, ((_, spec), graph) in enumerate(zip(CASES, graphs, strict=True)):
