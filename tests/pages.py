@@ -14,6 +14,8 @@ import pytest
 
 from paradiff.config import find
 
+BUSY_MS = 200_000
+"""What takes longer hangs, on a machine that is busy with other tests."""
 HOSTILE = "<script>alert(1)</script>\"'&\n\x1b[2J../../../x"
 """A name: markup, quotes, a line break, what clears a terminal, a path."""
 
@@ -156,7 +158,11 @@ def opened(path: Path, width: int, scheme: str) -> Iterator[Any]:
     errors: list[str] = []
     asked: list[str] = []
     with sync.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=str(chromium), args=["--no-sandbox"])
+        browser = p.chromium.launch(
+            executable_path=str(chromium),
+            args=["--no-sandbox", "--disable-dev-shm-usage"],  # a container may have little of it
+            timeout=BUSY_MS,
+        )
         context = browser.new_context(
             viewport={"width": width, "height": 900},
             color_scheme=scheme,
@@ -164,7 +170,7 @@ def opened(path: Path, width: int, scheme: str) -> Iterator[Any]:
             has_touch=width < 600,
             is_mobile=width < 600,
         )
-        context.set_default_timeout(200_000)  # of a machine that is busy with other tests
+        context.set_default_timeout(BUSY_MS)
         page = context.new_page()
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))

@@ -78,11 +78,13 @@ def commands(text: str) -> Iterator[Shown]:
 def printed(command: str, home: str) -> str:
     """What the command prints to a pipe, errors with it, run in ``home``.
 
-    ``$PARADIFF`` is this checkout. The shell stays beside the command, which may ask what shell it is in
+    ``$PARADIFF`` is this checkout; ``home`` is the user's, who may say there what shells complete. The
+    shell stays beside the command, which may ask what shell it is in
     (``--install-completion``). Raises RuntimeError where the command fails.
     """
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    facts = {"PATH": programs, "PARADIFF": str(ROOT), "XDG_CACHE_HOME": f"{home}/.cache"}
+    facts = {"PATH": programs, "PARADIFF": str(ROOT)}
+    facts |= {"HOME": home, "XDG_CACHE_HOME": f"{home}/.cache"}
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f"{command}\nexit $?"],
         stdout=subprocess.PIPE,

@@ -92,6 +92,7 @@ def test_a_plan_runs_on_its_twin_in_one_process_and_launched(
         assert whole == pytest.approx(summary["latency_s"], rel=1e-9)
 
 
+@pytest.mark.still
 def test_timed_kernels_take_their_modelled_time(tmp_path: Path) -> None:
     """Two steps of SDXL in two branches on two L40s: each kernel takes what the simulator says, never
     less (a sleep is not shorter than asked), and the time to wake up, which is short at least once. Nor
