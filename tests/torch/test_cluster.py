@@ -57,30 +57,67 @@ def check(spec: str, output: Path, tmp_path: Path) -> None:
     assert sorted({span.rank for span in trace.spans}) == ranks
 
 
-@pytest.mark.skipif(NO_ROOT is not None, reason=str(NO_ROOT))
-def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
-    """Two nodes of two ranks, that meet at the first one's name: cfg between them, patches inside."""
-    output = tmp_path / "out"
+def by_torchrun(command: list[str], tmp_path: Path, **more: str) -> tuple[list[int], str]:
+    """Exit codes of ``command`` on two nodes of two ranks, and what the first says on stderr."""
+    environment = {
+        **ENVIRONMENT, "GLOO_SOCKET_IFNAME": namespaces.INTERFACE, "NCCL_DEBUG": "INFO", **more,
+    }  # fmt: skip
     with nodes(2, tmp_path) as members:
         started = [
             node.start(
-                ["bash", str(CLUSTER / "torchrun.sh"), str(number), "2", "2", "node0:29571",
-                 *asked("cfg=2,patch=2", output)],
-                {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": namespaces.INTERFACE, "NCCL_DEBUG": "INFO"},
+                ["bash", str(CLUSTER / "torchrun.sh"), str(number), "2", "2", "node0:29571", *command],
+                environment,
             )
             for number, node in enumerate(members)
         ]  # fmt: skip
         outputs = [one.communicate() for one in started]
-    assert [one.returncode for one in started] == [0, 0], outputs[0][1][-2000:]
+    return [one.returncode for one in started], outputs[0][1]
+
+
+@pytest.mark.skipif(NO_ROOT is not None, reason=str(NO_ROOT))
+def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
+    """Two nodes of two ranks, that meet at the first one's name: cfg between them, patches inside."""
+    output = tmp_path / "out"
+    codes, said = by_torchrun(asked("cfg=2,patch=2", output), tmp_path)
+    assert codes == [0, 0], said[-2000:]
     check("cfg=2,patch=2", output, tmp_path)
-    machines = machines_of(output)
+    machines = machines_of(output / "summary.json")
     assert [(m["host"], m["ranks"]) for m in machines] == [("node0", [0, 1]), ("node1", [2, 3])]
     assert {m["NCCL_DEBUG"] for m in machines} == {"INFO"}
 
 
-def machines_of(output: Path) -> list[dict[str, Any]]:
+@pytest.mark.skipif(NO_ROOT is not None, reason=str(NO_ROOT))
+def test_a_plan_is_validated_on_two_nodes(tmp_path: Path) -> None:
+    """Measured, predicted, run and compared by the ranks of both. A gate that nothing passes: the node
+    of rank 0 ends with its exit code, and all is written."""
+    planned = CliRunner().invoke(app, [
+        "plan", "--topology", "pcie8", "--model", "sd21", "--strategy", "cfg=2,patch=2", "--steps", "2",
+        "--output-dir", str(tmp_path / "plan"),
+    ])  # fmt: skip
+    assert planned.exit_code == 0, planned.output
+    (plan,) = (tmp_path / "plan").glob("*.plan.yaml")
+    output = tmp_path / "out"
+    command = ["validate", "run", str(plan), "--repeats", "2", "--max-error", "0", "--timeout", "600",
+               "--measure-again", "--output-dir", str(output)]  # fmt: skip
+    twins = ROOT / ".pytest_cache" / "twins"
+    codes, said = by_torchrun(command, tmp_path, XDG_CACHE_HOME=str(twins))
+    assert codes[0] == 1, said[-2000:]
+    assert "allowed: 0.0% (--max-error)" in said
+    answer = json.loads((output / "validation.json").read_text())
+    assert (answer["passed"], answer["how"]) == (False, "4 processes over gloo")
+    assert answer["topology"]["nodes"] == {"node0": ["rank0", "rank1"], "node1": ["rank2", "rank3"]}
+    machines = machines_of(output / "validation.json")
+    assert [(m["host"], m["ranks"]) for m in machines] == [("node0", [0, 1]), ("node1", [2, 3])]
+    assert {m["NCCL_DEBUG"] for m in machines} == {"INFO"}
+    assert answer["files"] == sorted(path.name for path in output.iterdir())
+    traces = [read_chrome_trace(file) for file in sorted(output.glob("*.json.gz"))]
+    assert [t.makespan_s for t in traces] == [*answer["repeats_s"], answer["predicted_s"]]
+    assert [{s.rank for s in t.spans} for t in traces] == [{0, 1, 2, 3}] * 3
+
+
+def machines_of(report: Path) -> list[dict[str, Any]]:
     """The machines of a run, in the order of their names."""
-    found = json.loads((output / "summary.json").read_text())["machines"]
+    found = json.loads(report.read_text())["machines"]
     return sorted(found, key=lambda machine: machine["host"])
 
 
@@ -137,7 +174,7 @@ def test_slurm_of_two_nodes(tmp_path: Path) -> None:
             environment, 1200,
         )  # fmt: skip
     check("cfg=2,patch=2", output, tmp_path)
-    machines = machines_of(output)
+    machines = machines_of(output / "summary.json")
     assert [(m["host"], m["ranks"]) for m in machines] == [("node0", [0, 1]), ("node1", [2, 3])]
 
 
@@ -155,7 +192,7 @@ def test_ray_of_two_nodes(tmp_path: Path) -> None:
         )  # fmt: skip
     shutil.rmtree(short)
     check("cfg=2,patch=2", output, tmp_path)
-    machines = machines_of(output)
+    machines = machines_of(output / "summary.json")
     assert [m["host"] for m in machines] == ["node0", "node1"]
     assert sorted(m["ranks"] for m in machines) == [[0, 1], [2, 3]]
 
