@@ -154,6 +154,8 @@ class Threads:
                     if not self._one(name, step):
                         return
             self.doing.pop(name, None)
+        except MemoryError as error:  # where an op is noted; its own is an OpFailed already
+            self._fail(OpFailed(step.instance, self.rank, error))
         except BaseException as error:
             self._fail(error)
             if isinstance(error, KeyboardInterrupt | SystemExit):

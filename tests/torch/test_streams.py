@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from paradiff.executor import streams
-from paradiff.executor.streams import Step, on_cuda
+from paradiff.executor.faults import OpFailed
+from paradiff.executor.streams import Step, Threads, on_cuda
 from paradiff.graph import Instance, Op
 
 pytestmark = [pytest.mark.torch]
@@ -79,3 +80,17 @@ def test_a_rank_says_which_op_its_device_is_at(monkeypatch: pytest.MonkeyPatch) 
     issuer.join(300)
     assert [span.name for span in spans] == [name for name, _ in names]
     assert [round(span.end_s - span.start_s) for span in spans] == [1] * 4
+
+
+def test_memory_that_ends_where_an_op_is_noted_is_told_with_the_op(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Any request for memory may be the one too many."""
+
+    def none_left(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(streams, "spans_of", none_left)
+    step = Step(0, Instance(Op("only", "compute", "guidance", (0,), "compute"), 0), ())
+    with pytest.raises(OpFailed, match=r"op \S*only\S*, rank 0: out of memory"):
+        Threads(0, [step], lambda *_: None).run()
