@@ -53,13 +53,17 @@ class Alarm(Event):
 
 class Piece(NamedTuple):
     """One flow of a bundle: its place in it, its route, its bytes, which of the bundle's alike calls it
-    is of, and the place of the flow that drains before it starts (-1: none)."""
+    is of, and the places of the flows that drain before it starts."""
 
     place: int
     route: int
     nbytes: float
     part: int
-    after: int
+    after: tuple[int, ...]
+
+    def without(self, gone: set[int]) -> Piece:
+        """Waiting for those alone that are not ``gone``."""
+        return self._replace(after=tuple([each for each in self.after if each not in gone]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +143,17 @@ class Fluid(Generic[Owner]):
         capacities = self._network.capacities
         pieces: list[Piece] = []
         for part, flows in enumerate(calls):
-            after = [0] * len(flows)
-            for i, flow in enumerate(flows):
+            places = list[tuple[int, ...]]()
+            for flow in flows:
                 route = self._network.route(flow.source, flow.destination)
                 mask = sum(1 << r for r, _ in route.resources if capacities[r] < inf)
                 self._masks[route.id] = mask
-                before = after[flow.after] if flow.after >= 0 else -1
-                after[i] = len(pieces) if mask else before
+                before = tuple([place for other in flow.after for place in places[other]])
+                places.append((len(pieces),) if mask else before)
                 if mask:
                     pieces.append(Piece(len(pieces), route.id, flow.nbytes, part, before))
-        first = tuple(piece for piece in pieces if piece.after < 0)
-        rest = tuple(piece for piece in pieces if piece.after >= 0)
+        first = tuple(piece for piece in pieces if not piece.after)
+        rest = tuple(piece for piece in pieces if piece.after)
         return self._bundle(first, rest, len(calls)) if first else None
 
     def _bundle(self, pieces: tuple[Piece, ...], later: tuple[Piece, ...], count: int) -> Bundle:
@@ -238,7 +242,8 @@ class Fluid(Generic[Owner]):
             else:
                 ended.append(piece)
         gone = {piece.place for piece in ended}
-        begun = tuple([piece for piece in bundle.later if piece.after in gone])
+        waiting = [piece.without(gone) for piece in bundle.later]
+        begun = tuple([piece for piece in waiting if not piece.after])
         if self._buckets is not None:
             self._buckets.end(ended, now)
             live += zip(begun, self._buckets.start(begun, now), strict=True)
@@ -250,7 +255,7 @@ class Fluid(Generic[Owner]):
             self._drained(drain.owner)
             return
         pieces, drain.remaining = zip(*live, strict=True)
-        later = tuple([piece for piece in bundle.later if piece.after not in gone])
+        later = tuple([piece for piece in waiting if piece.after])
         drain.bundle, drain.rates = self._bundle(pieces, later, bundle.count), ()
         self._solve(bundle.mask | drain.bundle.mask)
 

@@ -7,14 +7,16 @@ namespaces (docs/laboratory.md). In the order of the group's ranks, whatever the
 all_gather  ring to the next rank, in halves, two under way (allgather.cc); two ranks exchange
 all_reduce  ring to the rank before: reduce-scatter, all-gather, two segments under way (allreduce.cc)
 broadcast   chain from the root in pieces: a rank passes on a piece when it has come
-all_to_all  pairwise exchange: in round i to rank + i, from rank - i; the next round when that has come
+all_to_all  pairwise exchange: in round i to rank + i, from rank - i; the next when both have gone
 =========== =====================================================================================
 
 Of the last two, and of an all-gather of two, the executor makes messages with receives posted first
-(``paradiff.executor.transports``), and that is what is modelled. gloo's own all-to-all posts sends
-before receives, and both directions of a pair of ranks share one connection in order, so a rank that
-comes a little later is heard only when all it sends has gone: it runs at between half and full duplex,
-as it happens. Its own broadcast is a binomial tree whose ranks send all to all their children at once.
+(``paradiff.executor.transports``), and that is what is modelled: gloo holds a message back until its
+receive is posted, so a round begins when both its ends are through with the one before. gloo's own
+all-to-all posts sends before receives, and both directions of a pair of ranks share one connection in
+order, so a rank that comes a little later is heard only when all it sends has gone: it runs at between
+half and full duplex, as it happens. Its own broadcast is a binomial tree whose ranks send all to all
+their children at once.
 """
 
 from __future__ import annotations
@@ -57,22 +59,25 @@ def _chain(devices: Sequence[int], size: float) -> tuple[Flow, ...]:
     """Of every link the first piece, which waits for that of the link before, then the rest."""
     links = list(pairwise(devices))
     first = min(size, BROADCAST_PIECE)
-    found = [Flow(a, b, first, after=k - 1) for k, (a, b) in enumerate(links)]
+    found = [Flow(a, b, first, after=(k - 1,) * (k > 0)) for k, (a, b) in enumerate(links)]
     if size > first:
-        found += [Flow(a, b, size - first, after=k) for k, (a, b) in enumerate(links)]
+        found += [Flow(a, b, size - first, after=(k,)) for k, (a, b) in enumerate(links)]
     return tuple(found)
 
 
 def _rounds(devices: Sequence[int], share: float) -> tuple[Flow, ...]:
     n = len(devices)
+
+    def before(step: int, i: int) -> tuple[int, ...]:
+        """What both ends of the message of i sent and took in the round before."""
+        if step == 1:
+            return ()
+        j = i + step
+        senders = {rank % n for end in (i, j) for rank in (end, end - (step - 1))}
+        return tuple((step - 2) * n + sender for sender in sorted(senders))
+
     return tuple(
-        Flow(
-            devices[i],
-            devices[(i + step) % n],
-            share,
-            # what came to i in the round before was sent by i - (step - 1)
-            after=-1 if step == 1 else (step - 2) * n + (i - step + 1) % n,
-        )
+        Flow(devices[i], devices[(i + step) % n], share, after=before(step, i))
         for step in range(1, n)
         for i in range(n)
     )

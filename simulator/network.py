@@ -72,13 +72,13 @@ class Route:
 @dataclass(frozen=True, slots=True)
 class Flow:
     """``nbytes`` from device ``source`` to device ``destination``, ready at ``start_s``, and not before
-    flow number ``after`` of those that are given together has drained (-1: no other)."""
+    those of the numbers ``after``, earlier ones of those that are given together, have drained."""
 
     source: int
     destination: int
     nbytes: float
     start_s: float = 0.0
-    after: int = -1
+    after: tuple[int, ...] = ()
 
 
 def max_min_rates(
@@ -342,12 +342,13 @@ def simulate_flows(topology: Topology | Network, flows: Sequence[Flow]) -> tuple
 def drain_times(network: Network, flows: Sequence[Flow]) -> list[float]:
     """When the last byte of each flow has left, in seconds: ``simulate_flows`` without latency."""
     routes = [network.route(flow.source, flow.destination) for flow in flows]
-    first = (i for i, flow in enumerate(flows) if flow.after < 0)
+    waits = [len(flow.after) for flow in flows]
+    first = (i for i, flow in enumerate(flows) if not flow.after)
     waiting = sorted(first, key=lambda i: (-flows[i].start_s, -i))
     then: dict[int, list[int]] = {}
     for i, flow in enumerate(flows):
-        if flow.after >= 0:
-            then.setdefault(flow.after, []).append(i)
+        for before in flow.after:
+            then.setdefault(before, []).append(i)
     left: dict[int, float] = {}
     ends = [0.0] * len(flows)
     now = 0.0
@@ -370,7 +371,10 @@ def drain_times(network: Network, flows: Sequence[Flow]) -> list[float]:
             if seconds <= step * _SAME:
                 ends[i] = now
                 del left[i]
-                left |= {later: flows[later].nbytes for later in then.get(i, ())}
+                for later in then.get(i, ()):
+                    waits[later] -= 1
+                    if not waits[later]:
+                        left[later] = flows[later].nbytes
             else:
                 left[i] -= rate * step
     return ends
