@@ -105,6 +105,7 @@ def test_runs_are_laid_together() -> None:
     assert "4 cells, 5 repeats or more, 3 quiet (widest spread 7.0%)" in together
     assert "error 4.0% median, 6.0% worst (`ring=4`, lab-star)" in together
     assert "more than a tenth of the transfers in 1." in together
+    assert "Median and worst error by box: lab-star 4.0%, 6.0%.\n" in together
     assert "6 of 7 pairs" in together.replace("In the predicted order: ", "")
     row = "| 4 | `ring=4` | 128 x 64, 2 | 1.02 / 1 s, +2.0% | 1.06 / 1 s, +6.0% | 20.0% |"
     assert row in together

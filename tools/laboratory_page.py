@@ -84,6 +84,11 @@ def _sentences(runs: Mapping[str, Run], cells: Sequence[Cell], is_shared: bool) 
         f" {abs(worst['error']):.1%} worst (`{worst['spec']}`, {worst['topology']}); calls cost more"
         f" than a tenth of the transfers in {short}."
     )
+    own: dict[str, list[float]] = {}
+    for c in (c for c in cells if not c["noisy"]):
+        own.setdefault(c["topology"], []).append(abs(c["error"]))
+    boxes = (f"{name} {statistics.median(e):.1%}, {max(e):.1%}" for name, e in own.items())
+    yield f"Median and worst error by box: {'; '.join(boxes)}."
     if is_shared:
         right, total = (sum(run["ordered_pairs"][i] for run in runs.values()) for i in (0, 1))
         yield f"In the predicted order: {right} of {total} pairs that differ by more than 10 %."
