@@ -88,13 +88,16 @@ class MeasuredMachine:
         )
         if len(names) < 2:
             return Topology(name=HERE, gpus=names, profiles=(HERE,), nodes=nodes, links=())
-        local = self._link([r for r in self._pairs() if self.hosts[r[0]] == self.hosts[r[1]]])
+        near = [r for r in self._pairs() if self.hosts[r[0]] == self.hosts[r[1]]]
+        far = [r for r in self._pairs() if r not in near]
+        # where each rank is alone on its host, what lies between hosts is all that there is
+        local = self._link(near) if near else replace(self._link(far), latency_s=0.0)
         links = [
             replace(local, a=name, b=f"switch{hosts.index(host)}", latency_s=local.latency_s / 2)
             for name, host in zip(names, self.hosts, strict=True)
         ]
         if len(hosts) > 1:
-            apart = self._link([r for r in self._pairs() if self.hosts[r[0]] != self.hosts[r[1]]])
+            apart = self._link(far)
             trunk = replace(apart, latency_s=max(apart.latency_s - local.latency_s, 0.0) / 2)
             links += [replace(trunk, a=f"switch{i}", b="trunk") for i in range(len(hosts))]
         return Topology(

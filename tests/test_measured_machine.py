@@ -126,6 +126,16 @@ def test_ranks_on_two_hosts_have_a_trunk_between_them(graph: ScheduleGraph) -> N
     )
 
 
+def test_ranks_alone_on_their_hosts_are_as_far_apart_as_hosts_are(graph: ScheduleGraph) -> None:
+    """A rank a host: no message within one was timed, and messages and gathers take what they took."""
+    near = machine_of(graph)
+    box = replace(near, hosts=("a", "b")).topology()
+    assert {node.name: node.gpus for node in box.nodes} == {"a": ("rank0",), "b": ("rank1",)}
+    assert sum(link.latency_s for link in box.links) == pytest.approx(LATENCY_S)
+    apart, together = run(graph, replace(near, hosts=("a", "b"))), run(graph, near)
+    assert [s.end_s for s in apart.spans] == pytest.approx([s.end_s for s in together.spans])
+
+
 def test_one_process_takes_turns(graph: ScheduleGraph) -> None:
     """3 steps of 3 + 5 + 4, two begins of 1, at the speed of the first rank; hand-overs are free."""
     trace = in_turn(graph, machine_of(graph).costs())
