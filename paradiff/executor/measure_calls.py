@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -66,8 +67,9 @@ def calls_for(graph: ScheduleGraph, hosts: Sequence[str]) -> list[Call]:
             messages.append(max(1, op.nbytes))
     messages = messages or [SOME_BYTES]
     messages.append(4 * min(messages))
-    same = [(0, r) for r in range(1, len(hosts)) if hosts[r] == hosts[0]][:1]
-    apart = [(0, r) for r in range(1, len(hosts)) if hosts[r] != hosts[0]][:1]
+    pairs = list(combinations(range(len(hosts)), 2))
+    same = [(a, b) for a, b in pairs if hosts[a] == hosts[b]][:1]
+    apart = [(a, b) for a, b in pairs if hosts[a] != hosts[b]][:1]
     for pair in same + apart:
         found["p2p", "send", pair] = found["permute", "ring", pair] = messages
     return [
