@@ -4,12 +4,11 @@
 joint attention (twins, enlarged until a step takes 100 ms and more), two processes of one thread, each
 pinned to a core. Serial on one of them against each strategy on both, in ABBA order. Fails where the
 speed-up is missed by more than 10 % in the median or 20 % at worst. Nothing is fitted on strategies:
-works are timed one at a time, calls between empty computations (docs/validation.md).
+works are timed one at a time, calls among made-up computations (docs/validation.md).
 
 A virtual machine's cores are now of one core of the host, now of two, and slow each other or not, for
 seconds at a time and for minutes. So works and calls are measured anew in the middle of each round of
-runs, its speed-up is compared with what they predict, and the rounds of a strategy lie apart: all
-strategies have their first, then all their second.
+runs, and the rounds of a strategy lie apart: all strategies have their first, then all their second.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ from paradiff.trace import Trace
 MODELS = {"sd21": 448, "pixart-alpha": 640, "sd3-medium": 640}
 STEPS = 4
 ROUNDS = 5
-"""Each serial, strategy, measurement, strategy, serial."""
+"""Each serial, strategy, serial, strategy, measurement, and the same backwards."""
 SPECS = (
     "cfg=2", "data=2", "patch=2", "distrifusion=2,warmup=1", "pcpp=2,warmup=1", "ulysses=2", "ring=2",
     "ring=2,rotate=allgather", "pipefusion=2,patches=4,warmup=1", "asyncdiff=2,warmup=1",
@@ -107,20 +107,21 @@ def _round(contender: Contender, serial: Prepared, session: Session) -> tuple[fl
         (trace,) = runs_of(prepared, session, 0, 1, transport=transport)
         return loop_s(trace)
 
-    alone_s, both_s = _alone(serial, session), together_s()
+    runs = [partial(_alone, serial, session), together_s] * 2
+    seconds = [run() for run in runs]
     predicted = _predicted(job, prepared, serial, session)
-    both_s += together_s()
-    alone_s += _alone(serial, session)
-    return predicted, alone_s / both_s
+    seconds += reversed([run() for run in reversed(runs)])
+    return predicted, statistics.median(seconds[::2]) / statistics.median(seconds[1::2])
 
 
 def _error(spec: str, rounds: Sequence[tuple[float, float]], session: Session) -> float | None:
-    """Relative error of the predicted speed-up, which rank 0 prints; None on other ranks."""
+    """Relative error of the predicted speed-up, both the medians of all rounds, which rank 0 prints with
+    the least and the largest error of a round; None on other ranks."""
     if session.rank:
         return None
     predicted, measured = (statistics.median(each) for each in zip(*rounds, strict=True))
+    error = predicted / measured - 1
     errors = [expected / seen - 1 for expected, seen in rounds]
-    error = statistics.median(errors)
     spread = " ... ".join(f"{e:+.0%}" for e in (min(errors), max(errors)))
     print(
         f"  {spec:32} {predicted:5.2f}x, measured {measured:5.2f}x {error:+7.1%} ({spread})",
