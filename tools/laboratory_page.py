@@ -15,6 +15,7 @@ import json
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,10 @@ def markdown(runs: Mapping[str, Run]) -> str:
 
 def _sentences(runs: Mapping[str, Run], cells: Sequence[Cell], is_shared: bool) -> Iterator[str]:
     """What holds, over all of ``runs``."""
-    quiet = [abs(c["error"]) for c in cells if not c["noisy"]]
+    boxes: dict[str, list[float]] = {}
+    for c in (c for c in cells if not c["noisy"]):
+        boxes.setdefault(c["topology"], []).append(abs(c["error"]))
+    quiet = [*chain.from_iterable(boxes.values())]
     worst = max(cells, key=lambda c: abs(c["error"]) * (not c["noisy"]))
     files = ", ".join(f"[{name}.json](laboratory/{name}.json)" for name in runs)
     repeats = min(len(c["repeats_s"]) for c in cells)
@@ -84,11 +88,8 @@ def _sentences(runs: Mapping[str, Run], cells: Sequence[Cell], is_shared: bool) 
         f" {abs(worst['error']):.1%} worst (`{worst['spec']}`, {worst['topology']}); calls cost more"
         f" than a tenth of the transfers in {short}."
     )
-    own: dict[str, list[float]] = {}
-    for c in (c for c in cells if not c["noisy"]):
-        own.setdefault(c["topology"], []).append(abs(c["error"]))
-    boxes = (f"{name} {statistics.median(e):.1%}, {max(e):.1%}" for name, e in own.items())
-    yield f"Median and worst error by box: {'; '.join(boxes)}."
+    by_box = (f"{box} {statistics.median(own):.1%}, {max(own):.1%}" for box, own in boxes.items())
+    yield f"Median and worst error by box: {'; '.join(by_box)}."
     if is_shared:
         right, total = (sum(run["ordered_pairs"][i] for run in runs.values()) for i in (0, 1))
         yield f"In the predicted order: {right} of {total} pairs that differ by more than 10 %."
