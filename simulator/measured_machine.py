@@ -23,7 +23,7 @@ from simulator.measured import Key, Row
 from simulator.topology import CollectiveKind, CollectiveTable, Link, Node, Topology
 
 HERE = "measured here"
-SCHEMA = "paradiff.measured-machine/2"
+SCHEMA = "paradiff.measured-machine/3"
 FASTEST = 0.02
 """Share of its speed that compute keeps beside a transfer at the least."""
 BOTH_WAYS = 1.5
@@ -31,14 +31,14 @@ BOTH_WAYS = 1.5
 
 
 class CallTime(NamedTuple):
-    """Seconds of a transfer of ``nbytes`` (in the convention of ``paradiff.graph.traffic``) among
-    computations of ``between_s``."""
+    """Seconds of a transfer of ``nbytes`` (in the convention of ``paradiff.graph.traffic``) after
+    computations of ``between_s``, shortest first: evenly spaced quantiles."""
 
     kind: str
     call: str
     ranks: tuple[int, ...]
     nbytes: int
-    between_s: float
+    between_s: tuple[float, ...]
     time_s: float
 
 
@@ -161,7 +161,9 @@ class MeasuredMachine:
                 hosts=tuple(map(str, data["hosts"])),
                 works={str(k): tuple(map(float, v)) for k, v in data["works"].items()},
                 calls=tuple(
-                    CallTime(str(k), str(c), tuple(map(int, r)), int(n), float(b), float(s))
+                    CallTime(
+                        str(k), str(c), tuple(map(int, r)), int(n), tuple(map(float, b)), float(s)
+                    )
                     for k, c, r, n, b, s in data["calls"]
                 ),
                 lost=None if data["lost"] is None else float(data["lost"]),

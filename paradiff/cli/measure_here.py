@@ -37,10 +37,13 @@ if TYPE_CHECKING:
     from paradiff.executor.job import Job, Prepared
     from paradiff.executor.measure_calls import Call
     from paradiff.executor.session import Session
+    from paradiff.graph import Work
     from paradiff.trace import Trace, Tracks
 
 ALIKE = 1.25
 """Calls among computations of so many times the length, or one in so many, need not be timed again."""
+NO_MATTER_S = 100e-6
+"""Computations as short as this are alike."""
 BESIDE_BYTES = 2**22
 """Of the gather that compute runs beside."""
 
@@ -172,8 +175,7 @@ def _with_works(
         return all(_told(session, "done" * done))
 
     timed = measure_works(job, prepared.pipeline, missing, agree)
-    own = json.dumps({key: timing.time_s for key, timing in timed.items()})
-    every = [json.loads(text) for text in _told(session, own)]
+    every = [json.loads(text) for text in _told(session, json.dumps(timed))]
     new = {key: tuple(float(each[key]) for each in every) for key in sorted(every[0])}
     return replace(known, works={**new, **known.works})
 
@@ -198,27 +200,36 @@ def _with_kernels(
 
 
 def _with_calls(known: MeasuredMachine, prepared: Prepared, session: Session) -> MeasuredMachine:
-    from paradiff.executor.measure_calls import between_s, calls_for, measure_calls
+    from paradiff.executor.measure_calls import calls_for, measure_calls
 
-    is_gpu = session.device.type == "cuda"
-    costs, between = known.costs(), 0.0
-    if not is_gpu:
-        between = between_s(prepared.graph, lambda work, r: costs.compute(work, r).device_s)
-    there = {call[:4]: call for call in known.calls if _are_alike(call.between_s, between)}
-    wanted = [call for call in calls_for(prepared.graph, known.hosts) if (*call,) not in there]
-    seconds = _library_s(session, wanted) if is_gpu else measure_calls(session, wanted, between)
-    there |= {
-        (*c,): CallTime(c.kind, c.call, c.ranks, c.nbytes, between, s)
-        for c, s in zip(wanted, seconds, strict=True)
+    is_gpu, costs = session.device.type == "cuda", known.costs()
+
+    def work_s(work: Work, rank: int) -> float:
+        return 0.0 if is_gpu else costs.compute(work, rank).device_s
+
+    there = {call[:4]: call for call in known.calls}
+    calls = {call[:4]: call for call in calls_for(prepared.graph, known.hosts, work_s)}
+    alike = {
+        key: there[key]
+        for key, call in calls.items()
+        if key in there and _are_alike(there[key].between_s, call.between_s)
     }
-    found = replace(known, calls=tuple(there.values()))
+    wanted = [call for key, call in calls.items() if key not in alike]
+    seconds = _library_s(session, wanted) if is_gpu else measure_calls(session, wanted)
+    new = {c[:4]: CallTime(**c._asdict(), time_s=s) for c, s in zip(wanted, seconds, strict=True)}
+    # those of other schedules were made among other computations
+    found = replace(known, calls=tuple((alike | new)[key] for key in calls))
     if is_gpu:
         return found
     return found if found.lost is not None else replace(found, lost=_lost(session))
 
 
-def _are_alike(a_s: float, b_s: float) -> bool:
-    return max(a_s, b_s) <= ALIKE * min(a_s, b_s)
+def _are_alike(some_s: Sequence[float], others_s: Sequence[float]) -> bool:
+    """Computations, the shortest to the longest."""
+    return all(
+        max(a_s, b_s) <= max(ALIKE * min(a_s, b_s), NO_MATTER_S)
+        for a_s, b_s in zip(some_s, others_s, strict=True)
+    )
 
 
 def _library_s(session: Session, calls: Sequence[Call]) -> Iterator[float]:

@@ -322,6 +322,12 @@ def _timed(call: Callable[[int], object], clock: Callable[[Callable[[], None]], 
     return Timing(middle, low, high, len(samples))
 
 
+def mean_of(samples: Sequence[float]) -> tuple[float, float]:
+    """And its standard error."""
+    error = statistics.stdev(samples) / math.sqrt(len(samples)) if len(samples) > 1 else math.inf
+    return statistics.fmean(samples), error
+
+
 def median_error(low: float, high: float, count: int) -> float:
     """Standard error of a median from its quartiles, for normal noise: 1.253 sigma / sqrt(count), sigma
     = (high - low) / 1.349."""

@@ -1,10 +1,15 @@
 """What a transfer takes when the executor makes it: the call with its threads, buffers and wake-ups.
 
 A chain of calls, each between two computations, of payloads over the transport of a run: a call's time
-is all that lies between the end of one computation and the begin of the next, packing included. The
-computations compute, for as long as lies between two calls of the schedule at hand: threads, caches and
-cores that have just made a call make the next in another time (with none between, one of few bytes took
-twice as long here; packing alone, over and over, a fraction of what it takes in a run).
+is all that lies between the end of one computation and the begin of the next, packing included.
+
+Computations take as long as what lies before calls of that size in the schedule at hand, short and long
+ones in the same shares. Where a process has one core, gloo's thread that was waiting may take it from
+the one that holds what it waits for, and both stand until the scheduler's next tick (4 ms here). How
+often depends on what ran before: an all-reduce of a few bytes took 0.8 ms after 1.3 ms of computing,
+2.3 ms after 0.3. They are as many kernels as fill the time, not a wait for its end: ranks that meet
+wait for the slower, here as in a run.
+
 Sizes are payloads in the convention of ``paradiff.graph.traffic``. How long the library alone takes, and
 what it takes from compute beside it: ``measure_network``. What becomes of the numbers: ``simulator``.
 """
@@ -16,13 +21,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import combinations
+from itertools import combinations, cycle, islice
 from typing import NamedTuple
 
 import torch
 
 from paradiff.executor.distributed import run_with
-from paradiff.executor.measure import median_error
+from paradiff.executor.measure import mean_of
 from paradiff.executor.payload import Payload, Piece
 from paradiff.executor.session import Session
 from paradiff.executor.transports import Distributed
@@ -31,14 +36,21 @@ from paradiff.trace import TRANSFERS
 
 CHAIN_S = 20e-3
 """A chain is as long as it takes to last about this long."""
-LEAST_CALLS, MOST_CALLS = 4, 100
-LEAST_CHAINS, MOST_CHAINS = 5, 15
-PRECISE = 0.03
+PACES = 8
+"""Different computations of a chain: evenly spaced quantiles of those of the schedule."""
+STRIDE = 3
+"""They come in this order, short and long in turns; it and PACES have no common divisor."""
+MOST_ROUNDS = 12
+LEAST_CHAINS, MOST_CHAINS = 5, 25
+PRECISE = 0.02
+"""Chains are made until a call's mean is known (one standard error) to this share of the time from one
+call to the next."""
 SOME_BYTES = 4**8
 """Of messages where the schedule has none, and links have to be something."""
-MOST_BETWEEN_S = 3e-3
+MOST_BETWEEN_S = 10e-3
 """Computations of a chain: beyond this, calls take what they take."""
-SIDE = 64
+ROWS, WIDTH, WEIGHTS = 16, 256, 32
+"""Of the matrices that the computations multiply: some tens of microseconds each."""
 BETWEEN = "between"
 """Name of the computations."""
 PIECES = 2
@@ -46,37 +58,79 @@ PIECES = 2
 
 
 class Call(NamedTuple):
-    """A transfer of ``nbytes`` on ``ranks``, the first of them the root or the source."""
+    """A transfer of ``nbytes`` on ``ranks``, the first of them the root or the source.
+
+    ``between_s``: computations before it, PACES of them, shortest first.
+    """
 
     kind: OpKind
     call: str
     ranks: tuple[int, ...]
     nbytes: int
+    between_s: tuple[float, ...]
 
 
-def calls_for(graph: ScheduleGraph, hosts: Sequence[str]) -> list[Call]:
+WorkSeconds = Callable[[Work, int], float]
+"""What a work takes on a rank."""
+
+
+def calls_for(graph: ScheduleGraph, hosts: Sequence[str], work_s: WorkSeconds) -> list[Call]:
     """What has to be timed for ``graph`` on ranks of these hosts, in one order on all ranks: collectives
     at sizes around theirs, messages and rings of two within a host and between hosts at sizes around
     those of messages: two or more, which tell a latency and a rate."""
-    found: dict[tuple[OpKind, str, tuple[int, ...]], list[int]] = {}
-    messages: list[int] = []
-    for op in (op for section in graph.sections for op in section.ops):
-        if op.kind == "collective":
-            found.setdefault((op.kind, op.call, op.ranks), []).append(max(1, op.nbytes))
-        elif op.kind in TRANSFERS:
-            messages.append(max(1, op.nbytes))
-    messages = messages or [SOME_BYTES]
-    messages.append(4 * min(messages))
+    before, messages = _before(graph, work_s)
+    if not messages:
+        messages = [(SOME_BYTES, seconds) for seen in before.values() for _, seconds in seen]
+    messages = messages or [(SOME_BYTES, MOST_BETWEEN_S)]
     pairs = list(combinations(range(len(hosts)), 2))
     same = [(a, b) for a, b in pairs if hosts[a] == hosts[b]][:1]
     apart = [(a, b) for a, b in pairs if hosts[a] != hosts[b]][:1]
     for pair in same + apart:
-        found["p2p", "send", pair] = found["permute", "ring", pair] = messages
+        before["p2p", "send", pair] = before["permute", "ring", pair] = messages
     return [
-        Call(*key, nbytes)
-        for key, sizes in sorted(found.items())
-        for nbytes in grid(min(sizes), max(sizes))
+        Call(*key, nbytes, paces(seen, nbytes))
+        for key, seen in sorted(before.items())
+        for nbytes in _grid_of(key[0], [nbytes for nbytes, _ in seen])
     ]
+
+
+Seen = list[tuple[int, float]]
+"""Bytes of a transfer, and seconds that its ranks computed before it."""
+
+
+def _before(
+    graph: ScheduleGraph, work_s: WorkSeconds
+) -> tuple[dict[tuple[OpKind, str, tuple[int, ...]], Seen], Seen]:
+    """The transfers of a schedule: collectives by what they are, and messages."""
+    collectives: dict[tuple[OpKind, str, tuple[int, ...]], Seen] = {}
+    messages: Seen = []
+    since = [0.0] * graph.world_size
+    for op in (instance.op for instance in graph.instances()):
+        if op.work is not None:
+            since[op.ranks[0]] += work_s(op.work, op.ranks[0])
+        if op.kind not in TRANSFERS:
+            continue
+        seen = messages
+        if op.kind == "collective":
+            seen = collectives.setdefault((op.kind, op.call, op.ranks), [])
+        seen.append((max(1, op.nbytes), math.fsum(since[r] for r in op.ranks) / len(op.ranks)))
+        for rank in op.ranks:
+            since[rank] = 0.0
+    return collectives, messages
+
+
+def paces(seen: Seen, nbytes: int) -> tuple[float, ...]:
+    """Computations before transfers of about ``nbytes`` (within a factor of four, else all), as evenly
+    spaced quantiles, MOST_BETWEEN_S at the most."""
+    near = [s for size, s in seen if nbytes < 4 * size and size < 4 * nbytes]
+    every = sorted(near or [s for _, s in seen])
+    at = [(2 * i + 1) * len(every) // (2 * PACES) for i in range(PACES)]
+    return tuple(min(every[i], MOST_BETWEEN_S) for i in at)
+
+
+def _grid_of(kind: OpKind, sizes: Sequence[int]) -> list[int]:
+    most = max(sizes) if kind == "collective" else max(*sizes, 4 * min(sizes))
+    return grid(min(sizes), most)
 
 
 def grid(least: int, most: int) -> list[int]:
@@ -85,42 +139,30 @@ def grid(least: int, most: int) -> list[int]:
     return [4**i for i in range(first, last + 1)]
 
 
-def between_s(graph: ScheduleGraph, work_s: Callable[[Work, int], float]) -> float:
-    """What a rank computes from one transfer to the next in the mean, MOST_BETWEEN_S at the most, where
-    a work takes ``work_s`` on a rank."""
-    total, transfers = 0.0, 0
-    for section in graph.sections:
-        for op in section.ops:
-            if op.kind in TRANSFERS:
-                transfers += section.count * len(op.ranks)
-            elif op.work is not None:
-                total += section.count * work_s(op.work, op.ranks[0])
-    return min(total / transfers, MOST_BETWEEN_S) if transfers else MOST_BETWEEN_S
-
-
-def measure_calls(session: Session, calls: Sequence[Call], between_s: float) -> Iterator[float]:
-    """Seconds of each call between computations of ``between_s``; every rank iterates over the same list
-    and gets the same numbers.
+def measure_calls(session: Session, calls: Sequence[Call]) -> Iterator[float]:
+    """Mean seconds of each call; every rank iterates over the same list and gets the same numbers.
 
     A message is timed there and back, half of it counts.
     """
+    load = Load()
     for call in calls:
-        transport = Distributed(session, chain(call, session.world_size, LEAST_CALLS))
-        chain_s = partial(_chain_s, transport, call, _payload(call, session.device), between_s)
-        first = chain_s(LEAST_CALLS) + between_s
-        length = min(MOST_CALLS, max(LEAST_CALLS, round(CHAIN_S / max(first, 1e-6))))
+        transport = Distributed(session, chain(call, session.world_size, PACES))
+        chain_s = partial(_chain_s, transport, call, _payload(call, session.device), load)
+        between_s = statistics.fmean(call.between_s)
+        round_s = max(PACES * (chain_s(PACES) + between_s), CHAIN_S / MOST_ROUNDS)
+        length = PACES * max(1, round(CHAIN_S / round_s))
         samples: list[float] = []
         while len(samples) < MOST_CHAINS:
             samples.append(chain_s(length))
             if len(samples) >= LEAST_CHAINS:
-                low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-                if median_error(low, high, len(samples)) < PRECISE * middle:
+                mean_s, error_s = mean_of(samples)
+                if error_s < PRECISE * (mean_s + between_s):
                     break
-        yield statistics.median(samples)
+        yield mean_of(samples)[0]
 
 
 def _chain_s(
-    transport: Distributed, call: Call, payload: Payload, between_s: float, length: int
+    transport: Distributed, call: Call, payload: Payload, load: Load, length: int
 ) -> float:
     """Seconds of a call in a chain: its time less that of the computations, which ranks of one call make
     at the same time, those of a message in turn."""
@@ -130,7 +172,7 @@ def _chain_s(
     def perform(_: int, instance: Instance) -> None:
         op, rank = instance.op, session.rank
         if op.name.startswith(BETWEEN):
-            _compute_for(between_s)
+            load(call.between_s[STRIDE * instance.base % PACES])
         elif op.kind in TRANSFERS:
             sends, takes = (
                 any(ref.buffer.endswith(f"@r{rank}") for ref in refs)
@@ -153,11 +195,25 @@ def _payload(call: Call, device: torch.device) -> Payload:
     return tuple(Piece((0, 1), torch.randn(size, device=device), point=i) for i in range(count))
 
 
-def _compute_for(seconds: float) -> None:
-    """Multiply small matrices for that long."""
-    a, end = torch.ones(SIDE, SIDE), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        torch.mm(a, a)
+class Load:
+    """Computes for about as long as it is told to: multiplies by one matrix after another."""
+
+    def __init__(self) -> None:
+        self._rows = torch.randn(ROWS, WIDTH)
+        self._weights = cycle(torch.randn(WEIGHTS, WIDTH, WIDTH))
+        self._one_s = min(self._seconds(WEIGHTS) for _ in range(3)) / WEIGHTS
+
+    def __call__(self, seconds: float) -> None:
+        self._multiply(round(seconds / self._one_s))
+
+    def _multiply(self, times: int) -> None:
+        for weight in islice(self._weights, times):
+            torch.mm(self._rows, weight)
+
+    def _seconds(self, times: int) -> float:
+        begin = time.perf_counter()
+        self._multiply(times)
+        return time.perf_counter() - begin
 
 
 def chain(call: Call, world_size: int, length: int) -> ScheduleGraph:

@@ -10,7 +10,7 @@ another rank, whose weights it finds in the caches, counts only where all do. Wo
 
 from __future__ import annotations
 
-import statistics
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
@@ -19,7 +19,7 @@ from dataclasses import replace
 from paradiff.executor.interpreter import _Run
 from paradiff.executor.job import Job, Prepared, prepare
 from paradiff.executor.loading import Pipeline
-from paradiff.executor.measure import PRECISE, Timing, median_error
+from paradiff.executor.measure import PRECISE, mean_of
 from paradiff.executor.streams import Step, take_turns
 from paradiff.graph import Instance, ScheduleGraph, work_text
 from paradiff.trace import TRANSFERS, Span
@@ -43,11 +43,12 @@ def works_of(graph: ScheduleGraph) -> set[str]:
 
 def measure_works(
     job: Job, pipeline: Pipeline, wanted: Collection[str], agree: Agree = bool
-) -> dict[str, Timing]:
-    """Time ``wanted``, works of the job's own graph, and whatever else its shortest schedule has.
+) -> dict[str, float]:
+    """Mean seconds (what is slow now and then lengthens a sum) of ``wanted``, works of the job's own
+    graph, and of whatever else its shortest schedule has.
 
-    One pass warms up; passes are then made until the median of every work that counts is known to
-    ``PRECISE``, MOST_PASSES at most. Raises RunFailed.
+    One pass warms up; passes are then made until the mean of every work that counts is known to
+    ``PRECISE`` (one standard error), MOST_PASSES at most. Raises RunFailed.
     """
     prepared = shortest(job, pipeline, wanted)
     cold, warm = Samples(list), Samples(list)
@@ -60,7 +61,7 @@ def measure_works(
         )
         if agree(known or number == MOST_PASSES):
             break
-    return {key: _timing(each) for key, each in samples.items()}
+    return {key: mean_of(each)[0] for key, each in samples.items()}
 
 
 def shortest(job: Job, pipeline: Pipeline, wanted: Collection[str]) -> Prepared:
@@ -104,14 +105,7 @@ def _pass(prepared: Prepared, cold: Samples, warm: Samples) -> float:
 
 
 def _is_known(samples: Sequence[float], counts_s: float) -> bool:
-    if sum(samples) < counts_s:
+    if math.fsum(samples) < counts_s:
         return True
-    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return median_error(low, high, len(samples)) < PRECISE * middle
-
-
-def _timing(samples: Sequence[float]) -> Timing:
-    if len(samples) < 2:
-        return Timing(samples[0], samples[0], samples[0], 1)
-    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return Timing(middle, low, high, len(samples))
+    mean_s, error_s = mean_of(samples)
+    return error_s < PRECISE * mean_s

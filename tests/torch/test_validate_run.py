@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -22,7 +23,16 @@ from paradiff.cli.measure_here import measure_here
 from paradiff.config import ConfigError, available
 from paradiff.dependencies import validate
 from paradiff.executor.job import Job, prepare
-from paradiff.executor.measure_calls import MOST_BETWEEN_S, Call, between_s, calls_for, chain, grid
+from paradiff.executor.measure_calls import (
+    MOST_BETWEEN_S,
+    PACES,
+    Call,
+    Load,
+    calls_for,
+    chain,
+    grid,
+    paces,
+)
 from paradiff.executor.measure_works import Samples, _pass, shortest, works_of
 from paradiff.graph import work_text
 from paradiff.trace import TRANSFERS, check_trace, read_chrome_trace
@@ -210,15 +220,44 @@ def test_what_finds_its_weights_in_the_caches_is_told_apart(spec: str) -> None:
     assert [sum(len(each[text]) for text in texts) for each in (cold, warm)] == [ops[0], ops[1]]
 
 
-def test_calls_are_timed_as_far_apart_as_those_of_the_schedule() -> None:
-    """With a microsecond for each work: as many of them as a rank has for each of its transfers."""
+def test_calls_are_timed_after_computations_as_long_as_those_of_the_schedule() -> None:
+    """With a microsecond for each work, the quantiles are numbers of works between two of a rank's
+    transfers: their mean is near that of all (works over transfers, for each rank)."""
     job = Job(source="tiny-pixart-alpha", spec="ulysses=2", height=128, width=128, steps=2)
     graph = prepare(job).graph
     ops = [instance.op for instance in graph.instances()]
     works = sum(op.work is not None for op in ops)
     transfers = sum(len(op.ranks) for op in ops if op.kind in TRANSFERS)
-    assert between_s(graph, lambda *_: 1e-6) == pytest.approx(1e-6 * works / transfers)
-    assert between_s(graph, lambda *_: 1.0) == MOST_BETWEEN_S
+    for call in calls_for(graph, "aa", lambda *_: 1e-6):
+        assert len(call.between_s) == PACES
+        assert [*call.between_s] == sorted(call.between_s)
+        assert all(s * 1e6 == pytest.approx(round(s * 1e6)) for s in call.between_s)
+    every = [
+        s for c in calls_for(graph, "aa", lambda *_: 1e-6) if c.kind == "p2p" for s in c.between_s
+    ]
+    assert statistics.fmean(every) == pytest.approx(1e-6 * works / transfers, rel=0.25)
+    for call in calls_for(graph, "aa", lambda *_: 1.0):
+        assert max(call.between_s) == MOST_BETWEEN_S
+
+
+def test_computations_before_calls_of_one_size_are_told_from_those_of_another() -> None:
+    """Sizes within a factor of four of the one that is timed count, all where there are none."""
+    seen = [(64, 1e-3)] * 6 + [(100, 2e-3)] * 2 + [(10**6, 5e-3), (10**6, 1.0)]
+    assert paces(seen, 64) == (1e-3,) * 6 + (2e-3,) * 2
+    assert paces(seen, 4**10) == (5e-3,) * 4 + (MOST_BETWEEN_S,) * 4
+    assert paces(seen, 4**7) == (1e-3,) * 5 + (2e-3,) * 1 + (5e-3,) + (MOST_BETWEEN_S,)
+
+
+def test_made_up_computations_take_about_as_long_as_they_should() -> None:
+    """Twice as many kernels for twice the time, none for none."""
+    load = Load()
+    done: list[int] = []
+    load._multiply = done.append
+    for seconds in (0.0, 1e-2, 2e-2):
+        load(seconds)
+    assert done[0] == 0
+    assert done[1] > 0
+    assert done[2] == pytest.approx(2 * done[1], abs=1)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +272,7 @@ def test_what_is_timed_encloses_every_transfer_of_the_schedule(
     graph = prepare(
         Job(source="tiny-pixart-alpha", spec=spec, height=128, width=128, steps=2)
     ).graph
-    calls = calls_for(graph, hosts)
+    calls = calls_for(graph, hosts, lambda *_: 1e-3)
     assert len(set(calls)) == len(calls)
     for kind in ("p2p", "permute"):
         for pair in pairs:
@@ -248,9 +287,9 @@ def test_what_is_timed_encloses_every_transfer_of_the_schedule(
 @pytest.mark.parametrize(
     "call",
     [
-        Call("collective", "all_gather", (0, 1, 2), 64),
-        Call("permute", "ring", (0, 2), 64),
-        Call("p2p", "send", (2, 0), 64),
+        Call("collective", "all_gather", (0, 1, 2), 64, (0.0,) * PACES),
+        Call("permute", "ring", (0, 2), 64, (0.0,) * PACES),
+        Call("p2p", "send", (2, 0), 64, (0.0,) * PACES),
     ],
 )
 def test_chains_are_legal_schedules(call: Call) -> None:
