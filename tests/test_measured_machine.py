@@ -30,9 +30,9 @@ def calls(ring: float = 1.0) -> tuple[CallTime, ...]:
     """Messages of 2 ms and 1 MB/s, rings ``ring`` times as long, gathers of 5 ms and 2 us/B."""
     sizes = (1024, 4096, 65536, 1048576)
     return (
-        *(CallTime("p2p", "send", PAIR, n, 0.0, message_s(n)) for n in sizes),
-        *(CallTime("permute", "ring", PAIR, n, 0.0, ring * message_s(n)) for n in sizes),
-        *(CallTime("collective", "all_gather", PAIR, n, 0.0, 5e-3 + 2e-6 * n) for n in sizes),
+        *(CallTime("p2p", "send", PAIR, n, (0.0,), message_s(n)) for n in sizes),
+        *(CallTime("permute", "ring", PAIR, n, (0.0,), ring * message_s(n)) for n in sizes),
+        *(CallTime("collective", "all_gather", PAIR, n, (0.0,), 5e-3 + 2e-6 * n) for n in sizes),
     )
 
 
@@ -111,7 +111,7 @@ def test_links_are_read_from_messages(graph: ScheduleGraph, ring: float, duplex:
 def test_ranks_on_two_hosts_have_a_trunk_between_them(graph: ScheduleGraph) -> None:
     """Within a host as above, between hosts 10 ms and half the rate, from ranks 0 and 2."""
     far = tuple(
-        CallTime("p2p", "send", (0, 2), n, 0.0, 10e-3 + 2 * n / RATE)
+        CallTime("p2p", "send", (0, 2), n, (0.0,), 10e-3 + 2 * n / RATE)
         for n in (1024, 65536, 1048576)
     )
     near = machine_of(graph)
