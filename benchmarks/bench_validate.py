@@ -42,11 +42,11 @@ STEPS = 4
 ROUNDS = 5
 """Each serial, strategy, serial, strategy, measurement, and the same backwards."""
 SPECS = (
-    "cfg=2", "data=2", "patch=2", "distrifusion=2,warmup=1", "pcpp=2,warmup=1", "ulysses=2", "ring=2",
-    "ring=2,rotate=allgather", "pipefusion=2,patches=4,warmup=1", "asyncdiff=2,warmup=1",
-    "parastep=2,warmup=1", "tensor=2",
+    "cfg=2", "data=2", "patch=2", "patch=2,mode=naive", "distrifusion=2,warmup=1", "pcpp=2,warmup=1",
+    "ulysses=2", "ring=2", "ring=2,rotate=allgather", "pipefusion=2,patches=4,warmup=1",
+    "asyncdiff=2,warmup=1", "parastep=2,warmup=1", "streambatch=2", "tensor=2",
 )  # fmt: skip
-"""Every family; a model takes those that it can."""
+"""Every family of two processes; a model takes those that it can."""
 LEAST_STEP_S = 0.1
 MEDIAN, WORST = 0.10, 0.20
 TIMEOUT_S = 300.0

@@ -198,7 +198,8 @@ MEANINGS: Mapping[str, str] = {
     "collectives": "That were measured on it.",
     "hosts": "Host of each rank.",
     "works.WORK": "Seconds on each rank.",
-    "machine.calls": "Transfers that were timed.",
+    "machine.calls": "Transfers that were timed. `between_s`: what ranks computed before them, a list,"
+    " the shortest first.",
     "lost": "Share of a transfer's time that compute beside it loses; null: not measured.",
     "machine.kernels": "Kernels that were timed.",
     "covered": "Whether the rules understand the row; of all, how many.",

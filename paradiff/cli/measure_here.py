@@ -79,8 +79,9 @@ def measure_here(
         found = _with_kernels(known, prepared, session)
     else:
         found = _with_works(known, job, prepared, session)
+    own = found
     if session is not None and session.world_size > 1:
-        found = _with_calls(found, prepared, session)
+        found, own = _with_calls(found, prepared, session)
     names = ("works", "kernels", "calls")
     new = sum(len(set(getattr(found, name)) - set(getattr(known, name))) for name in names)
     if new and (session is None or session.rank == 0):
@@ -88,7 +89,7 @@ def measure_here(
         with suppress(OSError, ConfigError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, json_text(found.to_json()))
-    return Measured(found, new)
+    return Measured(own, new)
 
 
 def predict(
@@ -199,7 +200,11 @@ def _with_kernels(
     return replace(known, kernels={**known.kernels, **new})
 
 
-def _with_calls(known: MeasuredMachine, prepared: Prepared, session: Session) -> MeasuredMachine:
+def _with_calls(
+    known: MeasuredMachine, prepared: Prepared, session: Session
+) -> tuple[MeasuredMachine, MeasuredMachine]:
+    """All that is known now, and what this schedule's prediction rests on: without the calls that others
+    make after other computations."""
     from paradiff.executor.measure_calls import calls_for, measure_calls
 
     is_gpu, costs = session.device.type == "cuda", known.costs()
@@ -207,26 +212,26 @@ def _with_calls(known: MeasuredMachine, prepared: Prepared, session: Session) ->
     def work_s(work: Work, rank: int) -> float:
         return 0.0 if is_gpu else costs.compute(work, rank).device_s
 
-    there = {call[:4]: call for call in known.calls}
-    calls = {call[:4]: call for call in calls_for(prepared.graph, known.hosts, work_s)}
-    alike = {
-        key: there[key]
-        for key, call in calls.items()
-        if key in there and _are_alike(there[key].between_s, call.between_s)
-    }
-    wanted = [call for key, call in calls.items() if key not in alike]
+    calls = calls_for(prepared.graph, known.hosts, work_s)
+    wanted = [call for call in calls if _timed(call, known) is None]
     seconds = _library_s(session, wanted) if is_gpu else measure_calls(session, wanted)
-    new = {c[:4]: CallTime(**c._asdict(), time_s=s) for c, s in zip(wanted, seconds, strict=True)}
-    # those of other schedules were made among other computations
-    found = replace(known, calls=tuple((alike | new)[key] for key in calls))
-    if is_gpu:
-        return found
-    return found if found.lost is not None else replace(found, lost=_lost(session))
+    new = [CallTime(**c._asdict(), time_s=s) for c, s in zip(wanted, seconds, strict=True)]
+    found = replace(known, calls=(*known.calls, *new))
+    if not is_gpu and found.lost is None:
+        found = replace(found, lost=_lost(session))
+    timed = (_timed(call, found) for call in calls)
+    return found, replace(found, calls=tuple(each for each in timed if each is not None))
 
 
-def _are_alike(some_s: Sequence[float], others_s: Sequence[float]) -> bool:
-    """Computations, the shortest to the longest."""
-    return all(
+def _timed(call: Call, machine: MeasuredMachine) -> CallTime | None:
+    """That call after computations alike, if it has been timed."""
+    found = (each for each in machine.calls if each[:4] == call[:4])
+    return next((each for each in found if are_alike(each.between_s, call.between_s)), None)
+
+
+def are_alike(some_s: Sequence[float], others_s: Sequence[float]) -> bool:
+    """Whether computations, the shortest to the longest, need not be told apart."""
+    return len(some_s) == len(others_s) and all(
         max(a_s, b_s) <= max(ALIKE * min(a_s, b_s), NO_MATTER_S)
         for a_s, b_s in zip(some_s, others_s, strict=True)
     )

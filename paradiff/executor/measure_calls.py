@@ -35,16 +35,17 @@ from paradiff.graph import Buffer, Instance, Op, OpKind, Ref, ScheduleGraph, Sec
 from paradiff.trace import TRANSFERS
 
 CHAIN_S = 20e-3
-"""A chain is as long as it takes to last about this long."""
+"""A chain lasts about this long (of messages, there and back, twice), with PACES calls at the least."""
 PACES = 8
 """Different computations of a chain: evenly spaced quantiles of those of the schedule."""
 STRIDE = 3
 """They come in this order, short and long in turns; it and PACES have no common divisor."""
 MOST_ROUNDS = 12
+"""Times that all of them come in a chain."""
 LEAST_CHAINS, MOST_CHAINS = 5, 25
 PRECISE = 0.02
-"""Chains are made until a call's mean is known (one standard error) to this share of the time from one
-call to the next."""
+"""LEAST_CHAINS are made, then more until a call's mean is known (one standard error) to this share of
+the time from one call to the next, MOST_CHAINS at the most."""
 SOME_BYTES = 4**8
 """Of messages where the schedule has none, and links have to be something."""
 MOST_BETWEEN_S = 10e-3
@@ -158,7 +159,7 @@ def measure_calls(session: Session, calls: Sequence[Call]) -> Iterator[float]:
                 mean_s, error_s = mean_of(samples)
                 if error_s < PRECISE * (mean_s + between_s):
                     break
-        yield mean_of(samples)[0]
+        yield mean_s
 
 
 def _chain_s(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import re
 import statistics
@@ -19,13 +20,15 @@ from typer.testing import CliRunner, Result
 
 from analysis.tracks import UNWATCHED
 from paradiff.cli import app
-from paradiff.cli.measure_here import measure_here
+from paradiff.cli.measure_here import _timed, are_alike, measure_here
 from paradiff.config import ConfigError, available
 from paradiff.dependencies import validate
-from paradiff.executor.job import Job, prepare
+from paradiff.executor.job import Job, Prepared, prepare
+from paradiff.executor.measure import mean_of
 from paradiff.executor.measure_calls import (
     MOST_BETWEEN_S,
     PACES,
+    STRIDE,
     Call,
     Load,
     calls_for,
@@ -33,9 +36,16 @@ from paradiff.executor.measure_calls import (
     grid,
     paces,
 )
-from paradiff.executor.measure_works import Samples, _pass, shortest, works_of
+from paradiff.executor.measure_works import (
+    Samples,
+    _pass,
+    measure_works,
+    shortest,
+    works_of,
+)
 from paradiff.graph import work_text
 from paradiff.trace import TRANSFERS, check_trace, read_chrome_trace
+from simulator.measured_machine import CallTime, MeasuredMachine
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
@@ -248,16 +258,77 @@ def test_computations_before_calls_of_one_size_are_told_from_those_of_another() 
     assert paces(seen, 4**7) == (1e-3,) * 5 + (2e-3,) * 1 + (5e-3,) + (MOST_BETWEEN_S,)
 
 
-def test_made_up_computations_take_about_as_long_as_they_should() -> None:
-    """Twice as many kernels for twice the time, none for none."""
-    load = Load()
-    done: list[int] = []
-    load._multiply = done.append
+class Slow(Load):
+    """Kernels of 50 us each, that are counted and not made."""
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+        super().__init__()
+
+    def _seconds(self, times: int) -> float:
+        return times * 50e-6
+
+    def _multiply(self, times: int) -> None:
+        self.made.append(times)
+
+
+def test_made_up_computations_are_as_many_kernels_as_fill_the_time() -> None:
+    load = Slow()
     for seconds in (0.0, 1e-2, 2e-2):
         load(seconds)
-    assert done[0] == 0
-    assert done[1] > 0
-    assert done[2] == pytest.approx(2 * done[1], abs=1)
+    assert load.made == [0, 200, 400]
+
+
+def test_a_chain_has_each_computation_as_often_as_any_other() -> None:
+    assert sorted(STRIDE * i % PACES for i in range(PACES)) == list(range(PACES))
+
+
+def test_means_predict_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nine passes one takes twelve times as long: a mean of 20 / 9 of the others', a median of 1."""
+    took = iter([0.0, 1.0, 12.0, *[1.0] * 7])
+
+    def take(prepared: Prepared, cold: Samples, warm: Samples) -> float:
+        cold["work"].append(next(took))
+        return 1.0
+
+    monkeypatch.setattr("paradiff.executor.measure_works._pass", take)
+    job = Job(source="tiny-pixart-alpha", spec="serial", height=128, width=128, steps=1)
+    timed = measure_works(job, prepare(job).pipeline, ())
+    assert timed == {"work": pytest.approx(20 / 9)}
+    assert mean_of([1.0, 1.0, 1.0, 5.0]) == pytest.approx((2.0, 1.0))
+    assert mean_of([3.0]) == (3.0, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("some_s", "others_s", "alike"),
+    [
+        ((1e-3, 2e-3), (1.24e-3, 2.4e-3), True),
+        ((1e-3, 2e-3), (1e-3, 2.6e-3), False),
+        ((0.0, 2e-3), (99e-6, 2e-3), True),
+        ((0.0, 2e-3), (101e-6, 2e-3), False),
+        ((1e-3,), (1e-3, 1e-3), False),
+    ],
+)
+def test_calls_after_computations_alike_are_not_timed_again(
+    some_s: tuple[float, ...], others_s: tuple[float, ...], alike: bool
+) -> None:
+    """A quarter apart, or of 0.1 ms at the most."""
+    assert are_alike(some_s, others_s) is are_alike(others_s, some_s) is alike
+
+
+def test_one_schedule_s_calls_are_not_another_s() -> None:
+    """Of the same sizes after other computations: both are kept, and each is found by its own."""
+    short, long = ((s,) * PACES for s in (1e-3, 5e-3))
+    calls = tuple(
+        CallTime("collective", "all_reduce", (0, 1), 64, b, b[0] / 2) for b in (short, long)
+    )
+    machine = MeasuredMachine(about={}, hosts=("a", "a"), calls=calls)
+    for each in calls:
+        assert _timed(Call("collective", "all_reduce", (0, 1), 64, each.between_s), machine) is each
+        assert (
+            _timed(Call("collective", "all_reduce", (0, 1), 256, each.between_s), machine) is None
+        )
+    assert _timed(Call("collective", "all_reduce", (0, 1), 64, (2e-3,) * PACES), machine) is None
 
 
 @pytest.mark.parametrize(
@@ -273,7 +344,7 @@ def test_what_is_timed_encloses_every_transfer_of_the_schedule(
         Job(source="tiny-pixart-alpha", spec=spec, height=128, width=128, steps=2)
     ).graph
     calls = calls_for(graph, hosts, lambda *_: 1e-3)
-    assert len(set(calls)) == len(calls)
+    assert len({call[:4] for call in calls}) == len(calls)
     for kind in ("p2p", "permute"):
         for pair in pairs:
             assert len([call for call in calls if (call.kind, call.ranks) == (kind, pair)]) >= 2
