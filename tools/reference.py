@@ -212,7 +212,6 @@ RESULTS: Sequence[Answer] = (
         {
             "calls": f"list of [{', '.join(f'`{name}`' for name in CallTime._fields)}]",
             "lost": LOST,
-            "packing": "list of [bytes, seconds]",
             "kernels": "list of [kind, dimensions, "
             + ", ".join(f"`{name}`" for name in measured.Row._fields) + "]",
         },

@@ -323,7 +323,7 @@ def _timed(call: Callable[[int], object], clock: Callable[[Callable[[], None]], 
 
 
 def mean_of(samples: Sequence[float]) -> tuple[float, float]:
-    """And its standard error."""
+    """Mean, and its standard error: inf for one sample."""
     error = statistics.stdev(samples) / math.sqrt(len(samples)) if len(samples) > 1 else math.inf
     return statistics.fmean(samples), error
 
